@@ -1,0 +1,212 @@
+"""DiffusionGemma's graph: one stack of layers, run in two modes over the same weights.
+
+    encode   causal; reads tokens and writes their keys and values to the cache
+    denoise  bidirectional; a canvas that sees itself and the cache, which it never writes
+
+Source: transformers 5.23, `models/diffusion_gemma` (float32, DynamicCache). What each op means is in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .config import AttentionConfig, ModelConfig, SamplerConfig
+from .ops import KV, Array, Ops, Rope, Span
+from .sampler import StepState, advance
+
+
+@dataclass(frozen=True, kw_only=True)
+class RmsNorm:
+    weight: Array | None  # [D]
+    eps: float
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.rms_norm(x, self.weight, self.eps)
+
+    def add(self, ops: Ops, x: Array, residual: Array) -> Array:
+        return ops.norm_add(x, residual, self.weight, self.eps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    config: AttentionConfig
+    eps: float
+    q_proj: Array  # [H·A, D]
+    k_proj: Array  # [K·A, D]
+    v_proj: Array | None  # [K·A, D]; None on full layers, where the value is the key projection
+    o_proj: Array  # [D, H·A]
+    q_norm: Array  # [A]
+    k_norm: Array  # [A]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mlp:
+    gate_proj: Array  # [F, D]
+    up_proj: Array  # [F, D]
+    down_proj: Array  # [D, F]
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        return ops.linear(ops.geglu(x, self.gate_proj, self.up_proj), self.down_proj)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    experts: int
+    experts_per_token: int
+    eps: float
+    proj: Array  # [E, D]
+    scale: Array  # [D]
+    per_expert_scale: Array  # [E]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    gate_up_proj: Array  # [E, 2F, D], gate half first
+    down_proj: Array  # [E, D, F]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    self_attn: Attention
+    mlp: Mlp
+    router: Router
+    experts: Experts
+    input_layernorm: RmsNorm
+    post_attention_layernorm: RmsNorm
+    pre_feedforward_layernorm: RmsNorm
+    pre_feedforward_layernorm_2: RmsNorm
+    post_feedforward_layernorm: RmsNorm
+    post_feedforward_layernorm_1: RmsNorm
+    post_feedforward_layernorm_2: RmsNorm
+    encoder_scalar: Array  # [1]
+    decoder_scalar: Array  # [1]
+
+    def __call__(self, ops: Ops, x: Array, rope: Rope, context: KV, span: Span) -> tuple[Array, Array, Array]:
+        """x [B, L, D] → x [B, L, D], and this layer's keys and values [B, K, L, A]."""
+        q, k, v = ops.qkv_norm_rope(self.input_layernorm(ops, x), self.self_attn, rope)
+        attended = ops.linear(ops.attention(q, k, v, context, span), self.self_attn.o_proj)
+        r = self.post_attention_layernorm.add(ops, attended, x)
+        dense = self.mlp(ops, self.pre_feedforward_layernorm(ops, r))
+        # The router reads the raw residual; only the experts read the normed one.
+        sparse = ops.moe(self.pre_feedforward_layernorm_2(ops, r), r, self.router, self.experts)
+        mixed = self.post_feedforward_layernorm_1(ops, dense) + self.post_feedforward_layernorm_2(ops, sparse)
+        scalar = self.encoder_scalar if span.causal else self.decoder_scalar
+        return self.post_feedforward_layernorm.add(ops, mixed, r) * scalar, k, v
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfConditioning:
+    pre_norm: RmsNorm
+    post_norm: RmsNorm  # without a weight, and run on the first step too
+    mlp: Mlp
+
+    def __call__(self, ops: Ops, x: Array, soft: Array) -> Array:
+        return self.post_norm(ops, x + self.mlp(ops, self.pre_norm(ops, soft)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """All weights. The embedding table is also the vocabulary head."""
+
+    config: ModelConfig
+    embed_tokens: Array  # [V, D]
+    layers: tuple[Layer, ...]
+    norm: RmsNorm
+    self_conditioning: SelfConditioning
+
+
+class Cache(NamedTuple):
+    """Keys and values of every token read so far."""
+
+    layers: tuple[KV, ...]
+    length: int | Array  # tokens: int, or int32 [B]
+
+
+def new_cache(ops: Ops, config: ModelConfig, *, batch: int, capacity: int, chunk: int) -> Cache:
+    """Return an empty cache.
+
+    `capacity` tokens are held, plus scratch for one `chunk` (of the prompt, or a canvas, whichever is longer).
+    Sliding layers hold no more than their window.
+    """
+    layers = []
+    for layer in config.layers:
+        rows = capacity if layer.window is None else min(capacity, layer.window - 1)
+        layers.append(ops.new_cache(batch, layer.kv_heads, layer.head_dim, rows + chunk))
+    return Cache(tuple(layers), 0)
+
+
+def encode(ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None = None) -> Cache:
+    """Read tokens int32 [B, L] into the cache; in a ragged batch only the first `fresh` int32 [B] of each row count."""
+    return encode_hidden(ops, model, cache, tokens, fresh)[0]
+
+
+def encode_hidden(
+    ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None = None
+) -> tuple[Cache, Array]:
+    """`encode`, and the normed states [B, L, D] that predict each next token (training and scoring read them)."""
+    fresh = tokens.shape[1] if fresh is None else fresh
+    ropes = _ropes(ops, model.config, cache.length, tokens.shape[1])
+    x = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
+    written = []
+    for layer, context in zip(model.layers, cache.layers, strict=True):
+        span = _span(ops, layer, cache.length, causal=True)
+        x, k, v = layer(ops, x, ropes[layer.self_attn.config.kind], context, span)
+        written.append(ops.cache_write(context, k, v, span, fresh))
+    return Cache(tuple(written), cache.length + fresh), model.norm(ops, x)
+
+
+def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) -> Array:
+    """Run one bidirectional pass: canvas int32 [B, L], soft [B, L, D] → normed states [B, L, D].
+
+    `soft` is the mean embedding under the previous step's distribution, unscaled; zeros on the first step.
+    """
+    scale = model.config.hidden_size**0.5
+    ropes = _ropes(ops, model.config, cache.length, canvas.shape[1])
+    x = ops.embed(model.embed_tokens, canvas, scale)
+    x = model.self_conditioning(ops, x, soft * ops.rounded(scale))
+    for layer, context in zip(model.layers, cache.layers, strict=True):
+        span = _span(ops, layer, cache.length, causal=False)
+        x, _, _ = layer(ops, x, ropes[layer.self_attn.config.kind], context, span)
+    return model.norm(ops, x)
+
+
+def step(
+    ops: Ops, model: Model, sampler: SamplerConfig, cache: Cache, state: StepState,
+    temperature: Array, uniforms: Array, noise: Array,
+) -> StepState:  # fmt: skip
+    """One denoising pass with head, acceptance, renoising and stop test inside; nothing is read back.
+
+    temperature float32 [B, 1], uniforms float32 [B, L], noise int32 [B, L] (see `random.step_noise`).
+    """
+    x = denoise(ops, model, cache, state.canvas, state.soft)
+    token, argmax, entropy, soft = ops.vocab_head(
+        x, model.embed_tokens, model.config.softcap, ops.cast(temperature, ops.wide), uniforms
+    )
+    return advance(ops, sampler, state, token, argmax, entropy, soft, noise)
+
+
+def _span(ops: Ops, layer: Layer, length: int | Array, *, causal: bool) -> Span:
+    window = layer.self_attn.config.window
+    rows = length
+    if window is not None:
+        held = window - 1
+        rows = min(length, held) if isinstance(length, int) else ops.where(length < held, length, held)
+    return Span(rows=rows, window=window, causal=causal)
+
+
+def _ropes(ops: Ops, config: ModelConfig, offset: int | Array, length: int) -> dict[str, Rope]:
+    """Cosines and sines of positions offset … offset + length − 1, for each layer kind."""
+    steps = ops.reshape(ops.arange(length), (1, 1, length, 1))
+    start = offset if isinstance(offset, int) else ops.reshape(offset, (-1, 1, 1, 1))
+    # The angle is a float32 product everywhere, the float64 oracle included: at position 16,000 its rounding is 5e-4
+    # radians, and a backend that did better would disagree with every other one.
+    positions = ops.cast(steps + start, "float32")
+    ropes = {}
+    for kind in {layer.kind: layer for layer in config.layers}.values():
+        frequencies = kind.inverse_frequencies()
+        rates = ops.reshape(ops.asarray(frequencies, "float32"), (1, 1, 1, len(frequencies)))
+        angles = ops.cast(positions * rates, ops.wide)
+        cos, sin = (ops.cast(ops.unary(angles, how), ops.dtype) for how in ("cos", "sin"))
+        ropes[kind.kind] = Rope(cos, sin, offset, frequencies)
+    return ropes
