@@ -1,0 +1,42 @@
+"""dgemma: DiffusionGemma on whatever machine you own.
+
+    model = dgemma.load()                       # the small model that ships with the package, on the best backend here
+    print(model.generate("12..\\n..1.\\n.1..\\n..2.").text)
+
+Nothing heavy is imported until a name is used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .core.config import GenerationConfig, ModelConfig, SamplerConfig
+    from .core.errors import DgemmaError
+    from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
+    from .core.runtime import DiffusionGemma, load
+
+_HOMES = {
+    "core.config": ("GenerationConfig", "ModelConfig", "SamplerConfig"),
+    "core.errors": ("DgemmaError",),
+    "core.events": ("Commit", "Done", "Draft", "Event", "Generation", "Prefill", "Stats"),
+    "core.runtime": ("DiffusionGemma", "load"),
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "Commit", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation", "GenerationConfig",
+    "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "load",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".{home}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,33 @@
+"""PyTorch on the CPU and on CUDA; Triton kernels and ONNX Runtime will stand beside it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...core.errors import DgemmaError
+
+if TYPE_CHECKING:
+    from ...core.ops import DType, Ops
+
+
+def torch_backend(device: str, dtype: DType) -> Ops:
+    """Return torch's ops on a device: `auto` is the first CUDA card, or the CPU.
+
+    Raises:
+        DgemmaError: no such device here.
+    """
+    import torch
+
+    from .inference import InferenceOps
+
+    cuda = torch.cuda.is_available()
+    if device == "auto":
+        device = "cuda" if cuda else "cpu"
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise DgemmaError(f"device {device!r} is not one that torch has here; choose from auto, cpu, cuda, cuda:N")
+    if kind == "cuda" and not cuda:
+        raise DgemmaError("device 'cuda' is not usable: this torch sees no CUDA card; choose cpu, or see dgemma doctor")
+    if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
+        raise DgemmaError(f"device {device!r} does not exist: there are {torch.cuda.device_count()} CUDA cards")
+    return InferenceOps(dtype, device)

@@ -1,0 +1,215 @@
+"""The host loop: prompt in, events out. It knows the graph's functions and no backend.
+
+    read the prompt ──▶ denoise a canvas ──▶ commit its argmax ──▶ encode it ──▶ next canvas …
+                          (≤ steps passes)       (cut, decode)       (never the last)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from . import sampler as sampling
+from .config import SamplerConfig
+from .errors import DgemmaError
+from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
+from .memory import peak_memory
+from .model import Cache, Model, encode, new_cache, step
+from .ops import Array, Ops
+from .random import step_noise
+from .tokens import Decoder, Tokenizer, split_at_end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation, checked and with every default filled in."""
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    seed: int
+    sampler: SamplerConfig
+    eos_token_ids: tuple[int, ...]
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(kw_only=True)
+class _Clock:
+    """Counters of one generation."""
+
+    began: float = field(default_factory=time.perf_counter)
+    prefill: float = 0.0
+    first_draft: float | None = None
+    first_text: float | None = None
+    steps: int = 0
+    canvases: int = 0
+    encodes: int = 0
+
+    def now(self) -> float:
+        return time.perf_counter() - self.began
+
+
+class Engine:
+    """Generates with one model on one backend. One generation at a time; not safe for threads."""
+
+    def __init__(self, ops: Ops, model: Model, tokenizer: Tokenizer | None) -> None:
+        self.ops = ops
+        self.model = model
+        self.tokenizer = tokenizer
+        self._steps: dict[SamplerConfig, Callable[..., sampling.StepState]] = {}
+
+    def check(self, request: Request) -> None:
+        """Refuse a request that cannot be run.
+
+        Raises:
+            DgemmaError: the prompt is empty, longer than the model's context, or holds an id that does not exist.
+        """
+        config = self.model.config
+        check_tokens(request.prompt, config.vocab_size, config.image_token_ids)
+        if len(request.prompt) >= config.max_positions:
+            raise DgemmaError(
+                f"the prompt has {len(request.prompt):,} tokens and the model's context is {config.max_positions:,}; "
+                "shorten the prompt"
+            )
+
+    def generate(self, request: Request) -> Iterator[Event]:
+        """Yield the events of a checked request until `Done`. Closing the iterator early leaves nothing behind."""
+        config = self.model.config
+        budget = min(request.max_new_tokens, config.max_positions - len(request.prompt))
+        canvases = -(-budget // config.canvas_length)
+        clock = _Clock()
+        decoder = Decoder(self.tokenizer, request.stop)
+        # The last canvas is never encoded, so the cache has no room for it.
+        kept = len(request.prompt) + (canvases - 1) * config.canvas_length
+        cache = yield from self._prefill(request.prompt, kept, clock, config.canvas_length)
+        reason: FinishReason = "length"
+        for index in range(canvases):
+            argmax = yield from self._denoise(cache, request, index, clock)
+            tokens, ended = split_at_end(argmax.tolist(), request.eos_token_ids)
+            left = budget - index * config.canvas_length
+            ended = ended and len(tokens) <= left
+            last = ended or left <= config.canvas_length
+            piece = decoder.push(tokens[:left], last=last)
+            if clock.first_text is None and (piece.text or piece.thinking):
+                clock.first_text = clock.now()
+            yield Commit(canvas=index, tokens=piece.tokens, text=piece.text, thinking=piece.thinking)
+            if ended or piece.stopped:
+                reason = "stop"
+            if last or piece.stopped:
+                break
+            cache = encode(self.ops, self.model, cache, self.ops.asarray(argmax[None], "int32"))
+            clock.encodes += 1
+        yield Done(finish_reason=reason, stats=self._stats(request, decoder, clock))
+
+    def prefill(self, prompt: Sequence[int], canvas_length: int) -> Cache:
+        """Read a prompt into a new cache with room for one canvas to be denoised."""
+        reading = self._prefill(prompt, len(prompt), _Clock(), canvas_length)
+        while True:
+            try:
+                next(reading)
+            except StopIteration as end:
+                return end.value
+
+    def mean_embedding(self, scores: Array) -> Array:
+        """Return what self-conditioning reads of the step before: processed logits wide [B, L, V] → [B, L, D]."""
+        return self.ops.mean_embedding(reference.softmax(self.ops, scores), self.model.embed_tokens)
+
+    def _prefill(
+        self, prompt: Sequence[int], capacity: int, clock: _Clock, canvas_length: int
+    ) -> Generator[Event, None, Cache]:
+        ops = self.ops
+        chunk = max(ops.prefill_chunk, canvas_length)
+        scratch = max(canvas_length, min(chunk, len(prompt)))
+        cache = new_cache(ops, self.model.config, batch=1, capacity=capacity, chunk=scratch)
+        ids = np.asarray(prompt, np.int32)[None]
+        yield Prefill(done=0, total=len(prompt))
+        for at in range(0, len(prompt), chunk):
+            cache = encode(ops, self.model, cache, ops.asarray(ids[:, at : at + chunk]))
+            ops.synchronize(*(array for layer in cache.layers for array in layer))
+            clock.encodes += 1
+            clock.prefill = clock.now()
+            yield Prefill(done=min(at + chunk, len(prompt)), total=len(prompt))
+        return cache
+
+    def _denoise(
+        self, cache: Cache, request: Request, index: int, clock: _Clock
+    ) -> Generator[Event, None, np.ndarray]:
+        """Yield a `Draft` for each pass over one canvas; return the argmax canvas, int32 [L]."""
+        ops, config, sampler = self.ops, self.model.config, request.sampler
+        run = self._step(sampler)
+        cache = Cache(cache.layers, ops.extent(int(cache.length)))
+        _, noise = self._noise(request.seed, index, 0)
+        state = sampling.start(ops, noise, config.hidden_size)
+        argmax = np.zeros(0, np.int32)
+        clock.canvases += 1
+        for i in range(sampler.steps):
+            uniforms, noise = self._noise(request.seed, index, i + 1)
+            temperature = ops.asarray(np.full((1, 1), sampler.temperature(i), np.float32))
+            state = run(cache, state, temperature, uniforms, noise)
+            argmax = ops.to_numpy(state.argmax)[0]
+            clock.steps += 1
+            clock.first_draft = clock.first_draft or clock.now()
+            yield Draft(
+                canvas=index,
+                step=i,
+                steps=sampler.steps,
+                tokens=argmax,
+                accepted=ops.to_numpy(state.accepted)[0],
+                entropy=ops.to_numpy(state.entropy)[0].astype(np.float32),
+            )
+            if ops.to_numpy(state.stop)[0]:
+                break
+        return argmax
+
+    def _noise(self, seed: int, canvas: int, index: int) -> tuple[Array, Array]:
+        config = self.model.config
+        uniforms, tokens = step_noise(
+            seed=seed, canvas=canvas, step=index, length=config.canvas_length, vocab_size=config.vocab_size
+        )
+        return self.ops.asarray(uniforms[None]), self.ops.asarray(tokens[None])
+
+    def _step(self, sampler: SamplerConfig) -> Callable[..., sampling.StepState]:
+        """Return the compiled pass; only what is baked into it tells one from another."""
+        baked = SamplerConfig(
+            entropy_bound=sampler.entropy_bound, confidence=sampler.confidence, stability=sampler.stability
+        )
+        if baked not in self._steps:
+
+            def run(cache: Cache, state: sampling.StepState, temperature: Array, uniforms: Array, noise: Array) -> Any:
+                return step(self.ops, self.model, baked, cache, state, temperature, uniforms, noise)
+
+            self._steps[baked] = self.ops.compile(run)
+        return self._steps[baked]
+
+    def _stats(self, request: Request, decoder: Decoder, clock: _Clock) -> Stats:
+        return Stats(
+            prompt_tokens=len(request.prompt),
+            emitted_tokens=len(decoder.token_ids),
+            canvases=clock.canvases,
+            steps=clock.steps,
+            encode_passes=clock.encodes,
+            seconds=clock.now(),
+            prefill_seconds=clock.prefill,
+            first_draft_seconds=clock.first_draft,
+            first_text_seconds=clock.first_text,
+            peak_memory_bytes=self.ops.memory() or peak_memory(),
+        )
+
+
+def check_tokens(ids: Sequence[int], vocab_size: int, images: Sequence[int] = (), *, what: str = "the prompt") -> None:
+    """Refuse token ids that the model cannot read.
+
+    Raises:
+        DgemmaError: no ids at all, one that is not an integer in [0, vocab_size), or an image's placeholder.
+    """
+    if not len(ids):
+        raise DgemmaError(f"{what} is empty")
+    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
+    if bad is not None:
+        raise DgemmaError(f"{what} holds token id {bad}; the vocabulary has ids from 0 to {vocab_size - 1}")
+    if any(i in images for i in ids):
+        raise DgemmaError(f"{what} holds an image token; this version reads text only")

@@ -1,0 +1,278 @@
+"""The public face: load a checkpoint, ask it for text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from . import weights
+from .checkpoint import Checkpoint, resolve
+from .config import GenerationConfig, ModelConfig
+from .engine import Engine, Request, check_tokens
+from .errors import DgemmaError
+from .events import Commit, Done, Event, Generation
+from .model import denoise
+from .tokens import Message, Tokenizer
+
+if TYPE_CHECKING:
+    from .ops import DType, Ops
+
+Prompt = str | Sequence[Message] | Sequence[int]
+
+FLOAT32_LIMIT = 2 << 30
+"""Bytes. `dtype="auto"` computes in float32 up to this size of weights, and in the checkpoint's own width beyond."""
+
+
+def load(
+    name: str | Path = "nano",
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> DiffusionGemma:
+    """Load a checkpoint.
+
+    Args:
+        name: `nano` (shipped with the package), a folder, or a Hugging Face hub id.
+        backend: `auto`, `mlx`, `torch` or `numpy`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` (torch) or `gpu` (mlx).
+        dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is float32 for small models (2 GiB of weights in
+            float32) and the width the checkpoint is stored in for larger ones.
+        progress: called with bytes done and in all while weights are brought to the device.
+
+    Raises:
+        DgemmaError: anything wrong with the name, the files or the options, in one line.
+    """
+    from .. import backends
+
+    chosen = backends.choose(backend)
+    checkpoint = Checkpoint.open(resolve(str(name)))
+    needed = weights.shapes(checkpoint.config)
+    checkpoint.check()
+    if dtype == "auto":
+        size = 4 * sum(int(np.prod(shape)) for shape in needed.values())
+        dtype = "float32" if size <= FLOAT32_LIMIT else checkpoint.stored_dtype
+    ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
+    total = sum(checkpoint.tensor(one).nbytes for one in needed)
+    done = 0
+
+    def get(one: str) -> np.ndarray:
+        nonlocal done
+        tensor = checkpoint.tensor(one)
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done, total)
+        return tensor
+
+    model = weights.build(ops, checkpoint.config, get)
+    config = checkpoint.config
+    tokenizer = None
+    if (checkpoint.path / "tokenizer.json").exists():
+        tokenizer = Tokenizer(checkpoint.path, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id)
+    return DiffusionGemma(Engine(ops, model, tokenizer), checkpoint.generation, checkpoint.path)
+
+
+class DiffusionGemma:
+    """A loaded model; `load` makes one."""
+
+    def __init__(self, engine: Engine, generation: GenerationConfig, path: Path) -> None:
+        self.engine = engine
+        self.generation = generation
+        self.path = path
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.model.config
+
+    @property
+    def ops(self) -> Ops:
+        return self.engine.ops
+
+    @property
+    def backend(self) -> str:
+        return self.ops.name
+
+    @property
+    def device(self) -> str:
+        return str(self.ops.device)
+
+    @property
+    def dtype(self) -> str:
+        return self.ops.dtype
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            DgemmaError: the checkpoint has none; it then takes and gives token ids only.
+        """
+        if self.engine.tokenizer is None:
+            raise DgemmaError(f"{self.path}: no tokenizer.json; only token ids can be given")
+        return self.engine.tokenizer
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Write until an end-of-sequence token, a stop string or the token budget.
+
+        Takes the arguments of `stream`.
+
+        Raises:
+            DgemmaError: a prompt or an option that cannot be, in one line.
+        """
+        tokens: list[int] = []
+        text = thinking = ""
+        for event in self.stream(prompt, **options):
+            if isinstance(event, Commit):
+                tokens += event.tokens
+                text += event.text
+                thinking += event.thinking
+            elif isinstance(event, Done):
+                return Generation(
+                    text=text,
+                    thinking=thinking,
+                    token_ids=tuple(tokens),
+                    finish_reason=event.finish_reason,
+                    stats=event.stats,
+                )
+        raise AssertionError("the engine ended without Done")
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        steps: int | None = None,
+        schedule_steps: int | None = None,
+        entropy_bound: float | None = None,
+        t_min: float | None = None,
+        t_max: float | None = None,
+        confidence: float | None = None,
+        stability: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Sequence[int] | None = None,
+        thinking: bool = False,
+        raw: bool = False,
+    ) -> Iterator[Event]:
+        """Check the options, then yield `Prefill`, `Draft`, `Commit` and, last, `Done`.
+
+        What is None comes from the checkpoint's `generation_config.json`.
+
+        Args:
+            prompt: text (one user message, if the checkpoint has a chat template), chat messages, or token ids.
+            max_new_tokens: at most so many tokens are emitted.
+            seed: the same seed gives the same tokens, run to run and, in float32, backend to backend.
+            steps: cap on denoising passes per canvas.
+            schedule_steps: length of the temperature schedule, apart from the cap.
+            entropy_bound: nats that the accepted tokens of one pass may sum to.
+            t_min: temperature that the schedule ends at.
+            t_max: temperature that it starts from.
+            confidence: mean entropy, in nats, below which a stable canvas is finished; 0 always takes every step.
+            stability: how many passes in a row must leave the canvas as it was.
+            stop: strings that end the answer; neither they nor what follows is given out.
+            eos: end-of-sequence token ids; an empty sequence never ends early.
+            thinking: ask the chat template for a thinking channel.
+            raw: take text as it stands, without the chat template.
+
+        Raises:
+            DgemmaError: a prompt or an option that cannot be, in one line; raised here, before the first event.
+        """
+        _integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
+        _integer("seed", seed, 0, (1 << 64) - 1)
+        given = {
+            "steps": steps, "schedule_steps": schedule_steps, "entropy_bound": entropy_bound, "t_min": t_min,
+            "t_max": t_max, "confidence": confidence, "stability": stability,
+        }  # fmt: skip
+        sampler = replace(self.generation.sampler, **{key: one for key, one in given.items() if one is not None})
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if any(not isinstance(one, str) or not one for one in stops):
+            raise DgemmaError("stop: expected non-empty strings")
+        if stops and self.engine.tokenizer is None:
+            raise DgemmaError("stop: the checkpoint has no tokenizer, so there is no text to search")
+        request = Request(
+            prompt=tuple(self._ids(prompt, thinking=thinking, raw=raw)),
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            sampler=sampler,
+            eos_token_ids=self._ends(eos),
+            stop=stops,
+        )
+        self.engine.check(request)
+        return self.engine.generate(request)
+
+    def logits(
+        self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Run one denoising pass and return its logits.
+
+        Args:
+            prompt_ids: token ids, or text or messages as `stream` takes them.
+            canvas_ids: L token ids, or text that is tokenized as it stands.
+            previous_logits: [L, V] logits of the pass before, already divided by its temperature; None on the first.
+
+        Returns:
+            float32 [L, V], soft-capped, before any temperature.
+
+        Raises:
+            DgemmaError: an id that does not exist, or a shape that does not fit.
+        """
+        ops, model = self.ops, self.engine.model
+        prompt = self._ids(prompt_ids, thinking=False, raw=False)
+        check_tokens(prompt, self.config.vocab_size, self.config.image_token_ids)
+        canvas = self.tokenizer.encode(canvas_ids) if isinstance(canvas_ids, str) else _ids(canvas_ids, "the canvas")
+        check_tokens(canvas, self.config.vocab_size, what="the canvas")
+        if len(prompt) + len(canvas) > self.config.max_positions:
+            raise DgemmaError(f"prompt and canvas exceed the model's context of {self.config.max_positions:,} tokens")
+        shape = (1, len(canvas), self.config.hidden_size)
+        if previous_logits is None:
+            soft = ops.asarray(np.zeros(shape, np.float32), ops.dtype)
+        else:
+            given = np.asarray(previous_logits)
+            wanted = (len(canvas), self.config.vocab_size)
+            if given.shape != wanted or given.dtype.kind != "f":
+                raise DgemmaError(f"previous_logits is {given.dtype} {given.shape}, expected floats of shape {wanted}")
+            soft = self.engine.mean_embedding(ops.asarray(given[None].astype(np.float32), ops.wide))
+        cache = self.engine.prefill(prompt, len(canvas))
+        x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
+        return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+
+    def _ids(self, prompt: Prompt, *, thinking: bool, raw: bool) -> list[int]:
+        if isinstance(prompt, str):
+            if not raw and self.tokenizer.has_template:
+                return self.tokenizer.render([{"role": "user", "content": prompt}], thinking=thinking)
+            return self.tokenizer.encode(prompt, bos=True)
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            return self.tokenizer.render(cast("Sequence[Message]", prompt), thinking=thinking)
+        return _ids(prompt, "the prompt")
+
+    def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
+        if eos is None:
+            return self.generation.eos_token_ids or self.config.eos_token_ids
+        ends = tuple(_ids([eos] if isinstance(eos, int) else eos, "eos"))
+        if ends:
+            check_tokens(ends, self.config.vocab_size, what="eos")
+        return ends
+
+
+def _ids(values: Any, what: str) -> list[int]:
+    """Accept any sequence or array of integers."""
+    try:
+        array = np.asarray(values)
+    except (ValueError, TypeError, OverflowError):
+        array = np.asarray("ragged")
+    if array.size == 0:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DgemmaError(f"{what}: expected text, chat messages or a flat sequence of token ids")
+    return [int(i) for i in array]
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise DgemmaError(f"{name} is {value!r}, expected an integer from {low} to {high}")
+
