@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import DgemmaError
+from .errors import DgemmaError, quoted, shown
+from .reader import Reader, show
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 
-_MAX_SIZE = 1 << 31  # any dimension beyond this is a corrupt file, not a model
+_MAX_JSON = 1 << 28  # bytes; a tokenizer or an index of a real model has some tens of megabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class ModelConfig:
         Raises:
             DgemmaError: an unknown key, a missing key, or a value that the graph does not support.
         """
-        return _read_config(_Reader(data, where))
+        return _read_config(Reader(data, where))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +130,7 @@ class GenerationConfig:
         Raises:
             DgemmaError: an unknown key or a value out of range.
         """
-        read = _Reader({key: value for key, value in data.items() if value is not None}, where)
+        read = Reader(data, where, nulls=False)
         read.ignore(
             "_from_model_config", "transformers_version", "return_dict_in_generate", "cache_implementation",
             "cache_config", "disable_compile", "bos_token_id", "pad_token_id", "max_length", "do_sample", "temperature",
@@ -139,9 +141,7 @@ class GenerationConfig:
         bound = default.entropy_bound
         if (sampler := read.take("sampler_config", None)) is not None:
             inner = read.child("sampler_config", sampler)
-            name = inner.take("_cls_name", "EntropyBoundSamplerConfig")
-            if name != "EntropyBoundSamplerConfig":
-                raise DgemmaError(f"{inner.where}: _cls_name is {name!r}; only EntropyBoundSamplerConfig is supported")
+            inner.only("_cls_name", "EntropyBoundSamplerConfig")
             bound = inner.number("entropy_bound", bound, low=0.0)
             inner.finish()
         fields = {
@@ -163,93 +163,43 @@ class GenerationConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file, refusing duplicate keys and anything that is not an object."""
+    """Read a JSON object from a file, refusing duplicate keys, and anything that is not an object in a regular file."""
+    where = shown(path)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             seen: set[str] = set()
             double = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise DgemmaError(f"{path}: the key {double!r} stands twice")
+            raise DgemmaError(f"{where}: the key {quoted(double)} stands twice")
         return result
 
     try:
+        found = path.stat()
+        # Asked before opening: a pipe would wait for its other end, and a device never ends.
+        if not stat.S_ISREG(found.st_mode):
+            raise DgemmaError(f"{where}: not a regular file")
+        if found.st_size > _MAX_JSON:
+            raise DgemmaError(f"{where}: {found.st_size:,} bytes, expected at most {_MAX_JSON:,}")
         data = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except DgemmaError:
+        raise
     except FileNotFoundError:
-        raise DgemmaError(f"{path}: no such file") from None
+        raise DgemmaError(f"{where}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DgemmaError(f"{path}: not readable as JSON: {str(error).splitlines()[0]}") from None
+        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise DgemmaError(f"{where}: not readable as JSON: {quoted(said)}") from None
     if not isinstance(data, dict):
-        raise DgemmaError(f"{path}: expected a JSON object, found {type(data).__name__}")
+        raise DgemmaError(f"{where}: expected a JSON object, found {type(data).__name__}")
     return data
-
-
-class _Reader:
-    """A JSON object whose keys are taken one by one, so that what is left over can be refused."""
-
-    def __init__(self, data: Any, where: str) -> None:
-        if not isinstance(data, Mapping):
-            raise DgemmaError(f"{where}: expected an object, found {_show(data)}")
-        self.data = dict(data)
-        self.where = where
-
-    def child(self, key: str, data: Any) -> _Reader:
-        return _Reader(data, f"{self.where}: {key}")
-
-    def take(self, key: str, *default: Any) -> Any:
-        if key not in self.data and not default:
-            raise DgemmaError(f"{self.where}: the key {key!r} is missing")
-        return self.data.pop(key, *default)
-
-    def ignore(self, *keys: str) -> None:
-        for key in keys:
-            self.data.pop(key, None)
-
-    def integer(self, key: str, *default: int, low: int = 1, high: int = _MAX_SIZE) -> int:
-        value = self.take(key, *default)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise DgemmaError(f"{self.where}: {key} is {_show(value)}, expected an integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, *default: float, low: float = -math.inf, above: bool = False) -> float:
-        value = self.take(key, *default)
-        good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not good or value < low or (above and value == low):
-            bound = "" if low == -math.inf else f" {'above' if above else 'from'} {low}"
-            raise DgemmaError(f"{self.where}: {key} is {_show(value)}, expected a finite number{bound}")
-        return float(value)
-
-    def token_ids(self, key: str) -> tuple[int, ...]:
-        value = self.take(key, None)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < _MAX_SIZE for i in ids):
-            raise DgemmaError(f"{self.where}: {key} is {_show(value)}, expected a token id or a list of them")
-        return tuple(dict.fromkeys(ids))
-
-    def only(self, key: str, *supported: Any) -> None:
-        """Accept a key only with a value that the graph implements; a missing key has the first."""
-        value = self.take(key, supported[0])
-        if not any(type(value) is type(one) and value == one for one in supported):
-            expected = " or ".join(json.dumps(one) for one in supported)
-            raise DgemmaError(f"{self.where}: {key} is {_show(value)}; this runtime supports {expected}")
-
-    def finish(self) -> None:
-        if self.data:
-            keys = ", ".join(repr(key) for key in sorted(self.data, key=str))
-            raise DgemmaError(f"{self.where}: unknown key {keys}; a newer format needs a newer dgemma")
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:
     good = isinstance(value, int | float if kind is float else int) and not isinstance(value, bool)
-    if not good or math.isnan(value) or not low <= value <= high:
+    if not good or not low <= value <= high:  # NaN fails every comparison
         noun = "a number" if kind is float else "an integer"
         bound = f"of at least {low}" if math.isinf(high) else f"from {low} to {high}"
-        raise DgemmaError(f"{name} is {value!r}, expected {noun} {bound}")
+        raise DgemmaError(f"{name} is {show(value)}, expected {noun} {bound}")
 
 
 def _named(where: str, make: Any) -> Any:
@@ -273,14 +223,13 @@ _NO_EFFECT_TEXT = (
 )  # fmt: skip
 
 
-def _read_config(read: _Reader) -> ModelConfig:
+def _read_config(read: Reader) -> ModelConfig:
     read.only("model_type", "diffusion_gemma")
     read.only("tie_word_embeddings", True)
-    image = read.take("image_token_id", None)
+    image = read.token_ids("image_token_id")
     read.ignore(*_NO_EFFECT_TOP)
     text = read.child("text_config", read.take("text_config"))
-    top_eos, top_pad, top_bos = read.token_ids("eos_token_id"), read.take("pad_token_id", None), None
-    top_bos = read.take("bos_token_id", None)
+    top_eos, top_pad, top_bos = (read.token_ids(f"{name}_token_id") for name in ("eos", "pad", "bos"))
     canvas = read.integer("canvas_length", 256, high=1 << 20)
     read.finish()
 
@@ -291,15 +240,11 @@ def _read_config(read: _Reader) -> ModelConfig:
     text.only("use_bidirectional_attention", "vision", None)
     text.ignore(*_NO_EFFECT_TEXT)
     vocab = text.integer("vocab_size")
-    pad = text.take("pad_token_id", None)
-    bos = text.take("bos_token_id", None)
-    text_eos = text.token_ids("eos_token_id")
+    text_eos, text_pad, text_bos = (text.token_ids(f"{name}_token_id") for name in ("eos", "pad", "bos"))
     experts = text.integer("num_experts")
     per_token = text.integer("top_k_experts")
     if per_token > experts:
         raise DgemmaError(f"{text.where}: top_k_experts is {per_token}, more than num_experts {experts}")
-    if canvas < 1:
-        raise DgemmaError(f"{read.where}: canvas_length is {canvas}, expected at least 1")
     config = ModelConfig(
         vocab_size=vocab,
         hidden_size=text.integer("hidden_size"),
@@ -312,22 +257,24 @@ def _read_config(read: _Reader) -> ModelConfig:
         max_positions=text.integer("max_position_embeddings", 262_144),
         norm_eps=text.number("rms_norm_eps", 1e-6, low=0.0),
         softcap=text.number("final_logit_softcapping", 30.0, low=0.0, above=True),
-        pad_token_id=next((i for i in (pad, top_pad) if i is not None), 0),
-        bos_token_id=bos if bos is not None else top_bos,
+        pad_token_id=next(iter(text_pad or top_pad), 0),
+        bos_token_id=next(iter(text_bos or top_bos), None),
         eos_token_ids=top_eos or text_eos,
-        image_token_ids=() if image is None else (image,),
+        image_token_ids=image,
     )
     text.finish()
-    ids = {"pad_token_id": [config.pad_token_id], "eos_token_id": config.eos_token_ids}
+    ids = {"pad": text_pad or top_pad, "bos": text_bos or top_bos, "eos": top_eos or text_eos}
     for name, values in ids.items():
-        if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocab for i in values):
-            raise DgemmaError(f"{text.where}: {name} is {_show(list(values))}, outside the vocabulary of {vocab}")
+        if any(i >= vocab for i in values):
+            raise DgemmaError(f"{text.where}: {name}_token_id is {show(values)}, outside the vocabulary of {vocab}")
+        if name != "eos" and len(values) > 1:
+            raise DgemmaError(f"{text.where}: {name}_token_id is {show(values)}, expected one id")
     return config
 
 
-def _read_layers(text: _Reader) -> tuple[AttentionConfig, ...]:
+def _read_layers(text: Reader) -> tuple[AttentionConfig, ...]:
     count = text.integer("num_hidden_layers", high=10_000)
-    kinds = text.take("layer_types", None)
+    kinds: Any = text.take("layer_types", None)
     if kinds is None:  # five sliding layers to each full one
         kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
     known = ("sliding_attention", "full_attention")
@@ -339,7 +286,7 @@ def _read_layers(text: _Reader) -> tuple[AttentionConfig, ...]:
     kv_heads = text.integer("num_key_value_heads", high=1 << 16)
     head_dim = text.integer("head_dim", high=1 << 16)
     window = text.integer("sliding_window", low=2)
-    full_dim, full_kv = _read_full_shape(text, kinds, kv_heads)
+    full_dim, full_kv = _read_full_shape(text, kinds, head_dim, kv_heads)
     ropes = _read_ropes(text)
 
     def attention(kind: LayerKind) -> AttentionConfig:
@@ -364,33 +311,41 @@ def _read_layers(text: _Reader) -> tuple[AttentionConfig, ...]:
     return tuple(made[kind] for kind in kinds)
 
 
-def _read_full_shape(text: _Reader, kinds: list[LayerKind], kv_heads: int) -> tuple[int, int]:
+def _read_full_shape(text: Reader, kinds: list[LayerKind], head_dim: int, kv_heads: int) -> tuple[int, int]:
     """Head size and key-value heads of the full-attention layers, from either spelling."""
     dim = text.take("global_head_dim", None)
     kv = text.take("num_global_key_value_heads", None)
     text.only("attention_k_eq_v", True, None)
-    per_layer = text.take("per_layer_config", None)
-    found = {"head_dim": 512 if dim is None else dim, "num_key_value_heads": kv_heads if kv is None else kv}
-    if per_layer is not None:
-        table = text.child("per_layer_config", per_layer)
-        full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-        entries = {key: value for key, value in table.data.items() if value not in (None, {})}
-        if sorted(map(str, full)) != sorted(map(str, entries)):
-            raise DgemmaError(f"{table.where}: expected entries for exactly the full-attention layers {full}")
-        shapes = []
-        for key, value in entries.items():
-            entry = table.child(str(key), value)
-            shapes.append((entry.integer("head_dim", found["head_dim"]),
-                           entry.integer("num_key_value_heads", found["num_key_value_heads"])))  # fmt: skip
-            entry.finish()
-        if len(set(shapes)) > 1:
-            raise DgemmaError(f"{table.where}: the full-attention layers differ in shape; they must be alike")
-        found["head_dim"], found["num_key_value_heads"] = shapes[0]
-    check = _Reader(found, text.where)
-    return check.integer("head_dim", high=1 << 16), check.integer("num_key_value_heads", high=1 << 16)
+    given = Reader({"global_head_dim": dim, "num_global_key_value_heads": kv}, text.where, nulls=False)
+    if "per_layer_config" not in text.data:
+        return (
+            given.integer("global_head_dim", 512, high=1 << 16),
+            given.integer("num_global_key_value_heads", kv_heads, high=1 << 16),
+        )
+    # Here a layer has what its entry says and, for what that leaves out, the numbers of the sliding layers: transformers
+    # writes only what differs, and nothing where all layers are alike.
+    written = text.take("per_layer_config")
+    table = text.child("per_layer_config", {} if written is None else written)
+    full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    entries = {str(key): value for key, value in table.data.items() if value not in (None, {})}
+    if entries and entries.keys() != set(map(str, full)):
+        raise DgemmaError(f"{table.where}: expected entries for exactly the full-attention layers {show(full)}")
+    shapes = {(head_dim, kv_heads)} if not entries else set()
+    for key, value in entries.items():
+        entry = table.child(key, value)
+        one = entry.integer("head_dim", head_dim, high=1 << 16)
+        shapes.add((one, entry.integer("num_key_value_heads", kv_heads, high=1 << 16)))
+        entry.finish()
+    if len(shapes) > 1:
+        raise DgemmaError(f"{table.where}: the full-attention layers differ in shape; they must be alike")
+    shape = shapes.pop()
+    if not all(old in (None, new) for old, new in zip((dim, kv), shape, strict=True)):
+        raise DgemmaError(f"{table.where}: says {shape}, but global_head_dim and num_global_key_value_heads say "
+                          f"{show([dim, kv])}; remove one spelling")  # fmt: skip
+    return shape
 
 
-def _read_ropes(text: _Reader) -> dict[str, tuple[float, float]]:
+def _read_ropes(text: Reader) -> dict[str, tuple[float, float]]:
     """Base and rotating share of each layer kind's RoPE."""
     default = {
         "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},

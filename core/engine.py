@@ -1,7 +1,7 @@
 """The host loop: prompt in, events out. It knows the graph's functions and no backend.
 
-    read the prompt ──▶ denoise a canvas ──▶ commit its argmax ──▶ encode it ──▶ next canvas …
-                          (≤ steps passes)       (cut, decode)       (never the last)
+read the prompt ──▶ denoise a canvas ──▶ commit its argmax ──▶ encode it ──▶ next canvas …
+                      (≤ steps passes)       (cut, decode)       (never the last)
 """
 
 from __future__ import annotations
@@ -135,9 +135,7 @@ class Engine:
             yield Prefill(done=min(at + chunk, len(prompt)), total=len(prompt))
         return cache
 
-    def _denoise(
-        self, cache: Cache, request: Request, index: int, clock: _Clock
-    ) -> Generator[Event, None, np.ndarray]:
+    def _denoise(self, cache: Cache, request: Request, index: int, clock: _Clock) -> Generator[Event, None, np.ndarray]:
         """Yield a `Draft` for each pass over one canvas; return the argmax canvas, int32 [L]."""
         ops, config, sampler = self.ops, self.model.config, request.sampler
         run = self._step(sampler)
@@ -188,7 +186,7 @@ class Engine:
     def _stats(self, request: Request, decoder: Decoder, clock: _Clock) -> Stats:
         return Stats(
             prompt_tokens=len(request.prompt),
-            emitted_tokens=len(decoder.token_ids),
+            emitted_tokens=decoder.released,
             canvases=clock.canvases,
             steps=clock.steps,
             encode_passes=clock.encodes,

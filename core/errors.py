@@ -1,5 +1,21 @@
-"""The one exception that dgemma raises on purpose."""
+"""The one exception that dgemma raises on purpose, and how names from outside are put into its line."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 
 class DgemmaError(ValueError):
     """Bad input, said in one line: which file, key or option, what was expected, what to do."""
+
+
+def shown(path: str | Path) -> str:
+    """Return a path for a message: on one line, printable, and short enough to leave room for the message."""
+    text = "".join(c if c.isprintable() else "?" for c in str(path))
+    return text if len(text) <= 120 else f"...{text[-117:]}"
+
+
+def quoted(value: object, limit: int = 80) -> str:
+    """Return a name or value from a file for a message: on one line, in ASCII and short."""
+    text = ascii(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

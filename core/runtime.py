@@ -275,4 +275,3 @@ def _ids(values: Any, what: str) -> list[int]:
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise DgemmaError(f"{name} is {value!r}, expected an integer from {low} to {high}")
-

@@ -160,32 +160,36 @@ class Decoder:
     def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
-        self.token_ids: list[int] = []
-        self.text = self.thinking = ""  # what has been given out
+        self.released = 0  # how many tokens have been given out
+        self._tokens: list[int] = []
+        self._text = self._thinking = ""  # what has been given out
         self._open = tokenizer.id_of(CHANNEL_OPEN) if tokenizer else None
         self._close = tokenizer.id_of(CHANNEL_CLOSE) if tokenizer else None
 
     def push(self, tokens: Sequence[int], *, last: bool) -> Piece:
         """Add final tokens; `last` gives out what was held back."""
-        before = len(self.token_ids)
-        self.token_ids += [int(token) for token in tokens]
-        answer, thinking = self._decode(len(self.token_ids))
+        self._tokens += [int(token) for token in tokens]
+        answer, thinking = self._decode(len(self._tokens))
+        count = len(self._tokens)
         cut = min((at for stop in self.stop if (at := answer.find(stop)) >= 0), default=None)
-        if cut is not None:
-            self._drop_beyond(cut, before)
-            answer, last = answer[:cut], True
-        elif not last:
+        if cut is None and not last:
             answer, thinking = answer.rstrip(_UNFINISHED), thinking.rstrip(_UNFINISHED)
-            answer = answer[: len(answer) - self._held(answer)]
+            held = self._held(answer)
+            end = len(answer) - held if held else None
+        else:
+            end = cut
+        if end is not None:
+            answer, count = answer[:end], self._fewest(end)
         # What was given out stays: a decoder that cleans spaces up may rewrite it, and then nothing is added.
         piece = Piece(
-            tokens=tuple(self.token_ids[before:]),
-            text=answer[len(self.text) :],
-            thinking=thinking[len(self.thinking) :],
+            tokens=tuple(self._tokens[self.released : count]),
+            text=answer[len(self._text) :],
+            thinking=thinking[len(self._thinking) :],
             stopped=cut is not None,
         )
-        self.text += piece.text
-        self.thinking += piece.thinking
+        self.released = count
+        self._text += piece.text
+        self._thinking += piece.thinking
         return piece
 
     def _held(self, answer: str) -> int:
@@ -194,16 +198,16 @@ class Decoder:
         sizes = range(min(longest - 1, len(answer)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(answer[-n:]) for stop in self.stop)), 0)
 
-    def _drop_beyond(self, cut: int, before: int) -> None:
-        """Keep the fewest tokens that still say the answer up to `cut`, and none committed earlier is taken back."""
-        low, high = before, len(self.token_ids)
+    def _fewest(self, length: int) -> int:
+        """Return how few tokens say `length` characters of the answer."""
+        low, high = self.released, len(self._tokens)
         while low < high:
             middle = (low + high) // 2
-            if len(self._decode(middle)[0].rstrip(_UNFINISHED)) >= cut:
+            if len(self._decode(middle)[0].rstrip(_UNFINISHED)) >= length:
                 high = middle
             else:
                 low = middle + 1
-        del self.token_ids[low:]
+        return low
 
     def _decode(self, count: int) -> tuple[str, str]:
         """Answer and thinking that the first `count` tokens say."""
@@ -219,7 +223,7 @@ class Decoder:
             parts[inside].append(text.partition("\n")[2] if inside else text)
             run.clear()
 
-        for token in self.token_ids[:count]:
+        for token in self._tokens[:count]:
             if self._open is not None and token in (self._open, self._close):
                 close()
                 inside = token == self._open
@@ -235,5 +239,3 @@ def split_at_end(tokens: Sequence[int], ends: Sequence[int]) -> tuple[list[int],
         if token in ends:
             return [int(t) for t in tokens[:i]], True
     return [int(t) for t in tokens], False
-
-

@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV ?= .venv
+BOARD ?= 1... ..2. .3.. ...4
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+
+.PHONY: solve test check format clean
+
+solve: $(VENV)/.installed  ## set up, and solve a board: make solve BOARD="1... ..2. .3.. ...4"
+	@$(BIN)/python examples/sudoku/solve.py "$(BOARD)"
+
+test: check  ## set up, and run every test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev  ## lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	PIP_CONSTRAINT=constraints.txt $(PIP) install -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed
+	PIP_CONSTRAINT=constraints.txt $(PIP) install -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

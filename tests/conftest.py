@@ -1,0 +1,37 @@
+"""Settings of the whole suite, and the backends that the ladder is climbed with."""
+
+from __future__ import annotations
+
+import os
+
+# MLX on a GPU with tensor cores multiplies float32 in TF32 by default, which no parity test survives. It reads this
+# once, when it is first imported.
+os.environ["MLX_ENABLE_TF32"] = "0"
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from dgemma.core.ops import Ops
+from under_test import BACKENDS, LOW_PRECISION_BACKENDS, make_ops
+
+torch.set_num_threads(2)
+
+# The parent is hypothesis's own default, which derandomises where it sees CI. Arrays are drawn from a seed, so that an
+# example is cheap to generate and shrinks by its shape.
+settings.register_profile(
+    "dgemma", deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("dgemma")
+
+
+@pytest.fixture(params=BACKENDS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    """Every backend, in float32."""
+    return make_ops(request.param, "float32")
+
+
+@pytest.fixture(params=LOW_PRECISION_BACKENDS)
+def ops_bf16(request: pytest.FixtureRequest) -> Ops:
+    """Every backend that runs bfloat16 on this machine's CPU."""
+    return make_ops(request.param, "bfloat16")
