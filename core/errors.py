@@ -12,10 +12,10 @@ class DgemmaError(ValueError):
 def shown(path: str | Path) -> str:
     """Return a path for a message: on one line, printable, and short enough to leave room for the message."""
     text = "".join(c if c.isprintable() else "?" for c in str(path))
-    return text if len(text) <= 120 else f"...{text[-117:]}"
+    return text if len(text) <= 90 else f"...{text[-87:]}"
 
 
-def quoted(value: object, limit: int = 80) -> str:
+def quoted(value: object, limit: int = 70) -> str:
     """Return a name or value from a file for a message: on one line, in ASCII and short."""
     text = ascii(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

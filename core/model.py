@@ -145,15 +145,15 @@ def encode_hidden(
     ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None = None
 ) -> tuple[Cache, Array]:
     """`encode`, and the normed states [B, L, D] that predict each next token (training and scoring read them)."""
-    fresh = tokens.shape[1] if fresh is None else fresh
+    count: int | Array = tokens.shape[1] if fresh is None else fresh
     ropes = _ropes(ops, model.config, cache.length, tokens.shape[1])
     x = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
     written = []
     for layer, context in zip(model.layers, cache.layers, strict=True):
         span = _span(ops, layer, cache.length, causal=True)
         x, k, v = layer(ops, x, ropes[layer.self_attn.config.kind], context, span)
-        written.append(ops.cache_write(context, k, v, span, fresh))
-    return Cache(tuple(written), cache.length + fresh), model.norm(ops, x)
+        written.append(ops.cache_write(context, k, v, span, count))
+    return Cache(tuple(written), cache.length + count), model.norm(ops, x)
 
 
 def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) -> Array:

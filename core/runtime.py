@@ -116,25 +116,41 @@ class DiffusionGemma:
             raise DgemmaError(f"{self.path}: no tokenizer.json; only token ids can be given")
         return self.engine.tokenizer
 
-    def generate(self, prompt: Prompt, **options: Any) -> Generation:
-        """Write until an end-of-sequence token, a stop string or the token budget.
-
-        Takes the arguments of `stream`.
-
-        Raises:
-            DgemmaError: a prompt or an option that cannot be, in one line.
-        """
+    def generate(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int = 256,
+        seed: int = 0,
+        steps: int | None = None,
+        *,
+        schedule_steps: int | None = None,
+        entropy_bound: float | None = None,
+        t_min: float | None = None,
+        t_max: float | None = None,
+        confidence: float | None = None,
+        stability: int | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Sequence[int] | None = None,
+        thinking: bool = False,
+        raw: bool = False,
+    ) -> Generation:
+        """Write until an end-of-sequence token, a stop string or the token budget. Arguments and errors as `stream`."""
+        events = self.stream(
+            prompt, max_new_tokens, seed, steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
+            t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, stop=stop, eos=eos,
+            thinking=thinking, raw=raw,
+        )  # fmt: skip
         tokens: list[int] = []
-        text = thinking = ""
-        for event in self.stream(prompt, **options):
+        text = thought = ""
+        for event in events:
             if isinstance(event, Commit):
                 tokens += event.tokens
                 text += event.text
-                thinking += event.thinking
+                thought += event.thinking
             elif isinstance(event, Done):
                 return Generation(
                     text=text,
-                    thinking=thinking,
+                    thinking=thought,
                     token_ids=tuple(tokens),
                     finish_reason=event.finish_reason,
                     stats=event.stats,
@@ -144,10 +160,10 @@ class DiffusionGemma:
     def stream(
         self,
         prompt: Prompt,
-        *,
         max_new_tokens: int = 256,
         seed: int = 0,
         steps: int | None = None,
+        *,
         schedule_steps: int | None = None,
         entropy_bound: float | None = None,
         t_min: float | None = None,
