@@ -102,10 +102,13 @@ class SamplerConfig:
             _check(name, getattr(self, name), int, 1, 100_000)
         _check("stability", self.stability, int, 0, 100_000)
         # A zero temperature divides by zero; the reference allows t_min = 0 because its last step never reaches it.
-        _check("t_min", self.t_min, float, 0.0, 100.0)
-        _check("t_max", self.t_max, float, 1e-3, 100.0)
-        _check("entropy_bound", self.entropy_bound, float, 0.0, math.inf)
-        _check("confidence", self.confidence, float, 0.0, math.inf)
+        floats = {"t_min": (0.0, 100.0), "t_max": (1e-3, 100.0), "entropy_bound": (0.0, math.inf),
+                  "confidence": (0.0, math.inf)}  # fmt: skip
+        for name, (low, high) in floats.items():
+            value = getattr(self, name)
+            _check(name, value, float, low, high)
+            # The graph compares in float32, which has infinity but nothing of this size.
+            object.__setattr__(self, name, math.inf if value > 1e30 else float(value))
         if self.t_max < self.t_min:
             raise DgemmaError(f"t_max is {self.t_max}, below t_min {self.t_min}: give t_max ≥ t_min")
 
@@ -322,8 +325,8 @@ def _read_full_shape(text: Reader, kinds: list[LayerKind], head_dim: int, kv_hea
             given.integer("global_head_dim", 512, high=1 << 16),
             given.integer("num_global_key_value_heads", kv_heads, high=1 << 16),
         )
-    # Here a layer has what its entry says and, for what that leaves out, the numbers of the sliding layers: transformers
-    # writes only what differs, and nothing where all layers are alike.
+    # What an entry leaves out is as in the sliding layers: transformers writes only what differs, and nothing where all
+    # layers are alike.
     written = text.take("per_layer_config")
     table = text.child("per_layer_config", {} if written is None else written)
     full = [i for i, kind in enumerate(kinds) if kind == "full_attention"]

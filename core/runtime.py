@@ -13,9 +13,10 @@ from . import weights
 from .checkpoint import Checkpoint, resolve
 from .config import GenerationConfig, ModelConfig
 from .engine import Engine, Request, check_tokens
-from .errors import DgemmaError
+from .errors import DgemmaError, quoted
 from .events import Commit, Done, Event, Generation
 from .model import denoise
+from .reader import show
 from .tokens import Message, Tokenizer
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def load(
     """
     from .. import backends
 
+    for option, value in {"backend": backend, "device": device, "dtype": dtype}.items():
+        if not isinstance(value, str):
+            raise DgemmaError(f"{option} is {quoted(value)}, expected a name such as 'auto'")
     chosen = backends.choose(backend)
     checkpoint = Checkpoint.open(resolve(str(name)))
     needed = weights.shapes(checkpoint.config)
@@ -205,7 +209,8 @@ class DiffusionGemma:
             "t_max": t_max, "confidence": confidence, "stability": stability,
         }  # fmt: skip
         sampler = replace(self.generation.sampler, **{key: one for key, one in given.items() if one is not None})
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        many = not isinstance(stop, str) and isinstance(stop, Sequence)
+        stops: tuple[Any, ...] = tuple(stop) if many else (stop,)
         if any(not isinstance(one, str) or not one for one in stops):
             raise DgemmaError("stop: expected non-empty strings")
         if stops and self.engine.tokenizer is None:
@@ -290,4 +295,4 @@ def _ids(values: Any, what: str) -> list[int]:
 
 def _integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise DgemmaError(f"{name} is {value!r}, expected an integer from {low} to {high}")
+        raise DgemmaError(f"{name} is {show(value)}, expected an integer from {low} to {high}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ SPECIAL = (
     "<|image>", "<|image|>", "<image|>", "<|tool_response>", "<unused0>", "<unused1>", "<unused2>",
 )  # fmt: skip
 IDS = {token: i for i, token in enumerate(SPECIAL)}
+INDEX = "model.safetensors.index.json"
 VOCAB = len(SPECIAL) + 256  # and one token per byte
 
 TEMPLATE = """{{ bos_token }}
@@ -120,3 +122,32 @@ def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, np.ndarray]
             value = noise if "embed" in name else 1.5 * shape[-1] ** -0.5 * noise
         result[name] = value.astype(np.float32)
     return result
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> Path:
+    """Change the tensors of a single-file checkpoint."""
+    path = folder / "model.safetensors"
+    file = safetensors.SafetensorsFile.open(path)
+    tensors = {name: file.tensor(name).copy() for name in file.entries}
+    change(tensors)
+    safetensors.write(path, tensors)
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change top-level keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shard(folder: Path, parts: int = 3) -> Path:
+    """Split a single-file checkpoint as transformers names shards."""
+    file = safetensors.SafetensorsFile.open(folder / "model.safetensors")
+    table = {}
+    for i in range(parts):
+        name = f"model-{i + 1:05}-of-{parts:05}.safetensors"
+        part = list(file.entries)[i::parts]
+        safetensors.write(folder / name, {one: file.tensor(one) for one in part}, {"format": "pt"})
+        table |= dict.fromkeys(part, name)
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": table}))
+    return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from ...core.errors import DgemmaError
@@ -24,7 +25,7 @@ def torch_backend(device: str, dtype: DType) -> Ops:
     if device == "auto":
         device = "cuda" if cuda else "cpu"
     kind, _, index = device.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if not re.fullmatch("cpu|cuda(:[0-9]{1,4})?", device):
         raise DgemmaError(f"device {device!r} is not one that torch has here; choose from auto, cpu, cuda, cuda:N")
     if kind == "cuda" and not cuda:
         raise DgemmaError("device 'cuda' is not usable: this torch sees no CUDA card; choose cpu, or see dgemma doctor")
