@@ -1,18 +1,19 @@
 """Quantized weights: formats, tensors as stored, and the one definition of their value. NumPy only.
 
-The byte layout is MLX's (FACTS §5), so that MLX, Triton and ONNX's MatMulNBits all read a checkpoint as it stands: codes lie
-along the input dimension N as a little-endian bit stream in uint32 words, and `group_size` neighbours share a scale. With
-q the code of a weight, its value is
+The byte layout is MLX's (FACTS §5), so that MLX, Triton and ONNX's MatMulNBits all read a checkpoint as it stands:
+codes lie along the input dimension N as a little-endian bit stream in uint32 words, and `group_size` neighbours share a
+scale. With q the code of a weight, its value is
 
     affine            scale·q + bias                           scale, bias: bf16
     affine symmetric  scale·q + bias, bias = -2^(bits-1)·scale  exact in bf16, hence not stored
     mxfp4, mxfp8      2^(scale-127) · e2m1(q) or e4m3(q)       scale: uint8, E8M0
     nvfp4             (e4m3(scale)·global_scale) · e2m1(q)     scale: uint8, E4M3; global_scale: float32, 1 where absent
 
-computed in float32 and rounded once to the dtype asked for. A product is exact in float32 (8 significant bits in a scale,
-8 at most in a code; only a global scale makes it round), so a fused multiply-add gives the same, and the sum is all that
-rounds before the dtype does. Metal's kernels compute this since mlx 0.32.2, and so, bit for bit, does `mx.dequantize` on
-the CPU when given float32 scales. Given bf16 scales, MLX's CPU path multiplies and adds in bf16: two roundings, not ours.
+computed in float32 and rounded once to the dtype asked for. A product is exact in float32 (8 significant bits in a
+scale, 8 at most in a code; only a global scale makes it round), so a fused multiply-add gives the same, and the sum is
+all that rounds before the dtype does. Metal's kernels compute this since mlx 0.32.2, and so, bit for bit, does
+`mx.dequantize` on the CPU when given float32 scales. Given bf16 scales, MLX's CPU path multiplies and adds in bf16: two
+roundings, not ours.
 
 How scales and codes are found is in `quant_fit.py`, how bits are laid in `quant_bits.py`.
 """
@@ -46,8 +47,8 @@ CHUNK = 1 << 16  # weights fitted at once: four float32 buffers of them fit in a
 class Format:
     """How a tensor is quantized; equal where the same bytes mean the same weights.
 
-    `symmetric` (affine only) fixes the zero point at 2^(bits-1) and drops the biases. Raises DgemmaError for a combination
-    MLX does not have.
+    `symmetric` (affine only) fixes the zero point at 2^(bits-1) and drops the biases. Raises DgemmaError for a
+    combination MLX does not have.
     """
 
     mode: str = "affine"
@@ -131,15 +132,16 @@ class QTensor:
     """A quantized weight as stored. Arrays are held, never copied: they may be views of a mapped file.
 
     words         uint32 [..., N·bits/32]
-    scales        [..., N/group_size]: uint16 holding bf16 bits (affine), uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4)
+    scales        [..., N/group_size]: uint16 of bf16 bits (affine), uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4)
     biases        as scales; None exactly where the format derives them (symmetric) or has none
-    global_scale  nvfp4 only, factor on all scales: modelopt's `weight_scale_2`, or MLX's `global_scale` / 2688; None is 1
+    global_scale  nvfp4 only, factor on all scales, None for 1: modelopt's `weight_scale_2`, MLX's `global_scale`/2688.
+                  A number, or float32 [..., 1], one for each row, where experts were quantized one by one
     """
 
     words: U32
     scales: U16 | U8
     biases: U16 | None = None
-    global_scale: np.float32 | None = None
+    global_scale: np.float32 | F32 | None = None
     format: Format
 
     def __post_init__(self) -> None:
@@ -159,7 +161,7 @@ class QTensor:
         if (self.biases is not None) != kind.stores_biases:
             name = "symmetric" if kind.symmetric else kind.mode
             raise DgemmaError(f"{name} quantization {'needs biases' if kind.stores_biases else 'stores no biases'}")
-        _check_global_scale(self.global_scale, kind)
+        _check_global_scale(self.global_scale, kind, self.words.shape[:-1])
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -169,8 +171,8 @@ class QTensor:
     @property
     def nbytes(self) -> int:
         """Bytes as stored."""
-        biases = 0 if self.biases is None else self.biases.nbytes
-        return self.words.nbytes + self.scales.nbytes + biases + (0 if self.global_scale is None else 4)
+        parts = (self.words, self.scales, self.biases, self.global_scale)
+        return sum(part.nbytes for part in parts if part is not None)
 
     def __getitem__(self, index: Any) -> QTensor:
         """Index the axes before N, as NumPy does: an expert, a slice of rows (a view), rows by number (a copy)."""
@@ -190,7 +192,7 @@ class QTensor:
             words=change(self.words),
             scales=change(self.scales),
             biases=None if self.biases is None else change(self.biases),
-            global_scale=self.global_scale,
+            global_scale=change(self.global_scale) if isinstance(self.global_scale, np.ndarray) else self.global_scale,
             format=self.format,
         )
 
@@ -202,23 +204,27 @@ def quantize(w: NDArray[Any], format: Format, *, global_scale: float | None = No
     global_scale  nvfp4 only, see `nvfp4_global_scale`; None for a tensor without, as MLX's checkpoints have them
     workers       threads; NumPy gives up the GIL in the operations that take the time
 
-    Temporary memory is about 2 MB per worker, however large w. The bytes depend neither on the machine, nor on workers, nor
-    on what else stands in w. Codes are those nearest under the scales and biases as rounded for storage; scales of affine
-    formats come from a search over grids with least squares in each, those of float formats from trying their neighbours.
-    Without a global scale, nvfp4 saturates at ±2688.
+    Temporary memory is about 2 MB per worker, however large w. The bytes depend neither on the machine, nor on workers,
+    nor on what else stands in w. Codes are those nearest under the scales and biases as rounded for storage; scales of
+    affine formats come from a search over grids with least squares in each, those of float formats from trying their
+    neighbours.
 
-    Raises DgemmaError for NaN, infinity, a magnitude above 2^125, or rows that the groups do not divide.
+    Raises DgemmaError for NaN, infinity, a magnitude above 2^125 (above 2688 times the global scale for nvfp4), or rows
+    that the groups do not divide.
     """
     _check_weights(w)
     width, size = w.shape[-1] if w.ndim else 0, format.group_size
     groups = format.groups_per_row(width)
     factor = None if global_scale is None else np.float32(global_scale)
-    _check_global_scale(factor, format)
+    _check_global_scale(factor, format, ())
     words = np.empty((*w.shape[:-1], format.words_per_row(width)), np.uint32)
-    scales = np.empty((*w.shape[:-1], groups), np.uint16 if format.mode == "affine" else np.uint8)
+    scales: NDArray[Any] = np.empty((*w.shape[:-1], groups), np.uint16 if format.mode == "affine" else np.uint8)
     biases = np.empty_like(scales) if format.stores_biases else None
     group_words, group_scales = words.reshape(-1, size * format.bits // 32), scales.reshape(-1)
     group_biases = None if biases is None else biases.reshape(-1)
+    limit = WIDEST
+    if format.mode == "nvfp4":  # a hair above, for a global scale that was rounded down
+        limit = min(limit, 1.01 * NVFP4_RANGE * float(1 if factor is None else factor))
     pieces = list(_pieces(w.reshape(-1, size) if w.flags.c_contiguous else w))
     capacity = max((piece.size for piece in pieces), default=0) // size
 
@@ -227,9 +233,9 @@ def quantize(w: NDArray[Any], format: Format, *, global_scale: float | None = No
         for piece, start in zip(mine, starts, strict=True):
             scratch.load(piece.reshape(-1, size))
             low, high = scratch.extent()
-            if not (high.max() <= WIDEST and low.min() >= -WIDEST):
-                what = "a magnitude above 2^125" if np.isfinite(low + high).all() else "NaN or infinity"
-                raise DgemmaError(f"the weights hold {what}, which no quantization can keep")
+            largest = max(float(high.max()), -float(low.min()))
+            if not largest <= limit:
+                raise DgemmaError(f"the weights hold {_too_large(largest, limit)}")
             part = slice(start, start + len(low))
             if group_biases is not None:
                 group_scales[part], group_biases[part] = scratch.affine(low, high, format.bits)
@@ -250,11 +256,11 @@ def quantize(w: NDArray[Any], format: Format, *, global_scale: float | None = No
 
 
 def nvfp4_global_scale(w: NDArray[Any]) -> np.float32:
-    """Return the global scale that puts the largest weight at the format's end, max|w| / 2688 (modelopt's); 1 for zeros."""
+    """Return the global scale that puts the largest weight at nvfp4's end, max|w| / 2688 (modelopt's); 1 for zeros."""
     _check_weights(w)
     largest = max((float(np.abs(_to_float32(piece)).max()) for piece in _pieces(w)), default=0.0)
     if not np.isfinite(largest):
-        raise DgemmaError("the weights hold NaN or infinity, which no quantization can keep")
+        raise DgemmaError(f"the weights hold {_too_large(largest, WIDEST)}")
     scale = np.float32(largest / NVFP4_RANGE)
     return scale if scale > 0 else np.float32(1)
 
@@ -262,8 +268,8 @@ def nvfp4_global_scale(w: NDArray[Any]) -> np.float32:
 def dequantize(q: QTensor, dtype: str = "float32") -> NDArray[Any]:
     """Return the weights [..., N] that a tensor means, by the definition at the top of this file.
 
-    dtype is "float32", "float16" (overflow becomes infinity) or "bfloat16", whose bits come as uint16. Temporary memory is
-    about 1 MB.
+    dtype is "float32", "float16" (overflow becomes infinity) or "bfloat16", whose bits come as uint16. Temporary memory
+    is about 1 MB.
     """
     results = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
     if dtype not in results:
@@ -295,18 +301,23 @@ def scale_values(q: QTensor) -> F32:
 
 
 def carry(
-    words: U32, scales: U16 | U8, biases: U16 | None = None, *, format: Format, global_scale: float | None = None
+    words: U32,
+    scales: U16 | U8,
+    biases: U16 | None = None,
+    *,
+    format: Format,
+    global_scale: float | np.float32 | F32 | None = None,
 ) -> QTensor:
     """Return a tensor over arrays that someone else quantized: nothing is rounded, repacked or copied.
 
-    For a symmetric format, biases that are -2^(bits-1)·scale may come along and are dropped. Raises DgemmaError where they
-    are something else, where a scale or bias is NaN or infinite, and where shapes or dtypes do not fit.
+    For a symmetric format, biases that are -2^(bits-1)·scale may come along and are dropped. Raises DgemmaError where
+    they are something else, where a scale or bias is NaN or infinite, and where shapes or dtypes do not fit.
     """
     if format.symmetric and biases is not None:
         if not is_symmetric(scales, biases, format.bits):
             raise DgemmaError(f"biases are not -{1 << (format.bits - 1)}·scale: the tensor is affine but not symmetric")
         biases = None
-    factor = None if global_scale is None else np.float32(global_scale)
+    factor = np.float32(global_scale) if isinstance(global_scale, int | float) else global_scale
     q = QTensor(words=words, scales=scales, biases=biases, global_scale=factor, format=format)
     finite = np.isfinite(scale_values(q)).all() and (q.biases is None or np.isfinite(from_bf16(q.biases)).all())
     if not finite:
@@ -314,7 +325,7 @@ def carry(
     return q
 
 
-def is_symmetric(scales: U16, biases: U16, bits: int) -> bool:
+def is_symmetric(scales: NDArray[Any], biases: NDArray[Any], bits: int) -> bool:
     """Return whether biases are -2^(bits-1)·scale, bf16 bits both, and need not be stored; zeros may have any sign."""
     if scales.dtype != np.uint16 or biases.dtype != np.uint16 or scales.shape != biases.shape:
         return False
@@ -357,13 +368,23 @@ def _check_weights(w: NDArray[Any]) -> None:
         raise DgemmaError(f"weights should be float32, float16 or bfloat16 [..., N], not {w.dtype} {list(w.shape)}")
 
 
-def _check_global_scale(scale: np.float32 | None, kind: Format) -> None:
+def _check_global_scale(scale: np.float32 | F32 | None, kind: Format, leading: tuple[int, ...]) -> None:
     if scale is None:
         return
     if kind.mode != "nvfp4":
         raise DgemmaError(f"a global scale belongs to nvfp4, not to {kind.mode}")
-    if not 0 < scale < np.inf:
-        raise DgemmaError(f"a global scale should be positive and finite, not {scale}")
+    if scale.dtype != np.float32 or scale.shape not in ((), (*leading, 1)):
+        want = f"one float32, or float32 {[*leading, 1]}"
+        raise DgemmaError(f"a global scale should be {want}, not {scale.dtype} {list(scale.shape)}")
+    if not (np.greater(scale, 0) & np.isfinite(scale)).all():
+        raise DgemmaError(f"a global scale should be positive and finite, not {np.min(scale)}")
+
+
+def _too_large(largest: float, limit: float) -> str:
+    if not np.isfinite(largest):
+        return "NaN or infinity, which no quantization can keep"
+    remedy = "" if limit == WIDEST else "; give nvfp4 a global scale"
+    return f"a magnitude of {largest:.3g}, above the {limit:.3g} that the format can keep{remedy}"
 
 
 def _either(values: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Bit patterns under `quant.py`: bfloat16, MLX's packing of codes, and the values of the small float types. NumPy only."""
+"""Bit patterns under `quant.py`: bfloat16, MLX's packing of codes, values of the small float types. NumPy only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ U32 = NDArray[np.uint32]
 # Codes after which a row of them comes out even in 32-bit words, by width.
 PERIOD = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 4}
 
-# bfloat16 is float32's upper half, so integers are all it takes. Arrays of it are uint16 here; `.view(ml_dtypes.bfloat16)`
-# costs nothing where somebody wants to compute in it.
+# bfloat16 is float32's upper half, so integers are all it takes. Arrays of it are uint16 here;
+# `.view(ml_dtypes.bfloat16)` costs nothing where somebody wants to compute in it.
 
 
-def to_bf16(x: F32) -> U16:
+def to_bf16(x: NDArray[Any]) -> U16:
     """Return the bf16 bits of float32 values, to nearest, ties to even. NaN stays NaN, overflow becomes infinity."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     odd = bits >> 16
@@ -36,7 +36,7 @@ def to_bf16(x: F32) -> U16:
     return out
 
 
-def from_bf16(bits: U16) -> F32:
+def from_bf16(bits: NDArray[Any]) -> F32:
     """Return the float32 values of bf16 bits; exact."""
     wide = bits.astype(np.uint32)
     wide <<= 16
@@ -50,7 +50,7 @@ def bf16_down(x: F32) -> F32:
     return ((bits + outward) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def symmetric_biases(scales: U16, bits: int) -> U16:
+def symmetric_biases(scales: NDArray[Any], bits: int) -> U16:
     """Return -2^(bits-1)·scale as bf16 bits: only sign and exponent change, so it is exact short of overflow."""
     with np.errstate(over="ignore"):
         return to_bf16(from_bf16(scales) * np.float32(-(1 << (bits - 1))))

@@ -1,7 +1,8 @@
 """Fitting scales and codes to weights: the arithmetic under `quant.quantize`. NumPy only.
 
-Weights come transposed, float32 [group_size, n groups], in pieces whose scratch stays in the L2 cache: operations then run
-along contiguous groups and a scale broadcasts without a stride, which NumPy does at a few tenths of a nanosecond a weight.
+Weights come transposed, float32 [group_size, n groups], in pieces whose scratch stays in the L2 cache: operations then
+run along contiguous groups and a scale broadcasts without a stride, which NumPy does at a few tenths of a nanosecond a
+weight.
 
 Every code is decided by operations that IEEE 754 defines to the last bit (+ - × ÷, rint, min, max) in an order written
 down here: sums are an explicit tree, never BLAS, einsum or np.sum, whose order and use of FMA differ between machines.
@@ -9,15 +10,17 @@ down here: sums are an explicit tree, never BLAS, einsum or np.sum, whose order 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from .quant_bits import E4M3, E8M0, F32, PERIOD, U8, U16, U32, bf16_down, from_bf16, pack_blocks, to_bf16
 
-# Candidate grids. A plain grid puts the largest weight of the group on the last code; these stretch it by so much (above
-# 1 clips that weight), least squares then says which scale the codes want, and the grid that explains most is taken.
-# Chosen greedily over normal, Laplace and Student-t(5) groups: 5 of 46 come within 0.2 % of all at 4 bits. From 5 bits on
-# more would still help, but no longer where a recipe's error is. Each costs about 1.4 ns a weight.
+# Candidate grids. A plain grid puts the largest weight of the group on the last code; these stretch it by so much
+# (above 1 clips that weight), least squares then says which scale the codes want, and the grid that explains most is
+# taken. Chosen greedily over normal, Laplace and Student-t(5) groups: 5 of 46 come within 0.2 % of all at 4 bits. From
+# 5 bits on more would still help, but no longer where a recipe's error is. Each costs about 1.4 ns a weight.
 SYMMETRIC_GRIDS: dict[int, tuple[float, ...]] = {
     2: (0.96, 1.2, 1.5),
     3: (0.82, 0.98, 1.1, 1.22),
@@ -42,6 +45,7 @@ E4M3_STEPS = (0, -1, 1, 2, 3, 4, 5, 6)
 
 # Largest magnitude taken: beyond it scale·q could overflow float32 although the weight does not.
 WIDEST = float(2.0**125)
+MLX_LEAST_SCALE = 1e-7
 NVFP4_RANGE = 448.0 * 6.0  # the largest E4M3 scale times the largest E2M1 code
 
 
@@ -49,7 +53,7 @@ class Scratch:
     """Buffers for pieces of up to `groups` groups; `weights` holds the current piece, float32 [group_size, n]."""
 
     def __init__(self, group_size: int, groups: int) -> None:
-        # On a cache line each, where NumPy's loops are up to twice as fast, and not the same one, so that pages do not alias.
+        # Each on a cache line, where NumPy's loops are up to twice as fast, and not on the same line of their pages.
         size = 4 * group_size * groups
         raw = [np.empty(size + 8192, np.uint8) for _ in range(4)]
         starts = [-buffer.ctypes.data % 4096 + 64 * i for i, buffer in enumerate(raw)]
@@ -139,18 +143,36 @@ class Scratch:
         scale = from_bf16(to_bf16(step * ratio))
         wanted = middle + (step * (x_sum / size) - scale * q_mean)
         bias = from_bf16(to_bf16(wanted))
-        # Where the weights lie far from zero for their spread, rounding the bias moves the grid off some of them (the same
-        # for a group of one value, where there is no spread). A grid around all of them is then the better one.
+        # Where the weights lie far from zero for their spread, rounding the bias moves the grid off some of them (the
+        # same for a group of one value, where there is no spread). A grid around all of them is then the better one.
         astray = (np.abs(bias - wanted) > scale * np.float32(0.5)) | (step == 0)
         if astray.any():
             around = bf16_down(low)
             wide = 0 - bf16_down((around - high) / last)  # the least bf16 value not below (high - bias) / last
             bias, scale = np.where(astray, around, bias), np.where(astray, wide, scale)
-        q = np.subtract(self.weights, bias, out=self._q)
-        q /= _nonzero(scale)
-        np.rint(q, out=q)
-        np.clip(q, np.float32(0), last, out=q)
+        # MLX's own grid holds zero exactly, which is worth more in groups of few large weights. With the better of the
+        # two no group is worse than MLX would have it.
+        mlx_scale, mlx_bias = (from_bf16(to_bf16(part)) for part in _mlx_affine(low, high, step))
+        error = self._affine_error(scale, bias, last, step)
+        mlx_error = self._affine_error(mlx_scale, mlx_bias, last, step)
+        better = (mlx_error < error) & (step > np.float32(MLX_LEAST_SCALE))
+        scale, bias = np.where(better, mlx_scale, scale), np.where(better, mlx_bias, bias)
+        self._affine_codes(scale, bias, last)
         return to_bf16(scale), to_bf16(bias)
+
+    def _affine_codes(self, scale: NDArray[Any], bias: NDArray[Any], last: np.float32) -> F32:
+        """Set the nearest codes; return the weights on the codes' scale, which is scratch."""
+        y = np.subtract(self.weights, bias, out=self._x)
+        y /= _nonzero(scale)
+        q = np.rint(y, out=self._q)
+        np.clip(q, np.float32(0), last, out=q)
+        return y
+
+    def _affine_error(self, scale: NDArray[Any], bias: NDArray[Any], last: np.float32, unit: F32) -> F32:
+        """Return the squared error of each group in parts of `unit`, [n]: squares of tiny weights would underflow."""
+        y = self._affine_codes(scale, bias, last)
+        y -= self._q
+        return self.sum(y, y) * np.square(np.minimum(np.abs(_nonzero(scale)) / _nonzero(unit), np.float32(1e12)))
 
     def floating(self, low: F32, high: F32, mode: str, global_scale: np.float32 | None) -> U8:
         """Fit w ≈ scale·q, q of E2M1 (E4M3 for mxfp8), with the best of a few scale codes. Returns them, uint8 [n]."""
@@ -172,8 +194,9 @@ class Scratch:
             y = np.divide(self.weights, _nonzero(scale), out=self._x)
             q = self._round(y, mode)
             y -= q
-            # Errors are compared in parts of `unit`: squares of tiny weights would underflow. Past 1e6 all codes are zero.
-            error = self.sum(y, y) * np.square(np.minimum(scale / unit, np.float32(1e6)))
+            # Errors are compared in parts of `unit`: squares of tiny weights would underflow. Past 1e6 all codes are 0.
+            with np.errstate(over="ignore"):
+                error = self.sum(y, y) * np.square(np.minimum(scale / unit, np.float32(1e6)))
             better = error < best
             np.copyto(best, error, where=better)
             np.copyto(code, tried, where=better)
@@ -198,7 +221,8 @@ class Scratch:
 
     def words(self, bits: int) -> U32:
         """Return the codes of the last fit, packed: uint32 [n, group_size·bits/32]."""
-        size, groups = self._q.shape
+        size = len(self._q)
+        groups = self._q.size // size
         codes = self._product.view(np.uint32)
         np.copyto(codes.view(np.int32), self._q, casting="unsafe")
         packed = np.empty((size * bits // 32, groups), np.uint32)
@@ -207,7 +231,7 @@ class Scratch:
         return packed.T
 
 
-def round_float(y: F32, kind: str, *, out: F32 | None = None, spare: F32 | None = None) -> F32:
+def round_float(y: NDArray[Any], kind: str, *, out: F32 | None = None, spare: F32 | None = None) -> F32:
     """Round float32 to E2M1 ("e2m1") or E4M3 values, ties to even, saturating at ±6 or ±448. No NaN.
 
     Adding and subtracting 1.5·2^23 units in the last place rounds to that unit; the unit follows from y's exponent.
@@ -228,6 +252,15 @@ def _e4m3_codes(value: F32) -> NDArray[np.int32]:
     return np.where(value < np.float32(2.0**-6), (value * np.float32(512)).astype(np.int32), normal)
 
 
-def _nonzero(scale: F32) -> F32:
-    """A scale of zero stands over weights that are zero, or too small for the format: dividing by 1 gives code 0 too."""
+def _mlx_affine(low: F32, high: F32, step: F32) -> tuple[F32, F32]:
+    """Return mx.quantize's scale and bias before rounding: bias the end farther from zero, a whole number of steps."""
+    end = np.where(np.abs(low) > np.abs(high), low, high)
+    step = np.maximum(step, np.float32(MLX_LEAST_SCALE))
+    step = np.where(end == low, step, -step)
+    steps = np.rint(end / step)
+    return np.where(steps == 0, step, end / _nonzero(steps)), np.where(steps == 0, np.float32(0), end)
+
+
+def _nonzero(scale: NDArray[Any]) -> F32:
+    """Replace zeros by 1: under a scale of zero weights are zero, or too small for the format, and get code 0 so."""
     return np.where(scale == 0, np.float32(1), scale)
