@@ -1,0 +1,157 @@
+"""Generate one canvas with mlx-vlm 0.7.10 and with dgemma's mlx backend, and count the primitives of one pass of each.
+
+mlx-vlm wants an environment of its own; where this one has it too, leave the option out:
+
+    python -m venv /tmp/mlxvlm && /tmp/mlxvlm/bin/pip install mlx-vlm==0.7.10 'mlx[cpu]'
+    python benchmarks/vs_mlx_vlm.py --mlx-vlm-python /tmp/mlxvlm/bin/python --count-only    # seconds
+    python benchmarks/vs_mlx_vlm.py --mlx-vlm-python /tmp/mlxvlm/bin/python                 # minutes on a CPU
+
+The same random weights (about 110 M parameters) and prompt on both sides, each in a process of its own, one after the
+other: read the prompt, take exactly `--steps` passes over one canvas, never stop early. mlx-vlm runs its own loop with
+its entropy-bound sampler at temperature 1; its default sampler is another, and cheaper. It skips sampling and
+conditioning on the last pass, which is to its favour here. Each side first runs two passes, untimed.
+
+A pass's primitives are the nodes of MLX's lazy graph from one canvas to the next, fused kernels as one: on this device,
+and, `metal`, with each `mx.fast` function as the one primitive that it is on Metal. `kernels` leaves out views.
+Rows go to `benchmarks/results/`, and the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import mlx.core as mx
+import numpy as np
+from mlx_graph import count, stand_in_for_metal
+from safetensors.numpy import load_file, save_file
+
+from dgemma.backends.mlx.ops import MlxOps
+from dgemma.core import weights
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.engine import Engine, Request
+from dgemma.core.events import Done
+from dgemma.core.model import Cache, step
+from dgemma.core.sampler import start
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+LAYERS = 6
+
+
+def config(vocab: int, canvas: int) -> dict[str, Any]:
+    """Return a config.json in the spelling that both sides read."""
+    text = dict(
+        model_type="diffusion_gemma_text", vocab_size=vocab, hidden_size=512, intermediate_size=1024,
+        num_hidden_layers=LAYERS, layer_types=["sliding_attention"] * (LAYERS - 1) + ["full_attention"],
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, global_head_dim=128, num_global_key_value_heads=2,
+        sliding_window=1024, num_experts=32, top_k_experts=4, moe_intermediate_size=256, max_position_embeddings=4096,
+        rms_norm_eps=1e-6, final_logit_softcapping=30.0, hidden_activation="gelu_pytorch_tanh", pad_token_id=0,
+        eos_token_id=1, bos_token_id=2, use_bidirectional_attention="vision", tie_word_embeddings=True,
+    )  # fmt: skip
+    return dict(text_config=text, vision_config=None, canvas_length=canvas, model_type="diffusion_gemma")
+
+
+def our_side(job: dict[str, Any]) -> dict[str, Any]:
+    """What `mlx_vlm_side.py` does, with dgemma."""
+    if job["metal"]:
+        stand_in_for_metal()
+    read = ModelConfig.from_hf(job["config"])
+    ops = MlxOps("float32")
+    engine = Engine(ops, weights.build(ops, read, load_file(job["weights"]).__getitem__), None)
+    if job["task"] == "count":
+        return our_count(engine, job["prompt"])
+    our_run(engine, job["prompt"], 2)
+    began, cpu = time.perf_counter(), time.process_time()
+    our_run(engine, job["prompt"], job["steps"])
+    return {"s": time.perf_counter() - began, "cpu_s": time.process_time() - cpu}
+
+
+def our_run(engine: Engine, prompt: list[int], steps: int) -> None:
+    canvas = engine.model.config.canvas_length
+    request = Request(
+        prompt=tuple(prompt), max_new_tokens=canvas, seed=0, eos_token_ids=(),
+        sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
+    )  # fmt: skip
+    done = [event for event in engine.generate(request) if isinstance(event, Done)]
+    assert done[0].stats.steps == steps and done[0].stats.emitted_tokens == canvas, done
+
+
+def our_count(engine: Engine, prompt: list[int]) -> dict[str, Any]:
+    """Count the pass that the engine runs: every array of the next state, from an evaluated one."""
+    ops, read = engine.ops, engine.model.config
+    held = engine.prefill(prompt, read.canvas_length)
+    noise = mx.zeros((1, read.canvas_length), mx.int32)
+    state = start(ops, noise, read.hidden_size)
+    heat, uniforms = mx.full((1, 1), 0.6), mx.zeros((1, read.canvas_length))
+    cache = Cache(held.layers, ops.extent(len(prompt)))
+    mx.eval(*state, noise, heat, uniforms, cache.length)
+    run = ops.compile(lambda *arrays: step(ops, engine.model, SamplerConfig(), *arrays))
+    return count(*run(cache, state, heat, uniforms, noise))
+
+
+def ask(python: str, script: str, job: dict[str, Any]) -> dict[str, Any]:
+    """Run one side in a process of its own."""
+    command = [python, str(HERE / script), *(["--ours"] if script == Path(__file__).name else []), json.dumps(job)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"MLX_ENABLE_TF32": "0"})
+    if done.returncode:
+        raise click.ClickException(f"{script} failed under {python}:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return f"{head or 'unknown'}{'+' if changed else ''}"
+
+
+@click.command(help=__doc__)
+@click.option("--mlx-vlm-python", default=sys.executable, help="Python of an environment with mlx-vlm; else this one.")
+@click.option("--steps", default=8, show_default=True, help="Denoising passes.")
+@click.option("--vocab", default=32_768, show_default=True)
+@click.option("--canvas", default=256, show_default=True)
+@click.option("--prompt", default=128, show_default=True, help="Prompt tokens.")
+@click.option("--repeats", default=1, show_default=True, help="Timed pairs.")
+@click.option("--count-only", is_flag=True, help="Count primitives and time nothing.")
+def main(mlx_vlm_python: str, steps: int, vocab: int, canvas: int, prompt: int, repeats: int, count_only: bool) -> None:
+    job: dict[str, Any] = {"config": config(vocab, canvas), "steps": steps, "metal": False}
+    job["prompt"] = np.random.default_rng(0).integers(6, vocab, prompt).tolist()
+    sides = {"mlx_vlm": (mlx_vlm_python, "mlx_vlm_side.py"), "dgemma": (sys.executable, Path(__file__).name)}
+    row: dict[str, Any] = {"benchmark": "vs_mlx_vlm", "vocab": vocab, "canvas": canvas, "prompt": prompt}
+    with tempfile.TemporaryDirectory() as folder:
+        job["weights"] = str(Path(folder) / "model.safetensors")
+        save_file(weights.random_weights(ModelConfig.from_hf(job["config"])), job["weights"])
+        for metal in (False, True):
+            counts = {name: ask(*side, job | {"task": "count", "metal": metal}) for name, side in sides.items()}
+            where = "_metal" if metal else ""
+            for kind in ("primitives", "kernels"):
+                row |= {f"{name}_{kind}{where}": found[kind] for name, found in counts.items()}
+                row[f"{kind}{where}_ratio"] = round(counts["dgemma"][kind] / counts["mlx_vlm"][kind], 3)
+            click.echo(json.dumps(counts), err=True)
+        if not count_only:
+            row |= {"steps": steps, "repeats": repeats, "load": os.getloadavg()[0]}
+            pairs = [{n: ask(*s, job | {"task": "time"}) for n, s in sides.items()} for _ in range(repeats)]
+            best = {name: min((pair[name] for pair in pairs), key=lambda one: one["s"]) for name in sides}
+            row |= {f"{name}_{key}": round(value, 2) for name, one in best.items() for key, value in one.items()}
+            row["speedup"] = round(best["mlx_vlm"]["s"] / best["dgemma"]["s"], 3)
+            row["cpu_speedup"] = round(best["mlx_vlm"]["cpu_s"] / best["dgemma"]["cpu_s"], 3)
+    row |= {"dtype": "float32", "device": str(mx.default_device()), "mlx": mx.__version__, "commit": _commit()}
+    RESULTS.mkdir(exist_ok=True)
+    with (RESULTS / "vs_mlx_vlm.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    click.echo(json.dumps(row))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--ours"]:
+        print(json.dumps(our_side(json.loads(sys.argv[2]))))
+    else:
+        main()
