@@ -1,0 +1,109 @@
+"""The experts of one layer: rows sorted by expert, one matrix product for each expert that is hit."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+Tensor = torch.Tensor
+
+_ROOM = 16
+"""Padded rows per expert are a multiple of this, the width of a vector of float32."""
+
+_PADDING = 2.0
+"""In low precision experts run in one batched product where, padded to the busiest, they hold at most so many times the
+rows: twice as fast. Otherwise one by one, and only those that are hit; in float32 that is never slower."""
+
+_CURVE = 2 * math.sqrt(2 / math.pi)
+
+
+def gelu_times(gate: Tensor, up: Tensor, scale: Tensor | float = 1.0) -> Tensor:
+    """Return gelu_tanh(gate) · up · scale, computed wide and rounded once."""
+    if gate.device.type != "cpu":
+        wide = gate.float() if gate.dtype != torch.float64 else gate
+        return (F.gelu(wide, approximate="tanh") * up * scale).to(gate.dtype)
+    # ½(1 + tanh z) is sigmoid(2z), and in place this is faster than torch's own kernel.
+    wide = gate.float() if gate.dtype in (torch.bfloat16, torch.float16) else gate
+    curve = (wide * wide).mul_(0.044715 * _CURVE).add_(_CURVE).mul_(wide).sigmoid_()
+    curve = curve.mul_(wide).mul_(up)
+    return (curve if isinstance(scale, float) else curve.mul_(scale)).to(gate.dtype)
+
+
+def expert_mlp(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Run every row through its experts and add up the results.
+
+    x [N, D], index int [N, k], weights wide [N, k], gate_up [E, 2F, D], down [E, D, F] → [N, D].
+    """
+    if x.device.type == "cuda" and _grouped_fits(x, gate_up, down):
+        return _grouped(x, index, weights, gate_up, down)
+    return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
+
+
+def _grouped_fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+    """Whether CUDA's grouped matmul takes these: bfloat16, and rows of whole 16 bytes."""
+    return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in (*gate_up.shape[1:], *down.shape[1:]))
+
+
+def _grouped(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """All on the device: group ends are a tensor, and nothing is read back."""
+    rows, k = index.shape
+    chosen, order = index.reshape(-1).sort(stable=True)
+    experts = torch.arange(gate_up.shape[0], device=x.device, dtype=chosen.dtype)
+    ends = torch.searchsorted(chosen, experts, right=True).int()
+    gate, up = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
+    hidden = gelu_times(gate, up, weights.reshape(-1)[order, None])
+    out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
+    # Scattered back and summed in a fixed order: index_add_ on CUDA would add in any.
+    back = torch.empty_like(out).index_copy_(0, order, out).view(rows, k, -1)
+    return back.sum(1, dtype=weights.dtype).to(x.dtype)
+
+
+@torch.library.custom_op("dgemma::experts", mutates_args=())
+def _experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    # A custom op, so that torch.compile takes what depends on the data, the counts, as one node.
+    flat = index.reshape(-1)
+    order = flat.argsort(stable=True)
+    token, heat = order // index.shape[1], weights.reshape(-1).index_select(0, order)
+    counts = torch.bincount(flat, minlength=gate_up.shape[0])
+    rows = x.index_select(0, token)
+    room = -(-int(counts.max()) // _ROOM) * _ROOM
+    if x.element_size() == 2 and room * len(counts) <= _PADDING * len(token):
+        first = torch.arange(len(counts), device=x.device) * room - (counts.cumsum(0) - counts)
+        place = torch.arange(len(token), device=x.device) + first.index_select(0, flat.index_select(0, order))
+        out = _together(rows, heat, place, room, gate_up, down)
+    else:
+        out = _one_by_one(rows, heat, counts.tolist(), gate_up, down)
+    result = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
+    return result.index_add_(0, token, out.to(weights.dtype)).to(x.dtype)
+
+
+# In both, the matrix stands on the left and rows are columns: with few rows, BLAS libraries are up to twice as fast so.
+
+
+def _together(rows: Tensor, heat: Tensor, place: Tensor, room: int, gate_up: Tensor, down: Tensor) -> Tensor:
+    """Two batched products, each expert's rows padded to `room`; place int [N·k] is where each row goes."""
+    count, width = gate_up.shape[0], rows.shape[1]
+    padded = rows.new_zeros(count * room, width).index_copy_(0, place, rows).view(count, room, width)
+    gate, up = torch.bmm(gate_up, padded.transpose(1, 2)).chunk(2, 1)  # [E, F, room]
+    scale = heat.new_zeros(count * room).index_copy_(0, place, heat).view(count, 1, room)
+    out = torch.bmm(down, gelu_times(gate, up, scale))  # [E, D, room]
+    return out.transpose(1, 2).reshape(-1, width).index_select(0, place)
+
+
+def _one_by_one(rows: Tensor, heat: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    """Two products for each expert that is hit; counts are rows per expert."""
+    hit = [expert for expert, count in enumerate(counts) if count]
+    runs = [count for count in counts if count]
+    both = rows.new_empty(gate_up.shape[1], len(rows))  # [2F, N·k]
+    for expert, run, out in zip(hit, rows.split(runs), both.split(runs, 1), strict=True):
+        torch.mm(gate_up[expert], run.T, out=out)
+    gate, up = both.chunk(2)
+    hidden = gelu_times(gate, up, heat)
+    return torch.cat([torch.mm(down[expert], run).T for expert, run in zip(hit, hidden.split(runs, 1), strict=True)])
+
+
+@_experts.register_fake
+def _(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return torch.empty_like(x)

@@ -1,0 +1,152 @@
+"""The vocabulary head: one buffer of scores, and everything a denoising pass needs from it.
+
+The vocabulary is worked through in tiles, large enough for the matrix products, and each tile in blocks of rows that
+fit a core's own cache, in two passes:
+
+    first    logits = x · tileᵀ, soft cap, the maximum of every 512            → the row's maximum
+    second   mass = exp((score − maximum) / T), sums, entropy, soft += mass · tile
+
+Off the CPU, and under `torch.compile`, the whole vocabulary is one tile and all rows are one block.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ...core.reference import _BELOW_ONE, DRAW_BLOCK
+
+Tensor = torch.Tensor
+
+TILE = 8192
+"""Tokens per tile on the CPU."""
+
+BLOCK = 1 << 18
+"""Scores worked on at a time on the CPU: 1 MB of float32."""
+
+_NOTHING = -1e30
+"""Score of the columns that fill the last block: its mass is 0, and 0 · score is not NaN, as with infinity."""
+
+
+class VocabHead:
+    """Keeps its buffers between passes: memory fresh from the kernel is cleared page by page, which costs more time
+    than most of the arithmetic here."""
+
+    def __init__(self) -> None:
+        self._kept: _Buffers | None = None
+
+    def __call__(
+        self, x: Tensor, table: Tensor, softcap: float, temperature: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sampled token, argmax, entropy and mean embedding; see `Ops.vocab_head`."""
+        shape, vocab = x.shape[:2], table.shape[0]
+        x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, 1).to(temperature.dtype)
+        sharpness = (softcap / temperature).expand(shape).reshape(-1, 1)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            if self._kept is None or not self._kept.fit(x, vocab):
+                tile = min(TILE, _whole_blocks(vocab))
+                self._kept = _Buffers.allocate(x, vocab, tile, max(1, BLOCK // tile), temperature.dtype)
+            buffers = self._kept
+        else:
+            buffers = _Buffers.allocate(x, vocab, _whole_blocks(vocab), x.shape[0], temperature.dtype)
+        peak = _score(buffers, x, table, softcap)
+        top = peak.amax(-1, keepdim=True)
+        sums, entropy, soft = _weigh(buffers, table, top, sharpness)
+        token = _draw(buffers.scores, sums, top, sharpness, u)
+        block = peak.argmax(-1)  # the first of equals, and so is the one inside it
+        argmax = block * DRAW_BLOCK + _pick(buffers.scores, block).argmax(-1)
+        return token.view(shape), argmax.int().view(shape), entropy.view(shape), soft.view(*shape, -1)
+
+
+class _Buffers(NamedTuple):
+    scores: Tensor  # wide [tiles, R, tile] <- very big
+    mass: Tensor  # compute dtype [R, tile]
+    shifted: Tensor  # wide [rows of a block, tile]
+    wide_mass: Tensor  # wide [rows of a block, tile]
+
+    @classmethod
+    def allocate(cls, x: Tensor, vocab: int, tile: int, block: int, wide: torch.dtype) -> _Buffers:
+        rows = x.shape[0]
+        scores = x.new_empty(-(-vocab // tile), rows, tile, dtype=wide)
+        shifted, wide_mass = (x.new_empty(min(block, rows), tile, dtype=wide) for _ in range(2))
+        return cls(scores, x.new_empty(rows, tile), shifted, wide_mass)
+
+    def fit(self, x: Tensor, vocab: int) -> bool:
+        tiles, rows, tile = self.scores.shape
+        wanted = (tile * (tiles - 1) < vocab <= tile * tiles, rows == x.shape[0], self.mass.dtype == x.dtype)
+        return all(wanted)
+
+
+def _whole_blocks(vocab: int) -> int:
+    return -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
+
+
+def _score(buffers: _Buffers, x: Tensor, table: Tensor, softcap: float) -> Tensor:
+    """Fill `buffers.scores` with tanh(x · tableᵀ / softcap); return the maximum of every 512, [R, blocks]."""
+    exact = buffers.mass.dtype == buffers.scores.dtype
+    block = buffers.shifted.shape[0]
+    nothing = x.new_zeros(1)
+    peaks = []
+    for part, tile in zip(table.split(buffers.scores.shape[2]), buffers.scores, strict=True):
+        size = part.shape[0]
+        whole = size == tile.shape[1]
+        out = None if not whole else tile if exact else buffers.mass
+        logits = torch.addmm(nothing, x, part.T, beta=0, alpha=1 / softcap, out=out)
+        tops = []
+        for scores, raw in zip(tile.split(block), logits.split(block), strict=True):
+            if not (exact and whole):
+                scores[:, :size] = raw
+            scores.tanh_()
+            scores[:, size:] = _NOTHING
+            tops.append(scores.unflatten(1, (-1, DRAW_BLOCK)).amax(-1))
+        peaks.append(torch.cat(tops))
+    return torch.cat(peaks, 1)
+
+
+def _weigh(buffers: _Buffers, table: Tensor, top: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mass of every 512 [R, blocks], the entropy [R] and the mean embedding [R, D]."""
+    exact = buffers.mass.dtype == buffers.scores.dtype
+    block = buffers.shifted.shape[0]
+    soft = top.new_zeros(top.shape[0], table.shape[1])
+    moments, sums = [], []  # moment: Σ mass · log mass
+    for part, tile in zip(table.split(buffers.scores.shape[2]), buffers.scores, strict=True):
+        pieces = zip(*(x.split(block) for x in (tile, top, sharpness, buffers.mass)), strict=True)
+        for scores, peak, sharp, stored in pieces:
+            shifted = torch.sub(scores, peak, out=buffers.shifted[: len(scores)]).mul_(sharp)
+            mass = torch.exp(shifted, out=stored if exact else buffers.wide_mass[: len(scores)])
+            sums.append(mass.unflatten(1, (-1, DRAW_BLOCK)).sum(-1))
+            if not exact:
+                stored.copy_(mass)
+            moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
+        mass = buffers.mass[:, : part.shape[0]]
+        if exact:
+            soft.addmm_(mass, part)
+        else:
+            soft += mass @ part
+    tiles = len(buffers.scores)
+    blocks = torch.cat([torch.cat(sums[i :: len(sums) // tiles], 1) for i in range(len(sums) // tiles)])
+    moment = torch.cat(moments).view(tiles, -1, 1).sum(0)
+    total = blocks.sum(-1, keepdim=True)
+    entropy = total.log() - moment / total
+    return blocks, entropy[:, 0], soft.div_(total).to(buffers.mass.dtype)
+
+
+def _pick(scores: Tensor, block: Tensor) -> Tensor:
+    """Pick one block of 512 for each row: scores [tiles, R, tile], block [R] → [R, 512]."""
+    tiles, rows, tile = scores.shape
+    per_tile = tile // DRAW_BLOCK
+    blocks = scores.view(tiles, rows, per_tile, DRAW_BLOCK)
+    return blocks[block // per_tile, torch.arange(rows, device=scores.device), block % per_tile]
+
+
+def _draw(scores: Tensor, sums: Tensor, top: Tensor, sharpness: Tensor, u: Tensor) -> Tensor:
+    """`reference.draw` from the blocks' sums [R, blocks]: only the block that is hit is looked into."""
+    ends = sums.cumsum(-1)
+    target = u * ends[:, -1:]
+    block = (ends <= target).sum(-1, keepdim=True).clamp_(max=sums.shape[1] - 1)
+    before = ends.gather(1, block) - sums.gather(1, block)
+    inside = (_pick(scores, block[:, 0]) - top).mul_(sharpness).exp_().cumsum(-1)
+    # The two levels round apart: keep the rest strictly inside the block's own sum, on a token that has mass.
+    rest = torch.minimum(target - before, inside[:, -1:] * _BELOW_ONE)
+    return (block[:, 0] * DRAW_BLOCK + (inside <= rest).sum(-1)).int()

@@ -1,0 +1,232 @@
+"""Fast inference in PyTorch, CPU and CUDA: the fused ops of `TorchOps`, written for speed and without gradients.
+
+What is done differently from the default bodies, and why:
+    cache      reserved once and written in place; a canvas's keys go into the tail, so a pass copies no context
+    experts    rows sorted by expert and only the experts that are hit (`experts.py`)
+    head       one [L, V] buffer, worked through in blocks of rows that stay in the processor's own cache (`head.py`)
+    norms      one read for the mean square, one for the product
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ...core.ops import KV, DType, Rope, Span, dense
+from .experts import expert_mlp, gelu_times
+from .head import VocabHead
+from .torch_ops import TORCH_DTYPES, Array, TorchOps
+
+if TYPE_CHECKING:
+    from ...core.model import Attention, Experts, Router
+
+
+BUCKET = 512
+"""Rows that a compiled pass's cache is rounded up to: one compilation serves every context within a bucket."""
+
+
+class InferenceOps(TorchOps):
+    """The torch backend of `dgemma.load`: float32, bfloat16 or float16, no gradients.
+
+    With `compile`, functions given to `ops.compile` go through `torch.compile(fullgraph=True)`; give them the
+    cache's length as an int32 tensor, or every new length is compiled anew.
+    """
+
+    def __init__(self, dtype: DType = "float32", device: str = "cpu", *, compile: bool = False) -> None:
+        super().__init__(dtype, device)
+        self.compiles = compile
+        self._head = VocabHead()
+
+    # ---- Weights and dense layers -----------------------------------------------------------------------------
+
+    def pack(self, weight: Any) -> Array:
+        """Bring one stored weight to the device; on the CPU the memory map itself is the tensor where widths agree."""
+        array = dense(weight, self.dtype)
+        low = array.dtype.name == "bfloat16"  # torch cannot read ml_dtypes' bfloat16; its bits are the same
+        with warnings.catch_warnings():
+            # torch has no read-only tensors, and maps of files larger than memory are read-only. Nothing here writes.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+            tensor = torch.from_numpy(array.view(np.int16) if low else array)
+        tensor = tensor.view(torch.bfloat16) if low else tensor
+        return tensor.to(device=self.device, dtype=TORCH_DTYPES[self.dtype])
+
+    def asarray(self, x: Any, dtype: DType | None = None) -> Array:
+        array = super().asarray(x, dtype)
+        # NumPy's `x[None]` has stride 0, which a compiled function takes for another layout and compiles anew.
+        return array.clone(memory_format=torch.contiguous_format) if self.compiles else array
+
+    def embed(self, table: Array, tokens: Array, scale: float) -> Array:
+        return F.embedding(tokens, table) * self.rounded(scale)
+
+    def linear(self, x: Array, weight: Array) -> Array:
+        return F.linear(x, weight)
+
+    def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
+        wide = x.float()
+        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        normed = wide * square.add_(eps).rsqrt_()
+        return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
+
+    def norm_add(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
+        return self.rms_norm(x, weight, eps).add_(residual)
+
+    def qkv_norm_rope(self, x: Array, attention: Attention, rope: Rope) -> tuple[Array, Array, Array]:
+        config, eps = attention.config, attention.eps
+        shape = (x.shape[0], x.shape[1], -1, config.head_dim)
+        q = F.linear(x, attention.q_proj).view(shape)
+        k = F.linear(x, attention.k_proj).view(shape)
+        v = k if attention.v_proj is None else F.linear(x, attention.v_proj).view(shape)
+        v = self.rms_norm(v, None, eps)
+        q = _rotate(self.rms_norm(q, attention.q_norm, eps), rope)
+        k = _rotate(self.rms_norm(k, attention.k_norm, eps), rope)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def geglu(self, x: Array, gate: Array, up: Array) -> Array:
+        return gelu_times(F.linear(x, gate), F.linear(x, up))
+
+    def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
+        rows = r.reshape(-1, r.shape[-1])
+        # Routing is computed wide even in low precision: a rounded score can pick another expert, at no gain in speed.
+        scale = router.scale.to(TORCH_DTYPES[self.wide]) * r.shape[-1] ** -0.5
+        scores = F.linear(self.rms_norm(rows.to(scale.dtype), scale, router.eps), router.proj.to(scale.dtype))
+        top, index = scores.topk(router.experts_per_token, -1)
+        # The softmax of the chosen scores is the softmax over all experts, renormalised.
+        weights = top.softmax(-1) * router.per_expert_scale[index]
+        out = expert_mlp(h.reshape(rows.shape), index, weights, experts.gate_up_proj, experts.down_proj)
+        return out.view(h.shape)
+
+    # ---- Attention and its cache ------------------------------------------------------------------------------
+
+    def new_cache(self, batch: int, kv_heads: int, head_dim: int, capacity: int) -> KV:
+        if self.compiles:
+            capacity = -(-capacity // BUCKET) * BUCKET
+        shape = (batch, kv_heads, capacity, head_dim)
+        keys, values = (torch.zeros(shape, dtype=TORCH_DTYPES[self.dtype], device=self.device) for _ in range(2))
+        return KV(keys, values)
+
+    def attention(self, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
+        """Attend over a view of the cache, with the query's own keys laid into the rows behind the valid ones."""
+        batch, heads, length, width = q.shape
+        if isinstance(span.rows, int):
+            _lay(context, k, v, span.rows)
+            first, mask, causal = 0, None, False
+            if span.causal:
+                mask, causal = _causal_mask(span, length, q.device)
+            elif span.window is not None:
+                first = max(0, span.rows - span.window + 1)
+            keys, values = (x[:, :, first : span.rows + length] for x in context)
+        else:
+            _lay_ragged(context, k, v, span.rows)
+            mask, causal = _ragged_mask(span, length, context.keys.shape[2]), False
+            keys, values = context
+        out = F.scaled_dot_product_attention(
+            q, keys, values, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=heads != k.shape[1]
+        )
+        return out.transpose(1, 2).reshape(batch, length, heads * width)
+
+    def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
+        held = None if span.window is None else span.window - 1
+        if isinstance(span.rows, int) and isinstance(fresh, int):
+            if held is None or span.rows + fresh <= held:
+                _lay(context, k[:, :, :fresh], v[:, :, :fresh], span.rows)
+                return context
+            kept = max(0, held - fresh)  # of the old rows
+            for cached, new in ((context.keys, k), (context.values, v)):
+                cached[:, :, :kept] = cached[:, :, span.rows - kept : span.rows].clone()  # the two may overlap
+                cached[:, :, kept:held] = new[:, :, fresh - (held - kept) : fresh]
+            return context
+        rows = torch.as_tensor(span.rows, dtype=torch.int32, device=k.device).expand(k.shape[0])
+        _lay_ragged(context, k, v, rows)  # rows beyond `fresh` land beyond the valid ones
+        if held is None:
+            return context
+        size = min(held, context.keys.shape[2])
+        drop = (rows + fresh - held).clamp(min=0)
+        source = torch.arange(size, device=k.device) + drop[:, None]
+        source = source.clamp(max=context.keys.shape[2] - 1)[:, None, :, None].long()
+        for cached in context:
+            cached[:, :, :size] = cached.gather(2, source.expand(-1, cached.shape[1], -1, cached.shape[3]))
+        return context
+
+    # ---- Head -------------------------------------------------------------------------------------------------
+
+    def logits(self, x: Array, table: Array, softcap: float) -> Array:
+        scores = F.linear(x, table).to(TORCH_DTYPES[self.wide])
+        return scores.div_(softcap).tanh_().mul_(softcap)
+
+    def vocab_head(
+        self, x: Array, table: Array, softcap: float, temperature: Array, u: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        return self._head(x, table, softcap, temperature, u)
+
+    # ---- Running ----------------------------------------------------------------------------------------------
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiles else function
+
+    @torch.compiler.assume_constant_result
+    def rounded(self, value: float) -> float:
+        return super().rounded(value)  # NumPy: not for the compiler to trace
+
+    def extent(self, length: int) -> int | Array:
+        return torch.tensor([length], dtype=torch.int32, device=self.device) if self.compiles else length
+
+    def synchronize(self, *arrays: Array) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def memory(self) -> int | None:
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+
+
+def _rotate(x: Array, rope: Rope) -> Array:
+    """Rotate pairs (i, i + A/2) of x [B, L, H, A]."""
+    cos, sin = rope.cos.transpose(1, 2), rope.sin.transpose(1, 2)  # [B or 1, L, 1, A/2]
+    a, b = x.chunk(2, -1)
+    return torch.cat([(a * cos).addcmul_(b, sin, value=-1.0), (b * cos).addcmul_(a, sin)], -1)
+
+
+def _lay(context: KV, k: Array, v: Array, rows: int) -> None:
+    """Write k and v [B, K, L, A] into the cache's rows from `rows` on."""
+    context.keys[:, :, rows : rows + k.shape[2]] = k
+    context.values[:, :, rows : rows + k.shape[2]] = v
+
+
+def _lay_ragged(context: KV, k: Array, v: Array, rows: Array) -> None:
+    """`_lay`, with a place of its own for each sequence: rows int32 [B]."""
+    where = rows[:, None] + torch.arange(k.shape[2], device=k.device)  # [B, L]
+    batch = torch.arange(k.shape[0], device=k.device)[:, None]
+    context.keys[batch, :, where] = k.transpose(1, 2)
+    context.values[batch, :, where] = v.transpose(1, 2)
+
+
+def _causal_mask(span: Span, length: int, device: torch.device) -> tuple[Array | None, bool]:
+    """Return the mask [L, rows + L] of a causal span, or none and SDPA's own causal flag where that says it all."""
+    window = span.window or math.inf
+    if span.rows == 0 and length <= window:
+        return None, True
+    j = torch.arange(span.rows + length, device=device)
+    ahead = torch.arange(span.rows, span.rows + length, device=device)[:, None] - j  # query's place minus key's
+    mask = ahead >= 0
+    if span.rows + length > window:
+        mask &= ahead < window
+    return mask, False
+
+
+def _ragged_mask(span: Span, length: int, capacity: int) -> Array:
+    """Return the mask [B, 1, L or 1, S] of a span with its own number of rows for each sequence."""
+    rows: Array = span.rows[:, None, None]  # type: ignore[index]
+    window = span.window or 1 << 30
+    i = torch.arange(length, device=rows.device, dtype=torch.int32)[:, None]
+    j = torch.arange(capacity, device=rows.device, dtype=torch.int32)
+    if span.causal:
+        ahead = rows + i - j  # own key j' stands at column rows + j'
+        mask = (ahead >= 0) & (ahead < window)
+    else:
+        mask = (j < rows + length) & (rows - j < window)
+    return mask[:, None]

@@ -1,0 +1,229 @@
+"""Generate one canvas with transformers and with dgemma's torch backend: same weights, same work, same process.
+
+    python benchmarks/vs_transformers.py                      # both dtypes, 2 threads
+    python benchmarks/vs_transformers.py --context            # prefill memory, and step time over context length
+
+The model is random, of about 110 M parameters. Both sides read the prompt, take exactly `--steps` denoising passes over
+one canvas, sampling included, and never stop early. Runs alternate, so that a busy machine slows both; the speed-up is
+the median of the ratios of neighbours. Every row is appended to `benchmarks/results/`, and the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import ml_dtypes
+import numpy as np
+import torch
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
+
+from dgemma.backends.cuda.inference import InferenceOps
+from dgemma.core import weights
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.engine import Engine, Request
+from dgemma.core.events import Done
+
+RESULTS = Path(__file__).parent / "results"
+VOCAB, CANVAS, WINDOW = 32_768, 256, 1024
+
+
+class Cost(NamedTuple):
+    wall: float  # seconds
+    cpu: float  # seconds, all threads
+
+
+def random_model(positions: int) -> Any:
+    """Return transformers' model with random float32 weights."""
+    sizes: dict[str, Any] = dict(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=6,
+        layer_types=["sliding_attention"] * 5 + ["full_attention"], num_attention_heads=8, num_key_value_heads=4,
+        head_dim=64, global_head_dim=128, num_global_key_value_heads=2, sliding_window=WINDOW, num_experts=32,
+        top_k_experts=4, moe_intermediate_size=256, max_position_embeddings=positions, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2, use_bidirectional_attention="vision",
+    )  # fmt: skip
+    text = DiffusionGemmaTextConfig(**sizes)
+    vision = dict(
+        model_type="gemma4_vision", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=CANVAS, boi_token_id=3, eoi_token_id=4, image_token_id=5
+    )
+    return DiffusionGemmaForBlockDiffusion(config).eval()
+
+
+def our_engine(reference: Any, dtype: Any, *, compile: bool) -> Engine:
+    """Return our engine over the reference's own weights: nothing is copied."""
+    config = ModelConfig.from_hf(reference.config.to_dict())
+    tensors = reference.state_dict()
+
+    def get(name: str) -> np.ndarray:
+        tensor = tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return tensor.numpy()
+
+    ops = InferenceOps(dtype, compile=compile)
+    return Engine(ops, weights.build(ops, config, get), None)
+
+
+def our_run(engine: Engine, prompt: np.ndarray, steps: int) -> None:
+    request = Request(
+        prompt=tuple(prompt.tolist()), max_new_tokens=CANVAS, seed=0, eos_token_ids=(),
+        sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
+    )  # fmt: skip
+    done = [event for event in engine.generate(request) if isinstance(event, Done)]
+    assert done[0].stats.steps == steps and done[0].stats.emitted_tokens == CANVAS, done
+
+
+def their_run(model: Any, prompt: np.ndarray, steps: int) -> None:
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    hook = model.model.decoder.register_forward_hook(count)
+    out = model.generate(
+        torch.tensor(prompt)[None].long(), max_new_tokens=CANVAS, max_denoising_steps=steps,
+        confidence_threshold=1e-30,  # nats of mean entropy: never reached, so it never stops early
+        eos_token_id=None,
+    )  # fmt: skip
+    hook.remove()
+    assert passes == steps and out.sequences.shape[1] == len(prompt) + CANVAS, (passes, out.sequences.shape)
+
+
+def timed(run: Callable[[], None]) -> Cost:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def compare(dtype: Any, *, prompt_length: int, steps: int, repeats: int, compile: bool) -> dict[str, Any]:
+    """Time both sides in turn; return one row."""
+    reference = random_model(4096).to(getattr(torch, dtype))
+    engine = our_engine(reference, dtype, compile=compile)
+    prompt = np.random.default_rng(0).integers(6, VOCAB, prompt_length)
+    pairs = []
+    for i in range(repeats + 1):
+        theirs, ours = timed(lambda: their_run(reference, prompt, steps)), timed(lambda: our_run(engine, prompt, steps))
+        click.echo(f"{dtype} transformers {theirs.wall:.2f} s, dgemma {ours.wall:.2f} s", err=True)
+        if i:  # the first pair warms up
+            pairs.append((theirs, ours))
+
+    def middle(values: list[float]) -> float:
+        return round(statistics.median(values), 4)
+
+    count = sum(p.numel() for p in reference.model.decoder.parameters())
+    return {
+        "benchmark": "vs_transformers", "dtype": dtype, "prompt": prompt_length, "canvas": CANVAS, "steps": steps,
+        "repeats": repeats, "compile": compile, "parameters": count,
+        "transformers_s": middle([a.wall for a, _ in pairs]), "dgemma_s": middle([b.wall for _, b in pairs]),
+        "speedup": middle([a.wall / b.wall for a, b in pairs]),
+        "transformers_cpu_s": middle([a.cpu for a, _ in pairs]), "dgemma_cpu_s": middle([b.cpu for _, b in pairs]),
+        "cpu_speedup": middle([a.cpu / b.cpu for a, b in pairs]),
+    }  # fmt: skip
+
+
+def long_context(dtype: Any, *, steps: int, length: int = 16_384, short: int = 1_024) -> dict[str, Any]:
+    """Measure the peak of a long prompt's prefill, and a denoising pass behind it against one behind a short prompt."""
+    reference = random_model(2 * length).to(getattr(torch, dtype))
+    engine = our_engine(reference, dtype, compile=False)
+    generator = np.random.default_rng(0)
+    our_run(engine, generator.integers(6, VOCAB, 64), 1)  # whatever is loaded on first use is not prefill's
+    loaded = _resident()
+    row: dict[str, Any] = {"benchmark": "context", "dtype": dtype, "length": length, "short": short, "steps": steps}
+    requests = {
+        name: Request(
+            prompt=tuple(generator.integers(6, VOCAB, count).tolist()), max_new_tokens=CANVAS, seed=0, eos_token_ids=(),
+            sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
+        )
+        for name, count in (("short", short), ("long", length))
+    }  # fmt: skip
+    caches = {}
+    for name, request in requests.items():
+        cost = timed(lambda r=request, n=name: caches.__setitem__(n, engine.prefill(r.prompt, CANVAS)))
+        row[f"{name}_prefill_s"] = round(cost.wall, 3)
+    row["prefill_peak_above_weights_gb"] = round((_peak() - loaded) / 1e9, 3)
+    for name, cost in _passes(engine, caches, steps).items():
+        row[f"{name}_step_s"], row[f"{name}_step_cpu_s"] = round(cost.wall, 4), round(cost.cpu, 4)
+    row["step_ratio"] = round(row["long_step_s"] / row["short_step_s"], 3)
+    row["step_cpu_ratio"] = round(row["long_step_cpu_s"] / row["short_step_cpu_s"], 3)
+    return row
+
+
+def _passes(engine: Engine, caches: dict[str, Any], repeats: int) -> dict[str, Cost]:
+    """Median cost of one denoising pass behind each cache, in turn."""
+    from dgemma.core.model import step
+    from dgemma.core.sampler import start
+
+    ops, config = engine.ops, engine.model.config
+    uniforms, noise = torch.rand(1, CANVAS), torch.randint(VOCAB, (1, CANVAS), dtype=torch.int32)
+    state, heat = start(ops, noise, config.hidden_size), torch.full((1, 1), 0.6)
+    costs: dict[str, list[Cost]] = {name: [] for name in caches}
+    for i in range(repeats + 1):
+        for name, cache in caches.items():
+            cost = timed(lambda c=cache: step(ops, engine.model, SamplerConfig(), c, state, heat, uniforms, noise))
+            if i:
+                costs[name].append(cost)
+    return {name: Cost(*map(statistics.median, zip(*several, strict=True))) for name, several in costs.items()}
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return f"{head or 'unknown'}{'+' if changed else ''}"
+
+
+@click.command(help=__doc__)
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16"]))
+@click.option("--prompt", default=128, show_default=True, help="Prompt tokens.")
+@click.option("--steps", default=8, show_default=True, help="Denoising passes.")
+@click.option("--repeats", default=5, show_default=True, help="Timed pairs.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("--compile", is_flag=True, help="Our pass through torch.compile.")
+@click.option("--context", is_flag=True, help="Prefill memory and step time at 16,384 tokens instead.")
+def main(
+    dtypes: tuple[str, ...], prompt: int, steps: int, repeats: int, threads: int, compile: bool, context: bool
+) -> None:
+    torch.set_num_threads(threads)
+    RESULTS.mkdir(exist_ok=True)
+    rows = []
+    for dtype in dtypes or ("float32", "bfloat16"):
+        if context:
+            row = long_context(dtype, steps=steps)
+        else:
+            row = compare(dtype, prompt_length=prompt, steps=steps, repeats=repeats, compile=compile)
+        row |= {"threads": threads, "torch": torch.__version__, "commit": _commit(), "device": _processor()}
+        rows.append(row)
+        with (RESULTS / "vs_transformers.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+    click.echo(json.dumps(rows if len(rows) > 1 else rows[0]))
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()
