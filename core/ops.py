@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 
 from . import reference
+from .quant import QTensor, dequantize
 
 if TYPE_CHECKING:
     from .model import Attention, Experts, Router
@@ -37,6 +38,15 @@ NUMPY_DTYPES: dict[str, Any] = {
     "float64": np.float64, "float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16,
     "int32": np.int32, "bool": np.bool_,
 }  # fmt: skip
+
+
+def dense(weight: Any, dtype: DType) -> np.ndarray:
+    """Return a stored weight as an array: as it is or, where quantized, its values, rounded once to the dtype."""
+    if not isinstance(weight, QTensor):
+        return np.asarray(weight)
+    if dtype == "bfloat16":
+        return dequantize(weight, dtype).view(ml_dtypes.bfloat16)
+    return dequantize(weight, "float16" if dtype == "float16" else "float32")
 
 
 class KV(NamedTuple):
@@ -234,8 +244,11 @@ class Ops(ABC):
         """Wait until the arrays are computed."""
 
     def pack(self, weight: Any) -> Array:
-        """Bring one stored weight, a memory-mapped array in the file's own width, to the device in compute dtype."""
-        return self.asarray(weight, self.dtype)
+        """Bring one stored weight to the device: a memory-mapped array in the file's own width, or a `QTensor` of such.
+
+        By default a quantized weight is dequantized on the host; a backend that keeps it packed takes it in its ops.
+        """
+        return self.asarray(dense(weight, self.dtype), self.dtype)
 
     def memory(self) -> int | None:
         """Return the peak bytes held on the accelerator, or None where the process's own peak says it."""

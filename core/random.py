@@ -23,7 +23,8 @@ def step_noise(*, seed: int, canvas: int, step: int, length: int, vocab_size: in
     """
     if not 0 <= seed < 1 << 64:
         raise DgemmaError(f"seed is {seed}, expected an integer from 0 to 2^64 - 1")
-    words = np.random.Philox(key=[seed, (canvas << 32) | step]).random_raw(2 * length)
+    key = np.array([seed, (canvas << 32) | step], np.uint64)  # a list with a seed of 2^63 or more would pass by float64
+    words = np.random.Philox(key=key).random_raw(2 * length)
     uniforms = (words[:length] >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)  # 24 bits: exact in float32
     # Multiply-shift instead of a remainder; its bias is below vocab_size / 2^32.
     tokens = ((words[length:] >> np.uint64(32)) * np.uint64(vocab_size)) >> np.uint64(32)

@@ -82,3 +82,6 @@ class NumpyOps(Ops):
 
     def cumsum(self, x: Array, axis: int) -> Array:
         return np.cumsum(x, axis, dtype=x.dtype)
+
+    def rounded(self, value: float) -> float:
+        return NUMPY_DTYPES[self.dtype](value)  # a Python float would widen ml_dtypes' bfloat16 arrays to float32
