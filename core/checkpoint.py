@@ -22,11 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from . import weights
+from . import quantized, weights
 from .config import GenerationConfig, ModelConfig, read_json
 from .errors import DgemmaError, quoted, shown
 from .ops import DType
-from .safetensors import DTYPES, SafetensorsFile
+from .quant import QTensor
+from .quantized import Packed, Quantization, module_of
+from .safetensors import DTYPES, Entry, SafetensorsFile
 
 PACKAGED = ("nano",)
 """Checkpoints that come with the package, in `models/`."""
@@ -46,6 +48,7 @@ class Checkpoint:
     config: ModelConfig
     generation: GenerationConfig
     files: tuple[SafetensorsFile, ...]
+    quantization: Quantization | None = None
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
@@ -60,44 +63,52 @@ class Checkpoint:
             kind = "not a folder" if folder.exists() else "no such folder"
             raise DgemmaError(f"{shown(folder)}: {kind}; a checkpoint is a folder with config.json and *.safetensors")
         where = folder / "config.json"
-        data = read_json(_inside(folder, "config.json"))
-        for key in ("quantization", "quantization_config"):
-            if data.get(key) is not None and data.get("model_type") == "diffusion_gemma":
+        data = read_json(inside(folder, "config.json"))
+        scheme = None
+        if data.get("model_type") == "diffusion_gemma":
+            if method := quantized.needs_conversion(data):
                 raise DgemmaError(
-                    f"{shown(where)}: {key} says that the weights are quantized, which is not supported yet; "
-                    "use the bfloat16 original"
+                    f"{shown(where)}: quantized by {quoted(method, 40)}, which does not run as it is; "
+                    "`dgemma convert` makes a folder that does"
                 )
+            scheme = Quantization.from_config(data, shown(where))
         config = ModelConfig.from_hf(data, where=shown(where))
         generation = GenerationConfig()
         if _present(where := folder / "generation_config.json"):
-            generation = GenerationConfig.from_hf(read_json(_inside(folder, where.name)), where=shown(where))
-        return cls(path=folder, config=config, generation=generation, files=_open_files(folder))
+            generation = GenerationConfig.from_hf(read_json(inside(folder, where.name)), where=shown(where))
+        return cls(path=folder, config=config, generation=generation, files=open_files(folder), quantization=scheme)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every stored tensor of the text model, sorted: no image tower, no tied copies."""
-        return tuple(self._places)
+        return tuple(sorted({*self._places, *self._packed}))
 
     @property
     def nbytes(self) -> int:
         """Bytes of those tensors as stored."""
-        return sum(file.entries[name].nbytes for name, file in self._places.items())
+        packed = sum(one.nbytes for one in self._packed.values())
+        return packed + sum(self._entry(name).nbytes for name in self._places)
 
     @property
     def stored_dtype(self) -> DType:
         """The width that most of the weights have."""
         total: Counter[DType] = Counter()
-        for name, file in self._places.items():
-            entry = file.entries[name]
+        for name in self._places:
+            entry = self._entry(name)
             if entry.dtype in _WIDTHS:
                 total[_WIDTHS[entry.dtype]] += entry.nbytes // DTYPES[entry.dtype].itemsize
         return total.most_common(1)[0][0] if total else "float32"
 
-    def tensor(self, name: str) -> np.ndarray:
-        """Return a stored tensor as a view of the mapped file, in its stored width (`ml_dtypes.bfloat16` for bf16)."""
+    def tensor(self, name: str) -> np.ndarray | QTensor:
+        """Return a stored tensor as a view of the mapped file, in its stored width (`ml_dtypes.bfloat16` for bf16).
+
+        A quantized one comes as a QTensor of such views.
+        """
+        if name in self._packed:
+            return self._packed[name].read(self._stored)
         if name not in self._places:
             raise DgemmaError(f"{shown(self.path)}: the tensor {quoted(name)} is missing")
-        return self._places[name].tensor(name)
+        return self._places[name].tensor(self._spelled.get(name, name))
 
     def check(self, config: ModelConfig | None = None) -> None:
         """Compare the stored tensors with what a config (by default the folder's own) needs.
@@ -106,19 +117,22 @@ class Checkpoint:
             DgemmaError: the tensors that are missing, unknown, misshapen or not of a float width, in one line.
         """
         needed = weights.shapes(config or self.config)
-        missing = [name for name in needed if name not in self._places]
-        extra = [name for name in self._places if name not in needed]
+        missing = [name for name in needed if name not in self._places and name not in self._packed]
+        extra = [name for name in (*self._places, *self._packed) if name not in needed]
         shape, width = [], []
-        for name, file in self._places.items():
-            entry = file.entries[name]
-            if name in needed and entry.shape != needed[name]:
-                found = quoted(list(entry.shape), 30)
-                shape.append(f"{name} is {found}, expected {list(needed[name])}")
-            elif name in needed and entry.dtype not in _WIDTHS:
+        found_shapes = {name: one.shape for name, one in self._packed.items()}
+        for name in self._places:
+            entry = self._entry(name)
+            found_shapes[name] = entry.shape
+            if name in needed and entry.dtype not in _WIDTHS and entry.shape == needed[name]:
                 width.append(f"{name} is {entry.dtype}")
+        for name, one in found_shapes.items():
+            if name in needed and one != needed[name]:
+                found = quoted(list(one), 30)
+                shape.append(f"{name} is {found}, expected {list(needed[name])}")
         faults = {
             "missing": list(map(quoted, missing)),
-            "unknown": [f"{quoted(name)} in {self._places[name].path.name}" for name in extra],
+            "unknown": [f"{quoted(name)}{self._home(name)}" for name in extra],
             "misshapen": shape,
             "not float32, bfloat16 or float16": width,
         }
@@ -130,13 +144,50 @@ class Checkpoint:
             raise DgemmaError(f"{shown(self.path)}: {_count(*first)}{f'; also {also}' if rest else ''}")
 
     @cached_property
+    def _files(self) -> dict[str, SafetensorsFile]:
+        """The file of each stored name."""
+        return {name: file for file in self.files for name in file.entries}
+
+    @cached_property
+    def _packed(self) -> dict[str, Packed]:
+        """Quantized text tensors, by the names of `weights.shapes`."""
+        if self.quantization is None:
+            return {}
+        entries = {name: file.entries[name] for name, file in self._files.items()}
+        found = quantized.find(entries, self.quantization, shown(self.path))
+        names = {module_of(name): name for name in weights.shapes(self.config)}
+        named = {names.get(module, f"{module}.weight"): one for module, one in found.items()}
+        return {name: one for name, one in sorted(named.items()) if name in names.values() or not weights.ignored(name)}
+
+    @cached_property
+    def _spelled(self) -> dict[str, str]:
+        """Stored names of what is spelled otherwise: MLX gives experts a `.weight`."""
+        return {} if self.quantization is None else quantized.logical_names(self._files, weights.shapes(self.config))
+
+    @cached_property
     def _places(self) -> dict[str, SafetensorsFile]:
-        """The file of each text tensor."""
+        """The file of each float text tensor."""
         needed = weights.shapes(self.config)
+        parts: set[str] = set()
+        if self.quantization is not None:
+            parts = {f"{module_of(name)}.{part}" for name in self._packed for part in quantized.PARTS}
+            parts |= set(self._spelled.values())
         places = {
-            name: file for file in self.files for name in file.entries if name in needed or not weights.ignored(name)
+            name: file
+            for name, file in self._files.items()
+            if name not in parts and (name in needed or not (weights.ignored(name) or quantized.of_ignored(name)))
         }
+        places |= {name: self._files[stored] for name, stored in self._spelled.items() if name not in self._packed}
         return dict(sorted(places.items()))
+
+    def _entry(self, name: str) -> Entry:
+        return self._places[name].entries[self._spelled.get(name, name)]
+
+    def _stored(self, name: str) -> np.ndarray:
+        return self._files[name].tensor(name)
+
+    def _home(self, name: str) -> str:
+        return f" in {self._places[name].path.name}" if name in self._places else ""
 
 
 def resolve(name: str | Path, *, revision: str | None = None, progress: Any = None) -> Path:
@@ -215,22 +266,22 @@ def _download_failed(error: Exception) -> str:
     return f"the download failed: {type(error).__name__}: {quoted(said, 120)}"
 
 
-def _open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
+def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
     single, index = _present(folder / _SINGLE), _present(folder / _INDEX)
-    if single and index:
+    if single and index and not _lists_only(folder, _SINGLE):
         raise DgemmaError(
             f"{shown(folder)}: holds both {_SINGLE} and {_INDEX}, and they may disagree; remove the one that is stale"
         )
     if single:
-        return (SafetensorsFile.open(_inside(folder, _SINGLE)),)
+        return (SafetensorsFile.open(inside(folder, _SINGLE)),)
     if not index:
         raise DgemmaError(_why_no_weights(folder))
     where = shown(folder / _INDEX)
-    listed = _read_index(read_json(_inside(folder, _INDEX)), where)
+    listed = _read_index(read_json(inside(folder, _INDEX)), where)
     files = []
     owners: dict[str, str] = {}
     for file_name in sorted(set(listed.values())):
-        file = SafetensorsFile.open(_inside(folder, file_name))
+        file = SafetensorsFile.open(inside(folder, file_name))
         for name in file.entries:
             if name in owners:
                 raise DgemmaError(f"{where}: {quoted(name)} is in two files, {owners[name]} and {file_name}")
@@ -244,6 +295,12 @@ def _open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
     if strays:
         raise DgemmaError(f"{where}: {_count('in the files but not listed', list(map(quoted, strays)))}")
     return tuple(files)
+
+
+def _lists_only(folder: Path, name: str) -> bool:
+    """Whether an index names one file only; MLX writes one beside a single file."""
+    table = read_json(inside(folder, _INDEX)).get("weight_map")
+    return isinstance(table, dict) and set(map(str, table.values())) == {name}
 
 
 def _read_index(data: dict[str, Any], where: str) -> dict[str, str]:
@@ -275,7 +332,7 @@ def _why_no_weights(folder: Path) -> str:
     return f"{shown(folder)}: neither {_SINGLE} nor {_INDEX} in it"
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
     """Return a file of the folder, refusing a link that leads out of it.
 
     Hugging Face's cache is made of such links: `models--o--n/snapshots/<commit>/f` → `models--o--n/blobs/<hash>`, which

@@ -217,7 +217,7 @@ _NO_EFFECT_TOP = (
     "architectures", "transformers_version", "initializer_range", "vision_config", "boi_token_id",
     "eoi_token_id", "vision_soft_tokens_per_image", "_name_or_path", "torch_dtype", "dtype", "quantization",
     "quantization_config", "return_dict", "output_hidden_states", "is_encoder_decoder", "id2label", "label2id",
-    "problem_type", "chunk_size_feed_forward", "output_attentions", "audio_config", "name_or_path",
+    "problem_type", "chunk_size_feed_forward", "output_attentions", "audio_config", "name_or_path", "generation_config",
 )  # fmt: skip
 _NO_EFFECT_TEXT = (
     "initializer_range", "attention_dropout", "dtype", "torch_dtype", "use_cache", "return_dict",

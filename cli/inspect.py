@@ -1,0 +1,131 @@
+"""`dgemma inspect`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .convert import amount
+
+if TYPE_CHECKING:
+    from ..core.inspect import Inspection
+
+
+@click.command(short_help="Show what a checkpoint holds and needs.")
+@click.argument("model", required=False)
+@click.option(
+    "--config", type=click.Path(path_type=Path), metavar="FILE", help="Compute from a bare config.json instead.",
+)  # fmt: skip
+@click.option(
+    "--recipe", "-r", metavar="NAME",
+    help="Show what this recipe would make of it.  [default with --config: 4bit]",
+)  # fmt: skip
+@click.option("--rules", type=click.Path(path_type=Path), metavar="FILE", help="The same for a recipe of your own.")
+@click.option("--mlx", is_flag=True, help="As `convert --mlx` would write it.")
+@click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N",
+              help="Tokens of prompt and answer to have room for.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON object; sizes are in bytes.")
+def inspect(
+    model: str | None,
+    config: Path | None,
+    recipe: str | None,
+    rules: Path | None,
+    mlx: bool,
+    context: int,
+    as_json: bool,
+) -> None:
+    """Show a checkpoint's parameters, bits per weight by part, and the memory that each backend needs.
+
+    MODEL is a folder in any layout that `convert` reads, a packaged model, or a Hugging Face id, of which nothing but
+    the config is downloaded.
+    """
+    from ..core.convert import recipes
+    from ..core.inspect import inspect_config, inspect_folder, read_config
+
+    if (model is None) == (config is None):
+        raise click.UsageError("give MODEL or --config FILE, and not both")
+    chosen = recipes.read_rules(rules) if rules else recipes.find(recipe) if recipe else None
+    if config is not None:
+        found = inspect_config(read_config(config), chosen or recipes.find(recipes.DEFAULT), mlx=mlx)
+    else:
+        where = _find(str(model))
+        if where.is_dir():
+            found = inspect_folder(where, chosen, mlx=mlx)
+        else:
+            found = inspect_config(read_config(where), chosen or recipes.find(recipes.DEFAULT), mlx=mlx)
+    from .machine import system
+
+    machine = system()
+    memory = {"total": machine["memory_bytes"], "free": machine["free_memory_bytes"]}
+    if as_json:
+        click.echo(json.dumps(to_json(found, context, memory)))
+    else:
+        from .output import consoles
+
+        console, _ = consoles()
+        for line in describe(found, context, memory):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _find(model: str) -> Path:
+    """The folder of a model or, of one on the hub that is not downloaded, its config.json; weights are not fetched."""
+    from ..core.checkpoint import PACKAGED, resolve
+    from .fit import _from_hub
+
+    return resolve(model) if model in PACKAGED or Path(model).expanduser().exists() else _from_hub(model)
+
+
+def count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
+
+
+def needed(found: Inspection, backend: str, context: int) -> float:
+    """Bytes of weights, keys and values; what computing takes comes on top, and `doctor` counts it."""
+    return found.memory[backend] + found.cache.fixed + found.cache.per_token * context
+
+
+def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str, object]:
+    return {
+        "layout": found.layout, "recipe": found.recipe or None, "parameters": found.parameters,
+        "text_bytes": round(found.text_bytes), "image_bytes": found.image_bytes,
+        "bits_per_weight": found.bits_per_weight,
+        "parts": [asdict(part) | {"bits_per_weight": part.bits_per_weight} for part in found.parts],
+        "cache_bytes_fixed": found.cache.fixed, "cache_bytes_per_1000_tokens": 1000 * found.cache.per_token,
+        "weights_bytes": {name: round(size) for name, size in found.memory.items()},
+        "needed_bytes": {name: round(needed(found, name, context)) for name in found.memory},
+        "context": context, "memory_bytes": memory["total"], "free_bytes": memory["free"],
+        "fits": {name: needed(found, name, context) <= memory["free"] for name in found.memory},
+    }  # fmt: skip
+
+
+def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[str]:
+    what = f"recipe {found.recipe}" if found.recipe else f"{found.layout} checkpoint"
+    lines = [
+        f"{what}: {count(found.parameters)} parameters, {amount(found.text_bytes)}, "
+        f"{found.bits_per_weight:.2f} bits per weight"
+        + (f"; image tower {amount(found.image_bytes)}" if found.image_bytes else ""),
+        "",
+        f"  {'part':<18} {'parameters':>14} {'size':>10} {'bits':>6}  stored as",
+    ]
+    for part in found.parts:
+        if part.parameters:
+            lines.append(
+                f"  {part.name:<18} {part.parameters:>14,} {amount(part.bytes):>10} {part.bits_per_weight:>6.2f}  "
+                f"{', '.join(part.formats)}"
+            )
+    fixed, each = amount(found.cache.fixed), amount(1000 * found.cache.per_token)
+    lines += [
+        "",
+        f"  keys and values: {fixed}, and {each} per 1,000 tokens of context",
+        f"  memory for {context:,} tokens; {amount(memory['free'])} of {amount(memory['total'])} are free:",
+    ]
+    for name in found.memory:
+        size = needed(found, name, context)
+        fits = "fits" if size <= memory["free"] else "does not fit"
+        lines.append(f"    {name:<6} {amount(size):>10}  {fits}")
+    lines.append("  (weights, keys and values; `dgemma doctor` adds what computing takes, and looks at GPUs)")
+    return lines

@@ -1,0 +1,12 @@
+"""The converter: any published layout in, one layout out, streaming.
+
+layouts, stored   what a source folder holds, whoever wrote it
+recipes, plan     which tensor becomes what, and in which file it lands
+job, encode       the work, tensor by tensor
+crew, partial     worker processes, and the unfinished folder that a later run resumes
+converter, verify the run itself, and its check
+"""
+
+from .converter import Progress, Report, convert
+
+__all__ = ["Progress", "Report", "convert"]

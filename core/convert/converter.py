@@ -1,0 +1,370 @@
+"""Convert a checkpoint: any known layout in, MLX's quantized layout out, streamed.
+
+The plan is made from headers alone; then rows are read, encoded and written in place by a few workers, in runs of about
+four million weights. Memory therefore does not depend on the size of the checkpoint, and the bytes written depend on
+the source and the recipe only: not on the machine, the number of workers, or how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import inside
+from ..config import read_json
+from ..errors import DgemmaError, quoted, shown
+from . import recipes
+from .crew import Crew, gather
+from .encode import factor_of, runs
+from .job import Job, check_result, make_config, make_manifest, prepare
+from .partial import FULL, HIDDEN, MANIFEST, Partial, finish, open_partial, replaceable, tidy
+from .plan import Item
+from .stored import Weight
+
+SYNC_BYTES, SYNC_SECONDS = 256 << 20, 1.0  # what a kill costs at most
+_INDEX = "model.safetensors.index.json"
+_COPIED = (".json", ".jinja", ".model", ".txt")
+_REPLACED = ("config.json", "hf_quant_config.json", _INDEX, MANIFEST)
+_LARGEST_COPY = 1 << 28  # bytes; a tokenizer has some tens of megabytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a conversion is."""
+
+    stage: str
+    """converting, hashing or verifying."""
+    done: int
+    total: int
+    """Bytes of the source; of the target, when it is hashed."""
+    rate: float
+    """Bytes a second, since this run began."""
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What a conversion has made."""
+
+    path: Path
+    recipe: str
+    layout: str
+    """Of the source: float, mlx, modelopt or compressed-tensors."""
+    bytes: int
+    """Of all tensors."""
+    text_bytes: int
+    """Of the text model's."""
+    bits_per_weight: float
+    """Of the text model."""
+    quantized_share: float
+    """Of the text model's parameters."""
+    wanted_share: float
+    """What the recipe asked for; it is more only by what `fallbacks` lists."""
+    fallbacks: dict[str, str]
+    """Weights that could not have the recipe's format, and why."""
+    counts: dict[str, int]
+    """Weights by what became of them: stored, cast, quantized, carried, requantized, dequantized."""
+    dropped: int
+    """Stored tensors left out: tied copies, and scales of activations."""
+    worst: tuple[str, float]
+    """The weight with the largest relative error."""
+    seconds: float
+    fresh: bool
+    """False where the folder was there, finished, and nothing had to be done."""
+    verified: bool
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    recipe: str = recipes.DEFAULT,
+    *,
+    rules: str | Path | None = None,
+    mlx: bool = False,
+    requantize: bool = False,
+    force: bool = False,
+    verify: bool = False,
+    revision: str | None = None,
+    workers: int | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Report:
+    """Convert a checkpoint folder.
+
+    Interrupted at any point, the same call goes on where it was. If `out` is there and was made by the same call from
+    the same source, nothing is done.
+
+    Args:
+        source: a folder, or a Hugging Face hub id, which is downloaded; bf16, f16 or f32, MLX's quantized layout,
+            modelopt's NVFP4, or compressed-tensors' NVFP4 and FP8.
+        out: the folder to make. Until it is whole it is called `<out>.partial`.
+        recipe: a name in `recipes.RECIPES`.
+        rules: a file of one's own rules, in place of a recipe.
+        mlx: store what MLX's own loaders ask for, so that the folder loads in mlx-vlm: biases of symmetric formats, and
+            no global scales.
+        requantize: allow weights that are quantized already to be rounded again.
+        force: make `out` anew if it is there, and throw away work begun with other settings.
+        verify: read everything back and compare it with the source.
+        revision: branch, tag or commit, for a hub id.
+        workers: processes that encode; by default one for each core, and none besides this for what is small.
+        progress: called a few times a second.
+
+    Raises:
+        DgemmaError: anything wrong with the source, the target or the recipe, in one line.
+    """
+    began = time.monotonic()
+    if "\0" in str(out) or not Path(out).name:
+        raise DgemmaError(f"{quoted(str(out))}: not the name of a folder that could be made")
+    out = Path(os.path.abspath(Path(out).expanduser()))
+    threads = max(1, workers or _cores())
+    meter = Meter(progress)
+    fresh = False
+    try:
+        chosen = recipes.find(recipe) if rules is None else recipes.read_rules(rules)
+        job = prepare(source, chosen, revision=revision, mlx=mlx, requantize=requantize)
+        if rules is not None and (unused := chosen.unused([item.weight.module for item in job.text])):
+            raise DgemmaError(f"{shown(rules)}: {quoted(unused[0], 60)} matches no module that is left to it")
+        _check_target(out, job, force)
+        if force or not _finished(out, job):
+            fresh = True
+            _make(job, out, force=force, threads=threads, meter=meter)
+        tidy(out)
+        if verify:
+            from .verify import verify_job
+
+            verify_job(job, out, threads=threads, meter=meter)
+        return _report(job, out, fresh=fresh, verified=verify, seconds=time.monotonic() - began)
+    except OSError as error:
+        where = shown(error.filename or out)
+        if error.errno in FULL:
+            raise DgemmaError(
+                f"{where}: the disk is full; free space, and the same command goes on where it stopped"
+            ) from None
+        raise DgemmaError(f"{where}: {error.strerror or error}") from None
+
+
+def _check_target(out: Path, job: Job, force: bool) -> None:
+    if os.path.lexists(out) and not out.is_dir():
+        raise DgemmaError(f"{shown(out)}: exists, and is not a folder; choose another --out")
+    source, target = job.folder.resolve(), out.resolve()
+    if target == source or target in source.parents or source in target.parents:
+        raise DgemmaError(f"{shown(out)}: the target may not be the source, nor lie in it or around it")
+    if not out.exists() or not any(out.iterdir()) or (not force and _finished(out, job)):
+        return
+    if not force:
+        raise DgemmaError(f"{shown(out)}: exists; choose another --out, or replace it with --force")
+    if not replaceable(out):
+        raise DgemmaError(f"{shown(out)}: holds more than a checkpoint, so --force does not replace it")
+
+
+def _finished(out: Path, job: Job) -> bool:
+    """Whether a folder is what this job would make, by its manifest and the sizes of its files."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_bytes())
+        same = all((out / name).stat().st_size == one["size"] for name, one in manifest["files"].items())
+        said = [float(one.get("error", 0)) for one in manifest["tensors"].values()]
+        return same and bool(said) and manifest["plan"] == job.plan_hash
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+
+
+def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open_partial(out, job.plan, force=force) as partial:
+        _check_space(job, partial)
+        partial.begin(job.shards)
+        _fill(job, partial, threads, meter)
+        job.check_source()
+        _complete(job, partial, threads, meter)
+        check_result(job, partial.folder)
+        finish(partial, out, force=force)
+
+
+def _check_space(job: Job, partial: Partial) -> None:
+    needed = sum(shard.size for shard in job.shards) - partial.allocated()
+    needed += sum((job.folder / name).stat().st_size for name in _copied(job.folder))
+    free = shutil.disk_usage(partial.folder).free
+    if needed > free:
+        where = shown(partial.folder.parent)
+        raise DgemmaError(
+            f"{where}: {needed / 1e9:.2f} GB more are needed on this disk, and {free / 1e9:.2f} GB are free"
+        )
+
+
+def _fill(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
+    """Encode what the journal does not list yet."""
+    homes = {name: shard.name for shard in job.shards for name in shard.places}
+    meter.start("converting", sum(source_bytes(item.weight) for item in job.items))
+    waiting: deque[tuple[int, int, int, Future[tuple[float, float, int]]]] = deque()
+    since, unsynced = time.monotonic(), 0
+
+    def take() -> None:
+        nonlocal since, unsynced
+        index, start, stop, future = waiting.popleft()
+        wrong, total, size = future.result()
+        partial.touched |= {homes[one.name] for one in job.items[index].components}
+        partial.note("block", index, start, wrong.hex(), total.hex())
+        unsynced += size
+        meter.advance(source_bytes(job.items[index].weight, stop - start))
+        if unsynced >= SYNC_BYTES or time.monotonic() - since >= SYNC_SECONDS:
+            partial.sync()
+            since, unsynced = time.monotonic(), 0
+
+    with gather(job, partial, threads) as crew, ThreadPoolExecutor(threads) as pool:
+        try:
+            for index, item in enumerate(job.items):
+                todo = []
+                for start, stop in runs(item):
+                    if (index, start) in partial.blocks:
+                        meter.advance(source_bytes(item.weight, stop - start), old=True)
+                    else:
+                        todo.append((start, stop))
+                factor = _factor(item, index, partial, crew, pool) if todo else None
+                for start, stop in todo:
+                    if len(waiting) >= 3 * threads:
+                        take()
+                    waiting.append((index, start, stop, pool.submit(crew.encode, index, start, stop, factor)))
+            while waiting:
+                take()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            partial.sync()  # what is done is done, also where a later tensor is damaged
+
+
+def _factor(item: Item, index: int, partial: Partial, crew: Crew, pool: ThreadPoolExecutor) -> float | None:
+    """Return the global scale of an nvfp4 weight, for which all of it is read once more."""
+    if item.factor == "none" or item.how == "carried":
+        return None
+    if index not in partial.factors:
+        found = max(pool.map(lambda run: crew.largest(index, *run), runs(item)))
+        partial.note("factor", index, factor_of(found).hex())
+    return partial.factors[index]
+
+
+def source_bytes(weight: Weight, rows: int | None = None) -> int:
+    """Return about the bytes that rows take in the source, all by default."""
+    width = weight.format.bits_per_weight / 8 if weight.format else {"F32": 4, "quantized": 1}.get(weight.dtype, 2)
+    return int((weight.rows if rows is None else rows) * weight.width * width)
+
+
+def _complete(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
+    """Write what stands beside the weights, the manifest last."""
+    table = {name: shard.name for shard in job.shards for name in shard.places}
+    index = {
+        "metadata": {"total_size": sum(one.nbytes for one in job.items)},
+        "weight_map": dict(sorted(table.items())),
+    }
+    small = {"config.json": _json(make_config(job)), _INDEX: _json(index)}
+    small |= {name: inside(job.folder, name).read_bytes() for name in _copied(job.folder)}
+    if job.mlx and "generation_config.json" in small:
+        settings = read_json(job.folder / "generation_config.json")
+        # mlx-vlm takes a null for a value.
+        small["generation_config.json"] = _json({key: one for key, one in settings.items() if one is not None})
+    files: dict[str, dict[str, Any]] = {}
+    for name, data in small.items():
+        partial.save(name, data)
+        files[name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    meter.start("hashing", sum(shard.size for shard in job.shards))
+    with ThreadPoolExecutor(threads) as pool:
+        digests = pool.map(lambda one: file_hash(partial.folder / one.name, meter.advance), job.shards)
+        for shard, digest in zip(job.shards, digests, strict=True):
+            files[shard.name] = {"size": shard.size, "sha256": digest}
+    for path in partial.folder.iterdir():
+        if path.name not in files and path.name != HIDDEN:
+            path.unlink()
+    partial.save(MANIFEST, _json(make_manifest(job, partial.blocks, files)))
+
+
+def _copied(folder: Path) -> Iterator[str]:
+    """Return the names of the settings, tokenizer, template and license files that go along."""
+    for path in sorted(folder.iterdir()):
+        wanted = path.suffix in _COPIED and path.name not in _REPLACED and not path.name.startswith(".")
+        wanted = wanted or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        if wanted and path.is_file() and path.stat().st_size <= _LARGEST_COPY:
+            yield path.name
+
+
+def _report(job: Job, out: Path, *, fresh: bool, verified: bool, seconds: float) -> Report:
+    manifest = read_json(out / MANIFEST)
+    errors = {name: one.get("error", 0.0) for name, one in manifest["tensors"].items()}
+    worst = max(errors, key=lambda name: errors[name])
+    return Report(
+        path=out,
+        recipe=job.recipe.name,
+        layout=job.source.layout,
+        bytes=sum(item.nbytes for item in job.items),
+        text_bytes=sum(item.nbytes for item in job.text),
+        bits_per_weight=job.bits,
+        quantized_share=job.share,
+        wanted_share=job.wanted_share,
+        fallbacks={
+            item.weight.name: f"{item.fallback}; kept in {item.described}" for item in job.items if item.fallback
+        },
+        counts=dict(Counter(item.how for item in job.items)),
+        dropped=len(job.source.dropped),
+        worst=(worst, errors[worst]),
+        seconds=seconds,
+        fresh=fresh,
+        verified=verified,
+    )
+
+
+def file_hash(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """Return a file's SHA-256; `advance` is told of the bytes read."""
+    digest = hashlib.sha256()
+    buffer = bytearray(4 << 20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            advance(count)
+    return digest.hexdigest()
+
+
+def _json(data: Any) -> bytes:
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Meter:
+    """Turns bytes done into progress, a few times a second; safe from several threads."""
+
+    def __init__(self, report: Callable[[Progress], None] | None) -> None:
+        self._report = report
+        self._lock = threading.Lock()
+        self._stage = ""
+        self._done = self._old = self._total = 0
+        self._began = self._last = 0.0
+
+    def start(self, stage: str, total: int) -> None:
+        self._stage, self._done, self._old, self._total = stage, 0, 0, total
+        self._began = self._last = time.monotonic()
+        self._say(self._began)
+
+    def advance(self, count: int, *, old: bool = False) -> None:
+        """Count bytes; `old` ones were done by an earlier run, and say nothing of the rate."""
+        with self._lock:
+            self._done += count
+            self._old += count if old else 0
+            now = time.monotonic()
+            if now - self._last >= 0.2 or self._done >= self._total:
+                self._last = now
+                self._say(now)
+
+    def _say(self, now: float) -> None:
+        if self._report is None:
+            return
+        rate = (self._done - self._old) / max(now - self._began, 1e-9)
+        left = (self._total - self._done) / rate if rate > 0 else None
+        self._report(Progress(stage=self._stage, done=self._done, total=self._total, rate=rate, seconds_left=left))

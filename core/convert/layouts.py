@@ -1,0 +1,245 @@
+"""Published checkpoint layouts, each seen as the same thing: named weights that are read by rows.
+
+    float               <name>                          BF16, F16, F32, as Hugging Face folders have them
+    mlx                 see quantized.py                 mlx-community's, and ours
+    modelopt            <module>.weight                  U8 [F, N/2], two E2M1 codes a byte, the first in the low half
+                        <module>.weight_scale            F8_E4M3 [F, N/16], row-major: the file has no swizzle
+                        <module>.weight_scale_2          F32 [], a factor on all scales
+    compressed-tensors  <module>.weight_packed           as modelopt's weight
+                        <module>.weight_scale            as modelopt's
+                        <module>.weight_global_scale     F32 [1], a divisor of all scales: the reciprocal of the above
+    float8, in both     <module>.weight                  F8_E4M3 [F, N]
+                        <module>.weight_scale            BF16, F16 or F32: [F, 1], [F], or one number
+
+Experts may stand one by one, `…experts.7.gate_proj`, with gate and up apart; here they are one weight again.
+Scales of activations (`input_scale`, `input_global_scale`, `k_scale`, `v_scale`) are of no use and left out.
+Sources: NVIDIA's modelopt export, vllm-project/compressed-tensors (nvfp4 and
+naive_quantized compressors), and what others read of the headers of nvidia/diffusiongemma-26B-A4B-it-NVFP4 and
+RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import quantized, weights
+from ..config import ModelConfig
+from ..errors import DgemmaError, quoted, shown
+from ..quantized import Packed, Quantization, module_of
+from ..safetensors import SafetensorsFile
+from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Stored, Weight
+
+METHODS = ("modelopt", "compressed-tensors")
+FLOATS = ("BF16", "F16", "F32")
+
+_LEFT_OUT = ("input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "weight_shape")
+_QUANTIZED = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale")
+_EXPERT = re.compile(r"(.+)\.(?:moe\.)?experts\.(\d{1,6})\.(gate_proj|up_proj|down_proj)", re.ASCII)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint folder in any known layout."""
+
+    layout: str
+    text: tuple[Weight, ...]
+    """Exactly the tensors of `weights.shapes`, in its order."""
+    image: tuple[Weight, ...]
+    dropped: tuple[str, ...]
+    """Stored names that are not carried: tied copies, and scales of activations."""
+
+
+def read_source(
+    files: Sequence[SafetensorsFile], data: Mapping[str, Any], config: ModelConfig, folder: Path, *, hinted: bool
+) -> Source:
+    """Find every weight among the tensors of a folder, whatever the layout.
+
+    Args:
+        files: the opened weight files.
+        data: config.json.
+        config: the same, read.
+        folder: for messages.
+        hinted: whether a `hf_quant_config.json` says that the folder is modelopt's.
+
+    Raises:
+        DgemmaError: tensors that are missing, unknown, misshapen, or that do not make up a quantized weight.
+    """
+    where = shown(folder)
+    stored = {name: Stored(path=file.path, entry=file.entries[name]) for file in files for name in file.entries}
+    entries = {name: one.entry for name, one in stored.items()}
+    undeclared = all(data.get(key) is None for key in ("quantization", "quantization_config"))
+    method = quantized.needs_conversion(data) or ("modelopt" if hinted and undeclared else None)
+    if method is not None and method not in METHODS:
+        raise DgemmaError(f"{where}: quantized by {quoted(method, 40)}; what can be read is {' and '.join(METHODS)}")
+    scheme = None if method else Quantization.from_config(data, shown(folder / "config.json"))
+    needed = weights.shapes(config)
+    found: dict[str, Weight] = {}
+    dropped: list[str] = []
+    if scheme is not None:
+        packed = quantized.find(entries, scheme, where)
+        parts = {name for one in packed.values() for name in one.parts.values()}
+        spelled = {stored_name: name for name, stored_name in quantized.logical_names(entries, needed).items()}
+        bare = {module_of(name): name for name in needed}
+        for module, one in packed.items():
+            name = bare.get(module, f"{module}.weight")
+            found[name] = _mlx_weight(name, one, stored)
+        plain = {spelled.get(name, name): name for name in entries if name not in parts}
+    else:
+        plain, modules = {}, {}
+        for name in entries:
+            module, _, kind = name.rpartition(".")
+            if (_tied(name) and name not in needed) or (method and kind in _LEFT_OUT):
+                dropped.append(name)
+            elif (method and kind in (*_QUANTIZED, "weight")) or (kind == "weight" and _EXPERT.fullmatch(module)):
+                modules.setdefault(module, {})[kind] = stored[name]
+            else:
+                plain[name] = name
+        found |= _by_module(modules, where, config)
+    for name, stored_name in plain.items():
+        entry = entries[stored_name]
+        found[name] = Weight(name=name, shape=entry.shape, dtype=entry.dtype, format=None, parts=(stored[stored_name],))
+    dropped += [name for name in found if _tied(name) and name not in needed]
+    _check(found, needed, where)
+    return Source(
+        layout=method or ("mlx" if scheme else "float"),
+        text=tuple(found[name] for name in needed),
+        image=tuple(found[name] for name in sorted(found) if name not in needed and _of_image(name)),
+        dropped=tuple(sorted(dropped)),
+    )
+
+
+def _tied(name: str) -> bool:
+    """Whether a name is that of a copy of a decoder weight; the encoder's own scalars are asked for before."""
+    return name.startswith((f"{weights.ENCODER}.", "lm_head."))
+
+
+def _of_image(name: str) -> bool:
+    return weights.ignored(name) and not _tied(name)
+
+
+def _mlx_weight(name: str, packed: Packed, stored: Mapping[str, Stored]) -> Weight:
+    factor = packed.parts.get("global_scale")
+    rows = factor is not None and math.prod(stored[factor].entry.shape) > 1
+    return Weight(
+        name=name,
+        shape=packed.shape,
+        dtype="quantized",
+        format=packed.format if packed.exact else None,
+        parts=(MlxPart(packed=packed, stored={one: stored[one] for one in packed.parts.values()}),),
+        factor="none" if factor is None else "rows" if rows else "one",
+    )
+
+
+def _by_module(modules: Mapping[str, dict[str, Stored]], where: str, config: ModelConfig) -> dict[str, Weight]:
+    """Put together what modelopt and compressed-tensors keep apart, and experts that stand one by one."""
+    found: dict[str, Weight] = {}
+    experts: dict[str, dict[tuple[int, str], Weight]] = {}
+    for module, parts in modules.items():
+        try:
+            one = _module_weight(module, parts)
+        except DgemmaError as error:
+            raise DgemmaError(f"{where}: {quoted(module)}: {error}") from None
+        if match := _EXPERT.fullmatch(module):
+            layer, index, kind = match.groups()
+            experts.setdefault(f"{layer}.experts", {})[int(index), kind] = one
+        else:
+            found[one.name] = one
+    for name, table in experts.items():
+        for fused, kinds in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+            found[f"{name}.{fused}"] = _fused(f"{name}.{fused}", table, kinds, config.experts, where)
+    return found
+
+
+def _fused(
+    name: str, table: Mapping[tuple[int, str], Weight], kinds: tuple[str, ...], experts: int, where: str
+) -> Weight:
+    """Join experts, gate rows before up rows: [E, 2F, D] or [E, D, F]."""
+    pieces = []
+    for index in range(experts):
+        for kind in kinds:
+            if (index, kind) not in table:
+                raise DgemmaError(f"{where}: {quoted(name)}: the {kind} of expert {index} of {experts} is missing")
+            pieces.append(table[index, kind])
+    if over := [index for index, _ in table if index >= experts]:
+        raise DgemmaError(f"{where}: {quoted(name)}: there is an expert {max(over)}, but config.json has {experts}")
+    first = pieces[0]
+    for one in pieces:
+        if (one.shape, one.dtype, one.format) != (first.shape, first.dtype, first.format):
+            raise DgemmaError(f"{where}: {quoted(name)}: {quoted(one.name)} differs in shape or format from its like")
+    return Weight(
+        name=name,
+        shape=(experts, len(kinds) * first.shape[0], first.width),
+        dtype=first.dtype,
+        format=first.format,
+        parts=tuple(part for one in pieces for part in one.parts),
+        factor="none" if first.factor == "none" else "rows",
+    )
+
+
+def _module_weight(module: str, parts: Mapping[str, Stored]) -> Weight:
+    name = f"{module}.weight"
+    packed = "weight_packed" in parts
+    codes = parts.get("weight_packed" if packed else "weight")
+    if codes is None:
+        raise DgemmaError(f"has {sorted(parts)[0]} but no weight")
+    if packed and "weight" in parts:
+        raise DgemmaError("has both weight and weight_packed")
+    dtype, shape = codes.entry.dtype, codes.entry.shape
+    extra = set(parts) - {"weight", "weight_packed"}
+    if not extra:
+        if dtype == "F8_E4M3" or packed:
+            raise DgemmaError("has no weight_scale")
+        return Weight(name=name, shape=shape, dtype=dtype, format=None, parts=(codes,))
+    factor = "weight_global_scale" if packed else "weight_scale_2"
+    if dtype == "F8_E4M3" and not packed:
+        _only(extra, {"weight_scale"})
+        scale = parts["weight_scale"].entry
+        if len(shape) != 2 or scale.dtype not in FLOATS or scale.shape not in ((), (1,), shape[:1], (*shape[:1], 1)):
+            found = f"{scale.dtype} {quoted(list(scale.shape), 60)}"
+            raise DgemmaError(f"weight_scale is {found}; of float8 only scales per row or per tensor can be read")
+        part = Float8Part(codes=codes, scales=parts["weight_scale"])
+        return Weight(name=name, shape=shape, dtype="quantized", format=None, parts=(part,))
+    _only(extra, {"weight_scale", factor})
+    if dtype != "U8" or len(shape) != 2 or shape[-1] % 8:
+        raise DgemmaError(f"weight is {dtype} {quoted(list(shape), 60)}, expected U8 [F, N/2], N a multiple of 16")
+    scale, wanted = parts["weight_scale"].entry, (shape[0], shape[1] // 8)
+    if scale.dtype != "F8_E4M3" or scale.shape != wanted:
+        found = f"{scale.dtype} {quoted(list(scale.shape), 60)}"
+        raise DgemmaError(f"weight_scale is {found}, expected F8_E4M3 {list(wanted)}")
+    if parts[factor].entry.dtype != "F32" or math.prod(parts[factor].entry.shape) != 1:
+        raise DgemmaError(f"{factor} should be one F32")
+    part = Nvfp4Part(module=module, codes=codes, scales=parts["weight_scale"], factor=parts[factor], divides=packed)
+    return Weight(
+        name=name, shape=(shape[0], 2 * shape[1]), dtype="quantized", format=NVFP4, parts=(part,), factor="one"
+    )
+
+
+def _only(extra: set[str], wanted: set[str]) -> None:
+    if missing := sorted(wanted - extra):
+        raise DgemmaError(f"has no {missing[0]}")
+    if unknown := sorted(extra - wanted):
+        raise DgemmaError(f"has {unknown[0]}, which does not belong to its format")
+
+
+def _check(found: Mapping[str, Weight], needed: Mapping[str, tuple[int, ...]], where: str) -> None:
+    missing = [name for name in needed if name not in found]
+    unknown = [name for name in found if name not in needed and not weights.ignored(name) and not _tied(name)]
+    shape = [f"{name} is {list(found[name].shape)}, expected {list(want)}"
+             for name, want in needed.items() if name in found and found[name].shape != want]  # fmt: skip
+    width = [f"{name} is {found[name].dtype}" for name in needed
+             if name in found and found[name].dtype not in (*FLOATS, "quantized")]  # fmt: skip
+    faults = (("missing", missing), ("unknown", unknown), ("misshapen", shape), ("of no readable type", width))
+    for what, names in faults:
+        if names:
+            raise DgemmaError(f"{where}: {len(names)} tensors {what}: {_few(names)}")
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    said = ", ".join(quoted(name, 90) for name in names[:2])
+    return f"{said}, ..." if len(names) > 2 else said

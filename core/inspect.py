@@ -1,0 +1,191 @@
+"""What a checkpoint holds and what it takes to run it, from config.json and headers alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import weights
+from .checkpoint import inside, open_files
+from .config import ModelConfig, read_json
+from .convert.layouts import Source, read_source
+from .convert.plan import wanted_format, written
+from .convert.recipes import Recipe, spell
+from .errors import DgemmaError, shown
+from .quant import Format
+from .quantized import module_of
+
+PARTS = {
+    "embedding": ".embed_tokens",
+    "attention": ".self_attn.",
+    "dense MLP": ".mlp.",
+    "self-conditioning": ".self_conditioning.",
+    "experts": ".experts.",
+    "router": ".router.",
+}
+OTHER = "norms, scalars"
+_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One part of the text model."""
+
+    name: str
+    parameters: int
+    bytes: float
+    formats: tuple[str, ...]
+    """How its matrices are stored, most parameters first."""
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.bytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """Bytes of keys and values, in 16 bits."""
+
+    fixed: int
+    """Of the sliding layers, once their windows are full."""
+    per_token: int
+    """Of the full layers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    config: ModelConfig
+    layout: str
+    """float, mlx, modelopt or compressed-tensors; or "planned", from a config alone."""
+    recipe: str
+    """The recipe that was asked about, or nothing."""
+    parts: tuple[Part, ...]
+    image_bytes: int
+    cache: Cache
+    memory: dict[str, float]
+    """Bytes of weights that each backend holds."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def text_bytes(self) -> float:
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.text_bytes / self.parameters
+
+
+def part_of(name: str) -> str:
+    matrix = name.endswith(("_proj", "_proj.weight", ".proj.weight", "embed_tokens.weight"))
+    return next((part for part, mark in PARTS.items() if matrix and mark in name), OTHER)
+
+
+def inspect_folder(folder: Path, recipe: Recipe | None = None, *, mlx: bool = False) -> Inspection:
+    """Look at a checkpoint folder in any known layout or, with a recipe, at what would become of it.
+
+    Raises:
+        DgemmaError: damaged, incomplete, or of no known layout.
+    """
+    where = shown(folder / "config.json")
+    data = read_json(inside(folder, "config.json"))
+    config = ModelConfig.from_hf(data, where=where)
+    source = read_source(open_files(folder), data, config, folder, hinted=(folder / "hf_quant_config.json").exists())
+    image = sum(_stored_bytes(source, one.name) for one in source.image)
+    stored = {one.name: (one.format, one.dtype) for one in source.text}
+    if recipe is not None:
+        return _inspection(config, "planned", recipe.name, _planned(config, recipe, mlx), int(image))
+    sized = {name: (kind, _stored_bytes(source, name), dtype) for name, (kind, dtype) in stored.items()}
+    return _inspection(config, source.layout, "", sized, int(image))
+
+
+def inspect_config(config: ModelConfig, recipe: Recipe, *, mlx: bool = False) -> Inspection:
+    """Compute what a recipe would make of a model with this config; no weights are needed."""
+    return _inspection(config, "planned", recipe.name, _planned(config, recipe, mlx), 0)
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Read a bare config.json."""
+    if not path.is_file():
+        raise DgemmaError(f"{shown(path)}: no such file; expected a config.json")
+    return ModelConfig.from_hf(read_json(path), where=shown(path))
+
+
+_Sized = dict[str, tuple[Format | None, float, str]]
+
+
+def _planned(config: ModelConfig, recipe: Recipe, mlx: bool) -> _Sized:
+    sized: _Sized = {}
+    for name, shape in weights.shapes(config).items():
+        kind = wanted_format(module_of(name), shape, recipe)
+        kind = written(kind, mlx) if kind else None
+        factor = 4 if kind and kind.mode == "nvfp4" and not mlx else 0
+        count = math.prod(shape)
+        sized[name] = (kind, count * (kind.bits_per_weight / 8 if kind else 2) + factor, "BF16")
+    return sized
+
+
+def _stored_bytes(source: Source, name: str) -> float:
+    one = next(one for one in (*source.text, *source.image) if one.name == name)
+    return float(sum(part.nbytes for part in one.parts))
+
+
+def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, image: int) -> Inspection:
+    shapes = weights.shapes(config)
+    parts = []
+    for part in (*PARTS, OTHER):
+        names = [name for name in shapes if part_of(name) == part]
+        counted: dict[str, int] = {}
+        for name in names:
+            kind, _, dtype = sized[name]
+            said = spell(kind) if kind else dtype.lower() if dtype in _BYTES else "fp8"
+            counted[said] = counted.get(said, 0) + math.prod(shapes[name])
+        parts.append(
+            Part(
+                name=part,
+                parameters=sum(math.prod(shapes[name]) for name in names),
+                bytes=sum(sized[name][1] for name in names),
+                formats=tuple(sorted(counted, key=lambda one: -counted[one])),
+            )
+        )
+    return Inspection(
+        config=config,
+        layout=layout,
+        recipe=recipe,
+        parts=tuple(parts),
+        image_bytes=image,
+        cache=cache_size(config),
+        memory=_memory(shapes, sized),
+    )
+
+
+def _memory(shapes: dict[str, tuple[int, ...]], sized: _Sized) -> dict[str, float]:
+    """Bytes of weights as each backend holds them: as stored, with biases (MLX), or dequantized (the oracle)."""
+    packed = plain = biases = everything = 0.0
+    for name, shape in shapes.items():
+        kind, size, _ = sized[name]
+        count = math.prod(shape)
+        everything += 4 * count
+        if kind is None:
+            plain += 2 * count
+        else:
+            packed += size
+            biases += 2 * count / kind.group_size if kind.symmetric else 0
+    held = packed + plain
+    return {"torch": held, "mlx": held + biases, "onnx": held, "numpy": everything}
+
+
+def cache_size(config: ModelConfig, dtype: str = "bfloat16") -> Cache:
+    """Return what keys and values take."""
+    fixed = per_token = 0
+    for layer in config.layers:
+        row = 2 * layer.kv_heads * layer.head_dim * _WIDTH[dtype]
+        if layer.window is None:
+            per_token += row
+        else:
+            fixed += row * (layer.window - 1 + config.canvas_length)
+    return Cache(fixed=fixed, per_token=per_token)
