@@ -1,0 +1,5 @@
+"""`python -m dgemma`."""
+
+from .cli import main
+
+main(prog_name="dgemma")

@@ -1,0 +1,178 @@
+"""Whether a model fits this machine: weights exactly, the cache exactly, working memory about."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..core import weights
+from ..core.checkpoint import PACKAGED, Checkpoint, resolve
+from ..core.config import ModelConfig, read_json
+from ..core.convert import recipes
+from ..core.errors import DgemmaError
+from ..core.inspect import inspect_config, inspect_folder
+from ..core.ops import Ops
+from ..core.runtime import FLOAT32_LIMIT
+
+WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
+RUNTIME_BYTES = {"torch": 500 << 20, "mlx": 200 << 20, "numpy": 100 << 20}
+"""Python, the framework's libraries and their threads, measured after import; only where memory is the CPU's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Described:
+    """What is known of a model without reading its weights."""
+
+    where: Path
+    config: ModelConfig
+    stored: str
+    """Width of the weights in the files."""
+    file_bytes: int | None
+    """Weights on disk; None where only a config is at hand."""
+    held: dict[str, float] | None = None
+    """Bytes that each backend holds of quantized weights; of others that depends on the dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes that running a model takes."""
+
+    weights: int
+    fixed_cache: int
+    """Keys and values of the sliding layers: no more than their window."""
+    cache_per_token: int
+    """Keys and values of the full layers."""
+    working: int
+
+    def total(self, context: int) -> int:
+        return self.weights + self.fixed_cache + self.cache_per_token * context + self.working
+
+
+def describe(name: str) -> Described:
+    """Find a model's config, and the headers of its weights if they are here; nothing large is downloaded.
+
+    Args:
+        name: as `load` takes it, or the path of a config.json.
+
+    Raises:
+        DgemmaError: nothing by that name, or files that are damaged.
+    """
+    path = Path(name).expanduser()
+    if name in PACKAGED or path.is_dir():
+        path = resolve(name)
+    elif not path.is_file():
+        path = _from_hub(name)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        checkpoint = Checkpoint.open(path)
+        checkpoint.check()
+        return Described(
+            where=path, config=checkpoint.config, stored=checkpoint.stored_dtype, file_bytes=checkpoint.nbytes,
+            held=inspect_folder(path).memory if checkpoint.quantization else None,
+        )  # fmt: skip
+    path = path / "config.json" if path.is_dir() else path
+    data = read_json(path)
+    text = data.get("text_config")
+    said = [data.get("dtype"), data.get("torch_dtype"), *([text.get("dtype")] if isinstance(text, dict) else [])]
+    stored = next((one for one in said if one in WIDTH), "bfloat16")
+    return Described(where=path, config=ModelConfig.from_hf(data, where=str(path)), stored=stored, file_bytes=None)
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of a hub model that is downloaded, or the config.json of one that is not."""
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    if name.count("/") != 1:
+        return resolve(name)  # which says what is wrong with the name
+    try:
+        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except HFValidationError:
+        return resolve(name)
+    except OSError:  # not downloaded
+        pass
+    huggingface_hub.logging.set_verbosity_error()  # or every retry is a line on stderr
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+    except Exception as error:  # HTTP clients have exceptions of their own, by huggingface_hub's version
+        raise DgemmaError(
+            f"{name}: not here, and its config.json cannot be downloaded: {type(error).__name__}"
+        ) from None
+
+
+def parameters(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in weights.shapes(config).values())
+
+
+def auto_dtype(described: Described) -> str:
+    """What `dtype="auto"` means for it; `core.runtime.load` decides alike."""
+    return "float32" if 4 * parameters(described.config) <= FLOAT32_LIMIT else described.stored
+
+
+def need(described: Described, *, dtype: str, gpu: bool, backend: str) -> Need:
+    """Count the bytes."""
+    config, width = described.config, WIDTH[dtype]
+    cache = {True: 0, False: 0}
+    length, chunk = config.canvas_length, max(Ops.prefill_chunk, config.canvas_length)
+    for layer in config.layers:
+        row = 2 * layer.kv_heads * layer.head_dim * width
+        if layer.window is None:
+            cache[False] += row
+        else:
+            cache[True] += row * (layer.window - 1 + chunk)
+    # One [L, V] buffer of logits. On the CPU it is worked through in blocks, on a GPU with float32 copies.
+    head = length * config.vocab_size * (width + (12 if gpu else 0))
+    widest = max(layer.heads * layer.head_dim for layer in config.layers)
+    expert = config.experts_per_token * (3 * config.expert_size + 2 * config.hidden_size)
+    layer = chunk * 4 * (expert + 3 * config.intermediate_size + 8 * config.hidden_size + 4 * widest)
+    return Need(
+        weights=int(described.held[backend]) if described.held else parameters(config) * width,
+        fixed_cache=cache[True],
+        cache_per_token=cache[False],
+        working=max(head, layer) + (0 if gpu else RUNTIME_BYTES[backend]),
+    )
+
+
+def judge(described: Described, *, dtype: str, gpu: bool, backend: str, free: int, context: int) -> dict[str, Any]:
+    """Compare what a model needs with what is free.
+
+    Returns:
+        Everything counted, in bytes; `fits`; `largest_context`, in tokens; and, where it does not fit, `remedies`.
+    """
+    config = described.config
+    context = min(context, config.max_positions)
+    needed = need(described, dtype=dtype, gpu=gpu, backend=backend)
+    total = needed.total(context)
+    spare = free - needed.total(0)
+    largest = min(config.max_positions, spare // max(needed.cache_per_token, 1)) if spare > 0 else 0
+    remedies: list[dict[str, Any]] = []
+    if total > free:
+        if largest > config.canvas_length:
+            remedies.append({"what": "a shorter context", "tokens": int(largest)})
+        narrow = need(described, dtype="bfloat16", gpu=gpu, backend=backend).total(context)
+        if described.held is None and WIDTH[dtype] > 2 and narrow <= free:
+            remedies.append({"what": "--dtype bfloat16", "bytes": narrow})
+        four_bit = inspect_config(config, recipes.find("4bit")).memory.get(backend, math.inf)
+        converted = int(total - needed.weights + four_bit)
+        if described.held is None and converted <= free:
+            remedies.append({"what": "dgemma convert --recipe 4bit", "bytes": converted})
+        remedies += [{"what": "a machine with more memory", "bytes": total}] if not remedies else []
+    return {
+        "path": str(described.where),
+        "parameters": parameters(config),
+        "stored_dtype": described.stored,
+        "file_bytes": described.file_bytes,
+        "dtype": dtype,
+        "context": context,
+        "weights_bytes": needed.weights,
+        "weights_bytes_by_dtype": {name: parameters(config) * size for name, size in WIDTH.items()},
+        "cache_bytes_per_1000_tokens": 1000 * needed.cache_per_token,
+        "cache_bytes_fixed": needed.fixed_cache,
+        "working_bytes": needed.working,
+        "needed_bytes": total,
+        "free_bytes": free,
+        "fits": total <= free,
+        "largest_context": int(largest),
+        "remedies": remedies,
+    }

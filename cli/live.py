@@ -1,0 +1,262 @@
+"""The canvas as it is denoised, drawn on a terminal.
+
+Four states, each told apart without colour as well:
+
+    ░░░░   changing   not accepted, and another token than one pass before: noise
+    guess  guess      not accepted, but the same token as one pass before   (dim, italic)
+    word   accepted   within the entropy bound, and new                     (underlined)
+    word   settled    within the entropy bound, and the same as before      (bold)
+"""
+
+from __future__ import annotations
+
+import time
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Protocol
+
+import numpy as np
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType
+from rich.style import Style
+from rich.text import Text
+
+from ..core.events import Draft
+
+CHANGING, GUESS, ACCEPTED, SETTLED = range(4)
+STATES = ("changing", "guess", "accepted", "settled")
+STYLES = (
+    Style(dim=True, color="blue"),
+    Style(dim=True, italic=True, color="yellow"),
+    Style(underline=True, color="green"),
+    Style(bold=True),
+)
+FAINT = Style(dim=True)
+FRAME_SECONDS = 1 / 20
+"""A small model makes hundreds of passes a second; drawing each would slow it down for pictures nobody sees."""
+
+_WIDEST = 8  # cells of shade for one changing token: some vocabularies have tokens of a hundred spaces
+
+
+class Decodes(Protocol):
+    """The part of a tokenizer that drawing needs."""
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str: ...
+
+
+def printable(text: str, *, grid: bool = False) -> str:
+    """Make control characters visible, so that what a model writes cannot steer the terminal.
+
+    Line breaks and tabs stay. With `grid`, characters without a width go too: they would shift a drawing's columns.
+    """
+    text = text.replace("\r\n", "\n")
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c in "\n\t" else _visible(c, grid) for c in text)
+
+
+def _visible(c: str, grid: bool) -> str:
+    category = unicodedata.category(c)
+    if category == "Cc":
+        return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if c == "\x7f" else "\ufffd"
+    if grid and category in ("Cf", "Zl", "Zp", "Cs"):
+        return "\ufffd"
+    return c
+
+
+class Pieces:
+    """The text of single tokens; those that hold a part of a character only are joined with their neighbours."""
+
+    def __init__(self, tokenizer: Decodes) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def spans(self, tokens: Sequence[int]) -> Iterator[tuple[int, int, str]]:
+        """Yield (start, stop, text) that cover the tokens in order."""
+        start = 0
+        while start < len(tokens):
+            stop, text = start + 1, self._text(tokens[start])
+            if "\ufffd" in text:
+                while stop < len(tokens) and "\ufffd" in self._text(tokens[stop]):
+                    stop += 1
+                text = printable(self._tokenizer.decode(tokens[start:stop], special=True), grid=True)
+            yield start, stop, text
+            start = stop
+
+    def _text(self, token: int) -> str:
+        if token not in self._known:
+            self._known[token] = printable(self._tokenizer.decode([token], special=True), grid=True)
+        return self._known[token]
+
+
+class CanvasView:
+    """A rich renderable of the newest draft, never taller or wider than the console it is drawn on.
+
+    Args:
+        pieces: text of tokens.
+        ends: end-of-sequence token ids; nothing is shown behind one that is accepted.
+        budget: tokens that may still be written; nothing beyond is shown.
+        encoding: of the terminal; without Unicode the drawing keeps to ASCII.
+    """
+
+    def __init__(self, pieces: Pieces, ends: Sequence[int], budget: int, encoding: str = "utf-8") -> None:
+        self._pieces = pieces
+        self._ends = np.asarray(ends, np.int32)
+        self._budget = budget
+        unicode = encoding.lower().startswith("utf")
+        self._shade, self._end, self._fill = ("░", "∎", "·") if unicode else ("~", "$", ".")
+        self._bars = "▁▂▃▄▅▆▇█" if unicode else "#"
+        self._separator = " · " if unicode else " | "
+        self._draft: Draft | None = None
+        self._states = np.zeros(0, np.int8)
+        self._uncertainty: list[float] = []  # mean entropy of each pass over this canvas
+        self._tallest = 0
+        self.tail = ""  # committed text whose line is not complete yet: the canvas goes on behind it
+        self.widths: list[int] = []  # cells of each line drawn last
+
+    def update(self, draft: Draft) -> None:
+        before = self._draft
+        if before is None or before.canvas != draft.canvas:
+            before, self._uncertainty, self._tallest = None, [], 0
+        same = np.zeros(len(draft.tokens), bool) if before is None else before.tokens == draft.tokens
+        self._states = (2 * draft.accepted.astype(np.int8) + same).astype(np.int8)
+        self._uncertainty.append(float(np.nan_to_num(draft.entropy.mean(), nan=0.0, posinf=0.0)))
+        self._draft = draft
+
+    def commit(self, tokens: int, tail: str) -> None:
+        """Take a canvas out of the drawing: its tokens are written, but for the `tail` of their last line."""
+        self._budget -= tokens
+        self.tail = printable(tail, grid=True)
+        self._states = np.zeros(0, np.int8)
+        self._tallest = 0
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = self.lines(console, options.max_width, options.size.height)
+        self.widths = [line.cell_len for line in lines]
+        yield Text("\n", end="").join(lines)
+
+    def lines(self, console: Console, width: int, height: int) -> list[Text]:
+        """Return at most `height - 1` lines: the cursor needs the last one of a terminal."""
+        below = [self._status(width), *self._legend(width)] if height >= 8 else [self._status(width)][: height - 2]
+        room = max(1, height - 1 - len(below))
+        rows = list(self._body(width * height).wrap(console, width, overflow="fold", tab_size=8))
+        for row in rows:
+            row.rstrip()
+        # The status line must not jump about while the text above it grows and shrinks.
+        self._tallest = max(self._tallest, min(len(rows), room))
+        rows += [Text()] * (self._tallest - len(rows))
+        return _window(rows, room, width) + below
+
+    def _body(self, most: int) -> Text:
+        """The canvas, no more than about `most` characters of what stands before it."""
+        text = Text(self.tail[-most:])
+        if self._draft is None or not len(self._states):
+            return text
+        tokens = self._draft.tokens[: self._budget]
+        ends = np.flatnonzero(np.isin(tokens, self._ends) & (self._states[: len(tokens)] >= ACCEPTED))
+        stop = int(ends[0]) if len(ends) else len(tokens)
+        for i, j, piece in self._pieces.spans(tokens[:stop].tolist()):
+            state = int(self._states[i:j].min())
+            if state == CHANGING:
+                piece = self._shade * min(max(cell_len(piece), 1), _WIDEST)
+            text.append(piece, STYLES[state])
+        if stop < len(tokens):
+            text.append(self._end, STYLES[self._states[stop]])
+            stop += 1
+        text.append(self._fill * (len(self._states) - stop), FAINT)
+        return text
+
+    def _status(self, width: int) -> Text:
+        draft = self._draft
+        if draft is None:
+            return Text()
+        parts = [
+            f"step {draft.step + 1}/{draft.steps}",
+            *([f"canvas {draft.canvas + 1}"] if draft.canvas else []),
+            f"accepted {int(draft.accepted.sum())}/{len(draft.accepted)}",
+            f"entropy {self._uncertainty[-1]:.3f} nats",
+        ]
+        while len(parts) > 1 and len(self._separator.join(parts)) > width:
+            parts.pop()
+        line = Text(self._separator.join(parts), style=FAINT, no_wrap=True)
+        room = min(width - line.cell_len - 2, 48)
+        if room >= 12:
+            line = Text.assemble(self._track(draft, room), "  ", line)
+        line.truncate(width)
+        return line
+
+    def _track(self, draft: Draft, room: int) -> Text:
+        """One column a pass up to the cap, its height the mean entropy: how far, and how sure."""
+        cells = min(room, draft.steps)
+        edges = np.linspace(0, draft.steps, cells + 1).round().astype(int)
+        highest = max(*self._uncertainty, 1e-9)
+        track = ""
+        for low, high in pairwise(edges):
+            passes = self._uncertainty[low:high]
+            if passes:
+                track += self._bars[min(int(passes[-1] / highest * len(self._bars)), len(self._bars) - 1)]
+        return Text.assemble((track, Style(color="cyan")), (self._fill * (cells - len(track)), FAINT))
+
+    def _legend(self, width: int) -> list[Text]:
+        lines: list[Text] = []
+        for state, name in enumerate(STATES):
+            entry = Text(f"{self._shade} {name}" if state == CHANGING else name, STYLES[state])
+            if lines and lines[-1].cell_len + 2 + entry.cell_len <= width:
+                lines[-1] = Text.assemble(lines[-1], "  ", entry)
+            else:
+                lines.append(entry)
+        for line in lines:
+            line.truncate(width)
+        return lines
+
+
+def _window(rows: list[Text], room: int, width: int) -> list[Text]:
+    """Return what fits, from about the first row that is still open; what is hidden is counted."""
+    if len(rows) <= room:
+        return rows
+    first = next((i for i, row in enumerate(rows) if any(span.style in STYLES[:SETTLED] for span in row.spans)), 0)
+    top = max(0, min(first - 1, len(rows) - room))
+    shown = rows[top : top + room]
+    above, below = top, len(rows) - room - top
+    if above and room > 2:
+        shown[0] = _hidden(above + 1, width)
+    if below and room > 1:
+        shown[-1] = _hidden(below + 1, width)
+    return shown
+
+
+def _hidden(count: int, width: int) -> Text:
+    mark = Text(f"... {count} more lines", FAINT)
+    mark.truncate(width)
+    return mark
+
+
+class CanvasLive(Live):
+    """A rich `Live` that also survives a terminal being made narrower, and draws no more often than eyes can follow."""
+
+    def __init__(self, view: CanvasView, console: Console, *, redirect_stderr: bool) -> None:
+        super().__init__(
+            console=console, auto_refresh=False, transient=True, redirect_stdout=False,
+            redirect_stderr=redirect_stderr, get_renderable=lambda: view,
+        )  # fmt: skip
+        self._view = view
+        self._drawn = 0.0
+
+    def draw(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._drawn >= FRAME_SECONDS:
+            self.refresh()
+            self._drawn = time.monotonic()
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        # A terminal that became narrower has wrapped the old drawing onto more rows than rich drew; without climbing
+        # over these too they would stay behind.
+        width = max(self.console.width, 1)
+        extra = sum((cells - 1) // width for cells in self._view.widths if cells > width)
+        result = super().process_renderables(renderables)
+        if extra and result:
+            result.insert(1, Control(*((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)) * extra))
+        return result
