@@ -1,12 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
-BOARD ?= 1... ..2. .3.. ...4
+BOARD ?= .3.1 .2.. .... ...4
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
 .PHONY: solve test check format clean
 
-solve: $(VENV)/.installed  ## set up, and solve a board: make solve BOARD="1... ..2. .3.. ...4"
+solve: $(VENV)/.installed  ## set up, and solve a board: make solve BOARD=".3.1 .2.. .... ...4"
 	@$(BIN)/python examples/sudoku/solve.py "$(BOARD)"
 
 test: check  ## set up, and run every test
