@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .core.config import GenerationConfig, ModelConfig, SamplerConfig
+    from .core.convert import convert
     from .core.errors import DgemmaError
     from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
     from .core.runtime import DiffusionGemma, load
 
 _HOMES = {
+    "core.convert": ("convert",),
     "core.config": ("GenerationConfig", "ModelConfig", "SamplerConfig"),
     "core.errors": ("DgemmaError",),
     "core.events": ("Commit", "Done", "Draft", "Event", "Generation", "Prefill", "Stats"),
@@ -27,7 +29,7 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "Commit", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation", "GenerationConfig",
-    "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "load",
+    "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "convert", "load",
 ]  # fmt: skip
 
 

@@ -12,6 +12,6 @@ def peak_memory() -> int:
     except ImportError:  # Windows has no getrusage; psutil keeps the same figure there
         import psutil
 
-        return psutil.Process().memory_info().peak_wset
+        return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -62,10 +62,10 @@ def load(
         size = 4 * sum(int(np.prod(shape)) for shape in needed.values())
         dtype = "float32" if size <= FLOAT32_LIMIT else checkpoint.stored_dtype
     ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
-    total = sum(checkpoint.tensor(one).nbytes for one in needed)
+    total = checkpoint.nbytes
     done = 0
 
-    def get(one: str) -> np.ndarray:
+    def get(one: str) -> Any:
         nonlocal done
         tensor = checkpoint.tensor(one)
         done += tensor.nbytes

@@ -68,7 +68,7 @@ def ignored(name: str) -> bool:
 
 
 def build(ops: Ops, config: ModelConfig, get: Callable[[str], Any]) -> Model:
-    """Assemble a model; `get` returns the stored weight of a name in `shapes`, which `ops.pack` brings to the device."""
+    """Assemble a model; `get` returns the stored weight of a name in `shapes`, `ops.pack` brings it to the device."""
 
     def pack(name: str) -> Any:
         return ops.pack(get(name))

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import IDS, VOCAB, tiny_checkpoint
-from under_test import BACKENDS
 
 import dgemma
 from dgemma import Commit, DgemmaError, DiffusionGemma, Done, Draft, Prefill
 from dgemma.core import engine as engine_module
 from dgemma.core.random import step_noise
+from tiny import IDS, VOCAB, tiny_checkpoint
+from under_test import BACKENDS
 
 CANVAS = 16
 LOADABLE = tuple(name for name in BACKENDS if name in ("numpy", "torch", "mlx"))
@@ -272,8 +272,8 @@ def test_step_noise_is_pinned() -> None:
     """Goldens everywhere depend on these numbers; NumPy promises that Philox's bits never change."""
     uniforms, tokens = step_noise(seed=2**63 + 5, canvas=2, step=7, length=4, vocab_size=262_144)
     assert uniforms.dtype == np.float32 and tokens.dtype == np.int32
-    np.testing.assert_array_equal(uniforms, np.float32([0.37327224, 0.48048234, 0.5039027, 0.87599134]))
-    np.testing.assert_array_equal(tokens, [139060, 145590, 130767, 257416])
+    np.testing.assert_array_equal(uniforms, np.float32([0.91499776, 0.27536815, 0.31800693, 0.48423177]))
+    np.testing.assert_array_equal(tokens, [67175, 1730, 125680, 203862])
     keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]
     draws = [step_noise(seed=a, canvas=b, step=c, length=8, vocab_size=99)[0].tobytes() for a, b, c in keys]
     assert len(set(draws)) == 4

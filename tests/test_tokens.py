@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import IDS, SPECIAL, VOCAB, tiny_checkpoint
 
 from dgemma.core.errors import DgemmaError
 from dgemma.core.tokens import Decoder, Tokenizer, split_at_end
+from tiny import IDS, SPECIAL, VOCAB, tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,12 @@ def test_text_survives_any_cut_into_canvases(tokenizer: Tokenizer, text: str, si
     assert (got, thinking, ids, stopped) == (text, "", tokens, False)
 
 
-@given(before=st.text("abxéX", max_size=12), stop=st.text("xX", min_size=1, max_size=4), after=st.text("abx", max_size=9),
-       sizes=SIZES)  # fmt: skip
+@given(
+    before=st.text("abxéX", max_size=12),
+    stop=st.text("xX", min_size=1, max_size=4),
+    after=st.text("abx", max_size=9),
+    sizes=SIZES,
+)
 def test_a_stop_string_cuts_exactly(tokenizer: Tokenizer, before: str, stop: str, after: str, sizes: list[int]) -> None:
     whole = before + stop + after
     tokens = tokenizer.encode(whole)
