@@ -15,7 +15,7 @@ import click
 
 from ..core.errors import DgemmaError
 
-COMMANDS = ("generate", "chat", "convert", "inspect", "doctor")
+COMMANDS = ("generate", "chat", "convert", "compare", "inspect", "doctor")
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
@@ -78,7 +78,7 @@ def main(ctx: click.Context, debug: bool) -> None:
     It writes a canvas of tokens at once, in a dozen passes, instead of one token after another.
 
     \b
-    dgemma generate $'1...\\n..2.\\n.3..\\n...4'    nano, the model that ships with dgemma, solves Sudoku
+    dgemma generate '.3.1 .2.. .... ...4'        nano, the model that ships with dgemma, solves Sudoku
     dgemma chat --model google/diffusiongemma-26B-A4B-it
     dgemma doctor                                what this machine can run
     """

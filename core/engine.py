@@ -42,6 +42,8 @@ class _Clock:
     """Counters of one generation."""
 
     began: float = field(default_factory=time.perf_counter)
+    away: float = 0.0
+    """Seconds that the reader of the events has held the engine up."""
     prefill: float = 0.0
     first_draft: float | None = None
     first_text: float | None = None
@@ -50,7 +52,7 @@ class _Clock:
     encodes: int = 0
 
     def now(self) -> float:
-        return time.perf_counter() - self.began
+        return time.perf_counter() - self.began - self.away
 
 
 class Engine:
@@ -78,10 +80,16 @@ class Engine:
 
     def generate(self, request: Request) -> Iterator[Event]:
         """Yield the events of a checked request until `Done`. Closing the iterator early leaves nothing behind."""
+        clock = _Clock()
+        for event in self._generate(request, clock):
+            handed = time.perf_counter()
+            yield event
+            clock.away += time.perf_counter() - handed
+
+    def _generate(self, request: Request, clock: _Clock) -> Iterator[Event]:
         config = self.model.config
         budget = min(request.max_new_tokens, config.max_positions - len(request.prompt))
         canvases = -(-budget // config.canvas_length)
-        clock = _Clock()
         decoder = Decoder(self.tokenizer, request.stop)
         # The last canvas is never encoded, so the cache has no room for it.
         kept = len(request.prompt) + (canvases - 1) * config.canvas_length

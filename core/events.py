@@ -13,7 +13,10 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, kw_only=True)
 class Stats:
-    """Honest figures of one generation; rates are per second of wall time, None where nothing was measured."""
+    """Honest figures of one generation; rates are per second of wall time, None where nothing was measured.
+
+    Time counts while the engine works: not while the reader of its events draws, sends or waits.
+    """
 
     prompt_tokens: int
     emitted_tokens: int

@@ -138,22 +138,32 @@ def new_cache(ops: Ops, config: ModelConfig, *, batch: int, capacity: int, chunk
 
 def encode(ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None = None) -> Cache:
     """Read tokens int32 [B, L] into the cache; in a ragged batch only the first `fresh` int32 [B] of each row count."""
-    return encode_hidden(ops, model, cache, tokens, fresh)[0]
+    return _read(ops, model, cache, tokens, fresh, states=False)[0]
 
 
 def encode_hidden(
     ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None = None
 ) -> tuple[Cache, Array]:
     """`encode`, and the normed states [B, L, D] that predict each next token (training and scoring read them)."""
+    cache, x = _read(ops, model, cache, tokens, fresh, states=True)
+    return cache, model.norm(ops, x)
+
+
+def _read(
+    ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None, *, states: bool
+) -> tuple[Cache, Array]:
     count: int | Array = tokens.shape[1] if fresh is None else fresh
     ropes = _ropes(ops, model.config, cache.length, tokens.shape[1])
     x = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
     written = []
     for layer, context in zip(model.layers, cache.layers, strict=True):
-        span = _span(ops, layer, cache.length, causal=True)
-        x, k, v = layer(ops, x, ropes[layer.self_attn.config.kind], context, span)
+        span, rope = _span(ops, layer, cache.length, causal=True), ropes[layer.self_attn.config.kind]
+        if states or layer is not model.layers[-1]:
+            x, k, v = layer(ops, x, rope, context, span)
+        else:  # of the last layer nobody reads more than the cache
+            _, k, v = ops.qkv_norm_rope(layer.input_layernorm(ops, x), layer.self_attn, rope)
         written.append(ops.cache_write(context, k, v, span, count))
-    return Cache(tuple(written), cache.length + count), model.norm(ops, x)
+    return Cache(tuple(written), cache.length + count), x
 
 
 def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,16 @@ def test_a_closed_stream_leaves_the_model_usable(model: DiffusionGemma) -> None:
             break
     stream.close()  # type: ignore[attr-defined]
     assert model.generate("hi", max_new_tokens=20, eos=[]).token_ids == want
+
+
+def test_a_slow_reader_does_not_slow_the_figures(model: DiffusionGemma) -> None:
+    pause, began, pauses = 0.02, time.perf_counter(), 0
+    for event in model.stream("ab", max_new_tokens=CANVAS):
+        if isinstance(event, Done):
+            break
+        time.sleep(pause)
+        pauses += 1
+    assert event.stats.seconds <= time.perf_counter() - began - pauses * pause
 
 
 def test_eos_does_not_grow_with_use(model: DiffusionGemma) -> None:

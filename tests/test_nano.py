@@ -77,6 +77,14 @@ def test_bfloat16_is_within_the_law(nano: DiffusionGemma, tensors: Checkpoint, b
     assert_low_precision(got, rounded, exact)
 
 
+@pytest.mark.parametrize("board", BOARDS)
+def test_a_board_may_stand_in_one_line(nano: DiffusionGemma, board: str) -> None:
+    want = nano.tokenizer.render([{"role": "user", "content": board}])
+    for spelling in (board.replace("\n", " "), board.replace("\n", "")):
+        assert nano.tokenizer.render([{"role": "user", "content": spelling}]) == want
+    assert nano.tokenizer.render([{"role": "user", "content": "1 2 three"}]) != want
+
+
 def test_the_example_solves_and_checks_a_board() -> None:
     run = subprocess.run(
         [sys.executable, str(SUDOKU / "solve.py"), BOARDS[2].replace("\n", "")], capture_output=True, text=True

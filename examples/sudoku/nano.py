@@ -20,6 +20,12 @@ VOCAB = 272
 CANVAS = 48
 
 TEMPLATE = """\
+{%- macro board(text) -%}
+{%- set cells = text | replace(' ', '') | replace('\\n', '') -%}
+{%- if cells | length in (16, 36) -%}
+{{- cells | batch(4 if cells | length == 16 else 6) | map('join') | join('\\n') -}}
+{%- else -%}{{- text | trim -}}{%- endif -%}
+{%- endmacro -%}
 {{- bos_token -}}
 {%- if enable_thinking and messages[0]['role'] != 'system' -%}{{- '<|turn>system\\n<|think|><turn|>\\n' -}}{%- endif -%}
 {%- for message in messages -%}
@@ -27,9 +33,9 @@ TEMPLATE = """\
 {{- '<|turn>' + role + '\\n' -}}
 {%- if loop.first and enable_thinking and role == 'system' -%}{{- '<|think|>' -}}{%- endif -%}
 {%- if message['content'] is string -%}
-{{- message['content'] | trim -}}
+{{- board(message['content']) -}}
 {%- else -%}
-{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endfor -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}{{- board(part['text']) -}}{%- endfor -%}
 {%- endif -%}
 {{- '<turn|>\\n' -}}
 {%- endfor -%}
