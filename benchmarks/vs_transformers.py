@@ -190,7 +190,8 @@ def _peak() -> int:
 def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    state = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]  # rows written so far do not count
+    changed = subprocess.run(state, capture_output=True, text=True).stdout.strip()
     return f"{head or 'unknown'}{'+' if changed else ''}"
 
 
