@@ -10,6 +10,7 @@ What is drawn is what `dgemma generate` draws on a terminal, by the same code. W
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
 from xml.sax.saxutils import escape
 
@@ -21,7 +22,7 @@ from rich.text import Text
 import dgemma
 from dgemma.cli.live import FAINT, CanvasView, Pieces
 
-BOARD = "..4.2.\n.6...4\n2.....\n.....5\n5...1.\n.1.3.."
+BOARD = "..4.2. .6...4 2..... .....5 5...1. .1.3.."
 COLUMNS = 72
 SECONDS = 0.45
 """How long one pass is shown; the first and the last stay longer."""
@@ -40,7 +41,7 @@ def frames(model: dgemma.DiffusionGemma, prompt: str, seed: int) -> list[list[Te
     console = Console(file=io.StringIO(), width=COLUMNS, height=40)
     ends = model.generation.eos_token_ids or model.config.eos_token_ids
     view = CanvasView(Pieces(model.tokenizer), ends, 256)
-    head = [Text.assemble(("$ ", FAINT), f"dgemma generate ${prompt!r}")]
+    head = [Text.assemble(("$ ", FAINT), f"dgemma generate {shlex.quote(prompt)}")]
     result, text = [], ""
     for event in model.stream(prompt, seed=seed):
         if isinstance(event, dgemma.Draft):
