@@ -32,15 +32,16 @@ from dgemma.backends.cuda.inference import InferenceOps
 @click.option("--t-max", default=None, type=float)
 @click.option("--entropy-bound", default=None, type=float)
 @click.option("--confidence", default=None, type=float)
+@click.option("--dtype", default="float32", show_default=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--threads", default=2, show_default=True)
 @click.option("--json", "as_json", is_flag=True)
 def main(
     name: str, count: int, engine: int, seed: int, steps: int | None, t_min: float | None, t_max: float | None,
-    entropy_bound: float | None, confidence: float | None, threads: int, as_json: bool,
+    entropy_bound: float | None, confidence: float | None, dtype: str, threads: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Print the share of held-out boards that are solved exactly."""
     torch.set_num_threads(threads)
-    model = dgemma.load(name, backend="torch", device="cpu", dtype="float32")
+    model = dgemma.load(name, backend="torch", device="cpu", dtype=dtype)
     assert isinstance(model.ops, InferenceOps)
     given = {"steps": steps, "t_min": t_min, "t_max": t_max, "entropy_bound": entropy_bound, "confidence": confidence}
     options = {key: value for key, value in given.items() if value is not None}
