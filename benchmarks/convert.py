@@ -1,6 +1,7 @@
 """Converting, against what reading, `mx.quantize` and writing the same tensors takes in one script.
 
     python benchmarks/convert.py --gb 6
+    python benchmarks/convert.py --gb 6 --kills 10
 
 A random bf16 checkpoint of the released model's shapes is written (fewer layers, a smaller vocabulary), then each way
 runs in a process of its own. The last line is JSON, which is appended to results/convert.jsonl.
@@ -9,22 +10,30 @@ Reported: megabytes of source a second of both ways, their ratio, CPU seconds, a
 that of its largest process, times their number.
 MLX quantizes with its own fit (minimum and maximum); ours searches scales for the least squared error, measures the
 error, syncs to the disk and hashes besides.
+
+With --kills the converter is killed (SIGKILL, while its workers are at it) at so many random moments spread over the
+conversion, each time taken up by the same command, and what it ends with is compared with a conversion in one go.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "tests" / "data" / "config_26b.json"
@@ -121,12 +130,58 @@ def timed(code: str, *args: Any) -> tuple[str, int, float]:
     return done.stdout.strip().splitlines()[-1], after.ru_maxrss * (1 if sys.platform == "darwin" else 1024), spent
 
 
+def killed(work: Path, recipe: str, workers: int, kills: int, seed: int) -> dict[str, Any]:
+    """Convert in one go, then again with kills on the way; returns when they came, and whether all files are the same.
+
+    Moments are drawn as shares of the conversion's runs of rows, and as a fraction of a second behind the first journal
+    entry that reaches such a share: so every kill finds a run that has done some work of its own, and has some left.
+    """
+    from dgemma.core.convert import recipes
+    from dgemma.core.convert.encode import runs
+    from dgemma.core.convert.job import prepare
+
+    job = prepare(work / "source", recipes.find(recipe))
+    total = sum(len(list(runs(item))) for item in job.items)
+    timed(OURS, work / "source", work / "whole", recipe, workers)
+    draw = random.Random(seed)
+    journal = work / "out.partial" / ".dgemma" / "journal.jsonl"
+    moments: list[dict[str, float]] = []
+
+    def done() -> int:
+        return journal.read_bytes().count(b"\n") if journal.exists() else 0
+
+    for share in sorted(draw.uniform(0.02, 0.95) for _ in range(kills)):
+        before = done()
+        command = [sys.executable, "-c", OURS, *map(str, (work / "source", work / "out", recipe, workers))]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while process.poll() is None and done() < max(share * total, before + 1):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.5))
+        crew = psutil.Process(process.pid).children() if process.poll() is None else []
+        active = sum(one.cpu_percent(0.05) > 0 for one in crew)
+        process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL or (work / "out").exists():
+            raise SystemExit("it ended before it was killed: take a larger source")
+        moments.append({"share": round(done() / total, 3), "before": round(before / total, 3), "workers": active})
+        print(f"killed with {done()} of {total} runs done, {active} workers at work", file=sys.stderr, flush=True)
+    timed(OURS, work / "source", work / "out", recipe, workers)
+    one, other = ({path.name: file_hash(path) for path in (work / n).iterdir()} for n in ("whole", "out"))
+    return {"kills": kills, "runs": total, "files": len(one), "same": one == other, "moments": moments}
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--gb", type=float, default=6.0, help="size of the source")
     parser.add_argument("--recipe", default="4bit")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1, help="both take turns; the best of each counts")
+    parser.add_argument("--kills", type=int, default=0, metavar="N", help="kill it N times instead, and compare")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where to work; by default a temporary folder")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="dgemma-convert-", dir=args.folder))
@@ -136,6 +191,11 @@ def main() -> None:
     try:
         size = make(work / "source", args.gb)
         print(f"source of {size / 1e9:.2f} GB", file=sys.stderr)
+        if args.kills:
+            append({"benchmark": "convert-kills"} | _common(args, size) | killed(
+                work, args.recipe, args.workers, args.kills, args.seed
+            ))  # fmt: skip
+            return
         for i in range(args.rounds):
             said, held, cpu = timed(OURS, work / "source", work / f"ours-{i}", args.recipe, args.workers)
             ours.append(json.loads(said) | {"cpu": cpu})
@@ -149,18 +209,27 @@ def main() -> None:
     finally:
         shutil.rmtree(work)
     best, script = (min(one["seconds"] for one in way) for way in (ours, theirs))
-    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    row = {
-        "benchmark": "convert", "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "workers": args.workers, "source_gb": round(size / 1e9, 3), "recipe": args.recipe,
+    append({
+        "benchmark": "convert", **_common(args, size),
         "ours_s": round(best, 2), "script_s": round(script, 2),
         "ours_cpu_s": round(min(one["cpu"] for one in ours), 1),
         "script_cpu_s": round(min(one["cpu"] for one in theirs), 1),
         "ours_mb_per_s": round(size / best / 1e6, 1), "script_mb_per_s": round(size / script / 1e6, 1),
         "ratio": round(script / best, 3), "peak_gb": round(peak * (args.workers + 1) / 1e9, 3),
         "bits_per_weight": round(ours[0]["bits"], 3),
+    })  # fmt: skip
+
+
+def _common(args: argparse.Namespace, size: int) -> dict[str, Any]:
+    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return {
+        "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+        "workers": args.workers, "source_gb": round(size / 1e9, 3), "recipe": args.recipe,
     }  # fmt: skip
+
+
+def append(row: dict[str, Any]) -> None:
     results = HERE / "results" / "convert.jsonl"
     results.parent.mkdir(exist_ok=True)
     with results.open("a") as file:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace DIR, and throw away work begun there with other options.")
 @click.option("--verify", is_flag=True, help="Afterwards read everything back and compare it with the source.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")
-@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Threads. By default one for each core.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes. By default one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as one JSON object.")
 @click.pass_context
 def convert(ctx: click.Context, source: str, out: Path, as_json: bool, **options: Any) -> None:
@@ -74,7 +74,7 @@ def amount(size: float) -> str:
 
 
 def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+    return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
 def describe(report: Report) -> list[str]:
@@ -85,10 +85,12 @@ def describe(report: Report) -> list[str]:
     many = ", ".join(f"{count} {how}" for how, count in sorted(report.counts.items()))
     lines = [
         f"{printable(str(report.path))}{'' if report.fresh else ' was there already, made by the same command'}",
-        f"  recipe {report.recipe}, from a {report.layout} source in {_time(report.seconds)}",
+        f"  recipe {report.recipe}, source layout {report.layout}, {_time(report.seconds)}",
         f"  {amount(report.text_bytes)} of text weights, {report.bits_per_weight:.2f} bits each"
         + (f"; {amount(image)} of image tower" if image else ""),
-        f"  {report.quantized_share:.2%} of the parameters quantized; the recipe asks for {report.wanted_share:.2%}",
+        f"  {report.quantized_share:.2%} of the parameters quantized; the recipe asks for {report.wanted_share:.2%}"
+        if report.wanted_share
+        else "  nothing is quantized, as the recipe says",
         f"  weights: {many}" + (f"; {report.dropped} left out" if report.dropped else ""),
     ]
     if report.worst[1]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from ..backends import MODULES, available, choose
 from ..core.errors import DgemmaError
 from .options import model_options
+
+if TYPE_CHECKING:
+    from ..core.ops import DType
 
 
 @click.command(short_help="Say what this machine can run.")
@@ -77,12 +80,12 @@ def examine(model: str, *, backend: str, device: str, dtype: str, context: int) 
 def _fit(
     model: str, backend: str, gpu: dict[str, Any] | None, dtype: str, context: int, free_memory: int
 ) -> dict[str, Any]:
-    from .fit import auto_dtype, describe, judge
+    from .fit import describe, judge
 
     described = describe(model)
-    dtype = auto_dtype(described) if dtype == "auto" else dtype
+    width = described.auto_dtype if dtype == "auto" else cast("DType", dtype)
     free = gpu["free"] if gpu else free_memory
-    result = judge(described, dtype=dtype, gpu=gpu is not None, backend=backend, free=free, context=context)
+    result = judge(described, dtype=width, gpu=gpu is not None, backend=backend, free=free, context=context)
     return {"name": model} | result
 
 
@@ -152,14 +155,16 @@ def _model_lines(found: dict[str, Any]) -> list[str]:
     count, context = found["parameters"], f"{found['context']:,} tokens"
     number = f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
     stored = "weights not here" if found["file_bytes"] is None else f"{size(found['file_bytes'])} on disk"
-    lines = [f"{found['name']}: {number} parameters, stored as {found['stored_dtype']}, {stored}"]
+    form = f"quantized, {found['bits_per_weight']:.2f} bits each" if found["quantized"] else found["stored_dtype"]
+    lines = [f"{found['name']}: {number} parameters, stored as {form}, {stored}"]
     if found["path"] != found["name"]:
         lines.append(found["path"])
     by_dtype = found["weights_bytes_by_dtype"]
     cache, windows = size(found["cache_bytes_per_1000_tokens"]), size(found["cache_bytes_fixed"])
+    how = " stay packed:" if found["packed"] else " are unpacked:" if found["quantized"] else ""
     lines += [
-        f"weights {', '.join(f'{size(by_dtype[name])} in {name}' for name in ('float32', 'bfloat16'))}",
-        f"cache {cache} per 1,000 tokens, and {windows} for sliding windows",
+        f"weights{how} {', '.join(f'{size(by_dtype[name])} in {name}' for name in ('float32', 'bfloat16'))}",
+        f"cache {cache} per 1,000 tokens, and {windows} for sliding windows and what is being read",
         f"working memory about {size(found['working_bytes'])}",
     ]
     needed = f"{size(found['needed_bytes'])} of {size(found['free_bytes'])} free, in {found['dtype']} with {context}"

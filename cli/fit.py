@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ..core import weights
 from ..core.checkpoint import PACKAGED, Checkpoint, resolve
 from ..core.config import ModelConfig, read_json
 from ..core.convert import recipes
 from ..core.errors import DgemmaError
-from ..core.inspect import inspect_config, inspect_folder
-from ..core.ops import Ops
-from ..core.runtime import FLOAT32_LIMIT
+from ..core.inspect import WIDTH, Inspection, cache_size, inspect_config, inspect_folder
+from ..core.ops import DType, Ops
+from ..core.runtime import auto_dtype
 
-WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
 RUNTIME_BYTES = {"torch": 500 << 20, "mlx": 200 << 20, "numpy": 100 << 20}
 """Python, the framework's libraries and their threads, measured after import; only where memory is the CPU's own."""
 
@@ -27,12 +26,26 @@ class Described:
 
     where: Path
     config: ModelConfig
-    stored: str
+    stored: DType
     """Width of the weights in the files."""
     file_bytes: int | None
     """Weights on disk; None where only a config is at hand."""
-    held: dict[str, float] | None = None
-    """Bytes that each backend holds of quantized weights; of others that depends on the dtype."""
+    quantized: Inspection | None = None
+    """What a quantized checkpoint holds."""
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in weights.shapes(self.config).values())
+
+    @property
+    def auto_dtype(self) -> DType:
+        return auto_dtype(self.config, self.stored)
+
+    def held(self, backend: str, dtype: DType) -> int:
+        """Bytes of weights in a backend's memory."""
+        if self.quantized is not None:
+            return int(self.quantized.held(backend, dtype))
+        return self.parameters * WIDTH[dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +82,13 @@ def describe(name: str) -> Described:
         checkpoint.check()
         return Described(
             where=path, config=checkpoint.config, stored=checkpoint.stored_dtype, file_bytes=checkpoint.nbytes,
-            held=inspect_folder(path).memory if checkpoint.quantization else None,
+            quantized=inspect_folder(path) if checkpoint.quantization else None,
         )  # fmt: skip
     path = path / "config.json" if path.is_dir() else path
     data = read_json(path)
     text = data.get("text_config")
     said = [data.get("dtype"), data.get("torch_dtype"), *([text.get("dtype")] if isinstance(text, dict) else [])]
-    stored = next((one for one in said if one in WIDTH), "bfloat16")
+    stored = cast("DType", next((one for one in said if one in WIDTH), "bfloat16"))
     return Described(where=path, config=ModelConfig.from_hf(data, where=str(path)), stored=stored, file_bytes=None)
 
 
@@ -97,44 +110,29 @@ def _from_hub(name: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(name, "config.json"))
     except Exception as error:  # HTTP clients have exceptions of their own, by huggingface_hub's version
         raise DgemmaError(
-            f"{name}: not here, and its config.json cannot be downloaded: {type(error).__name__}"
+            f"{name}: no such folder, and no config.json of that name could be downloaded ({type(error).__name__})"
         ) from None
 
 
-def parameters(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in weights.shapes(config).values())
-
-
-def auto_dtype(described: Described) -> str:
-    """What `dtype="auto"` means for it; `core.runtime.load` decides alike."""
-    return "float32" if 4 * parameters(described.config) <= FLOAT32_LIMIT else described.stored
-
-
-def need(described: Described, *, dtype: str, gpu: bool, backend: str) -> Need:
+def need(described: Described, *, dtype: DType, gpu: bool, backend: str) -> Need:
     """Count the bytes."""
     config, width = described.config, WIDTH[dtype]
-    cache = {True: 0, False: 0}
     length, chunk = config.canvas_length, max(Ops.prefill_chunk, config.canvas_length)
-    for layer in config.layers:
-        row = 2 * layer.kv_heads * layer.head_dim * width
-        if layer.window is None:
-            cache[False] += row
-        else:
-            cache[True] += row * (layer.window - 1 + chunk)
     # One [L, V] buffer of logits. On the CPU it is worked through in blocks, on a GPU with float32 copies.
     head = length * config.vocab_size * (width + (12 if gpu else 0))
     widest = max(layer.heads * layer.head_dim for layer in config.layers)
     expert = config.experts_per_token * (3 * config.expert_size + 2 * config.hidden_size)
     layer = chunk * 4 * (expert + 3 * config.intermediate_size + 8 * config.hidden_size + 4 * widest)
+    cache = cache_size(config, dtype)
     return Need(
-        weights=int(described.held[backend]) if described.held else parameters(config) * width,
-        fixed_cache=cache[True],
-        cache_per_token=cache[False],
+        weights=described.held(backend, dtype),
+        fixed_cache=cache.fixed,
+        cache_per_token=cache.per_token,
         working=max(head, layer) + (0 if gpu else RUNTIME_BYTES[backend]),
     )
 
 
-def judge(described: Described, *, dtype: str, gpu: bool, backend: str, free: int, context: int) -> dict[str, Any]:
+def judge(described: Described, *, dtype: DType, gpu: bool, backend: str, free: int, context: int) -> dict[str, Any]:
     """Compare what a model needs with what is free.
 
     Returns:
@@ -151,22 +149,25 @@ def judge(described: Described, *, dtype: str, gpu: bool, backend: str, free: in
         if largest > config.canvas_length:
             remedies.append({"what": "a shorter context", "tokens": int(largest)})
         narrow = need(described, dtype="bfloat16", gpu=gpu, backend=backend).total(context)
-        if described.held is None and WIDTH[dtype] > 2 and narrow <= free:
+        if WIDTH[dtype] > 2 and narrow <= free:
             remedies.append({"what": "--dtype bfloat16", "bytes": narrow})
-        four_bit = inspect_config(config, recipes.find("4bit")).memory.get(backend, math.inf)
+        four_bit = inspect_config(config, recipes.find("4bit")).held(backend, dtype)
         converted = int(total - needed.weights + four_bit)
-        if described.held is None and converted <= free:
+        if described.quantized is None and converted <= free:
             remedies.append({"what": "dgemma convert --recipe 4bit", "bytes": converted})
         remedies += [{"what": "a machine with more memory", "bytes": total}] if not remedies else []
     return {
         "path": str(described.where),
-        "parameters": parameters(config),
+        "parameters": described.parameters,
         "stored_dtype": described.stored,
+        "bits_per_weight": described.quantized.bits_per_weight if described.quantized else 8 * WIDTH[described.stored],
+        "quantized": described.quantized is not None,
         "file_bytes": described.file_bytes,
         "dtype": dtype,
         "context": context,
         "weights_bytes": needed.weights,
-        "weights_bytes_by_dtype": {name: parameters(config) * size for name, size in WIDTH.items()},
+        "weights_bytes_by_dtype": {name: described.held(backend, name) for name in WIDTH},
+        "packed": described.quantized is not None and backend != "numpy",
         "cache_bytes_per_1000_tokens": 1000 * needed.cache_per_token,
         "cache_bytes_fixed": needed.fixed_cache,
         "working_bytes": needed.working,

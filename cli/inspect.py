@@ -14,6 +14,8 @@ from .convert import amount
 if TYPE_CHECKING:
     from ..core.inspect import Inspection
 
+BACKENDS = ("torch", "mlx", "numpy")
+
 
 @click.command(short_help="Show what a checkpoint holds and needs.")
 @click.argument("model", required=False)
@@ -59,7 +61,7 @@ def inspect(
             found = inspect_config(read_config(where), chosen or recipes.find(recipes.DEFAULT), mlx=mlx)
     from .machine import system
 
-    machine = system()
+    machine, context = system(), min(context, found.config.max_positions)
     memory = {"total": machine["memory_bytes"], "free": machine["free_memory_bytes"]}
     if as_json:
         click.echo(json.dumps(to_json(found, context, memory)))
@@ -83,26 +85,39 @@ def count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 1e8 else f"{parameters / 1e6:.2f} M"
 
 
-def needed(found: Inspection, backend: str, context: int) -> float:
-    """Bytes of weights, keys and values; what computing takes comes on top, and `doctor` counts it."""
-    return found.memory[backend] + found.cache.fixed + found.cache.per_token * context
+def needed(found: Inspection, context: int) -> dict[str, int]:
+    """Bytes that each backend needs on the CPU: weights, keys and values, and what computing takes, as `doctor` counts
+    them."""
+    from .fit import Described, need
+
+    described = Described(where=Path(), config=found.config, stored=found.stored, file_bytes=None, quantized=found)
+    return {
+        name: need(described, dtype=described.auto_dtype, gpu=False, backend=name).total(context) for name in BACKENDS
+    }
 
 
 def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str, object]:
+    from ..core.inspect import cache_size
+    from ..core.runtime import auto_dtype
+
+    dtype, need = auto_dtype(found.config, found.stored), needed(found, context)
+    cache = cache_size(found.config, dtype)
     return {
         "layout": found.layout, "recipe": found.recipe or None, "parameters": found.parameters,
         "text_bytes": round(found.text_bytes), "image_bytes": found.image_bytes,
         "bits_per_weight": found.bits_per_weight,
         "parts": [asdict(part) | {"bits_per_weight": part.bits_per_weight} for part in found.parts],
-        "cache_bytes_fixed": found.cache.fixed, "cache_bytes_per_1000_tokens": 1000 * found.cache.per_token,
-        "weights_bytes": {name: round(size) for name, size in found.memory.items()},
-        "needed_bytes": {name: round(needed(found, name, context)) for name in found.memory},
+        "dtype": dtype, "cache_bytes_fixed": cache.fixed, "cache_bytes_per_1000_tokens": 1000 * cache.per_token,
+        "weights_bytes": {name: round(found.held(name, dtype)) for name in BACKENDS}, "needed_bytes": need,
         "context": context, "memory_bytes": memory["total"], "free_bytes": memory["free"],
-        "fits": {name: needed(found, name, context) <= memory["free"] for name in found.memory},
+        "fits": {name: size <= memory["free"] for name, size in need.items()},
     }  # fmt: skip
 
 
 def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[str]:
+    from ..core.inspect import cache_size
+    from ..core.runtime import auto_dtype
+
     what = f"recipe {found.recipe}" if found.recipe else f"{found.layout} checkpoint"
     lines = [
         f"{what}: {count(found.parameters)} parameters, {amount(found.text_bytes)}, "
@@ -117,15 +132,20 @@ def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[st
                 f"  {part.name:<18} {part.parameters:>14,} {amount(part.bytes):>10} {part.bits_per_weight:>6.2f}  "
                 f"{', '.join(part.formats)}"
             )
-    fixed, each = amount(found.cache.fixed), amount(1000 * found.cache.per_token)
+    if found.layout in ("modelopt", "compressed-tensors"):
+        lines.append("  this layout does not run as it is; `dgemma convert` makes a folder that does")
+    dtype, need = auto_dtype(found.config, found.stored), needed(found, context)
+    cache = cache_size(found.config, dtype)
     lines += [
         "",
-        f"  keys and values: {fixed}, and {each} per 1,000 tokens of context",
-        f"  memory for {context:,} tokens; {amount(memory['free'])} of {amount(memory['total'])} are free:",
+        f"  to compute in {dtype}, with {context:,} tokens of context, on the CPU; {amount(memory['free'])} of "
+        f"{amount(memory['total'])} are free:",
+        f"    {'':<6} {'weights':>10} {'cache':>10} {'in all':>10}",
     ]
-    for name in found.memory:
-        size = needed(found, name, context)
+    for name, size in need.items():
+        held, kept = found.held(name, dtype), cache.fixed + cache.per_token * context
+        how = ", weights unpacked" if found.quantized and name == "numpy" else ""
         fits = "fits" if size <= memory["free"] else "does not fit"
-        lines.append(f"    {name:<6} {amount(size):>10}  {fits}")
-    lines.append("  (weights, keys and values; `dgemma doctor` adds what computing takes, and looks at GPUs)")
+        lines.append(f"    {name:<6} {amount(held):>10} {amount(kept):>10} {amount(size):>10}  {fits}{how}")
+    lines.append("  (`dgemma doctor` looks at GPUs, and takes --dtype)")
     return lines

@@ -25,11 +25,7 @@ def _together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     return lambda command: reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
-model_options = _together(
-    click.option(
-        "--model", "-m", default="nano", show_default=True, metavar="NAME",
-        help="'nano' (ships with dgemma), a checkpoint folder, or a Hugging Face id, which is downloaded once.",
-    ),
+ways_options = _together(
     click.option(
         "--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True,
         help="What computes. auto: mlx on Apple silicon, torch elsewhere.",
@@ -44,7 +40,15 @@ model_options = _together(
     ),
 )  # fmt: skip
 
-sampling_options = _together(
+model_options = _together(
+    click.option(
+        "--model", "-m", default="nano", show_default=True, metavar="NAME",
+        help="'nano' (ships with dgemma), a checkpoint folder, or a Hugging Face id, which is downloaded once.",
+    ),
+    ways_options,
+)  # fmt: skip
+
+budget_options = _together(
     click.option(
         "--max-new-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
         help="Write at most N tokens, thinking included.",
@@ -53,6 +57,10 @@ sampling_options = _together(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
         help="Same seed, same text: run to run and, in float32, on every backend.",
     ),
+)  # fmt: skip
+
+sampling_options = _together(
+    budget_options,
     click.option(
         "--steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT,
         help="Cap on the denoising passes of one canvas; most stop long before it.",

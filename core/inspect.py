@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from .convert.layouts import Source, read_source
 from .convert.plan import wanted_format, written
 from .convert.recipes import Recipe, spell
 from .errors import DgemmaError, shown
+from .ops import DType, Ops
 from .quant import Format
 from .quantized import module_of
 
@@ -25,8 +27,8 @@ PARTS = {
     "router": ".router.",
 }
 OTHER = "norms, scalars"
-_WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}
-_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
+WIDTH: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+_WIDTHS: dict[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +48,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Cache:
-    """Bytes of keys and values, in 16 bits."""
+    """Bytes of keys and values."""
 
     fixed: int
-    """Of the sliding layers, once their windows are full."""
+    """Of the sliding layers, once their windows are full, and of the chunk that is being read."""
     per_token: int
     """Of the full layers."""
 
@@ -63,9 +65,18 @@ class Inspection:
     """The recipe that was asked about, or nothing."""
     parts: tuple[Part, ...]
     image_bytes: int
-    cache: Cache
-    memory: dict[str, float]
-    """Bytes of weights that each backend holds."""
+    stored: DType
+    """Width of most of what is not quantized."""
+    floats: int
+    """Parameters that are not quantized."""
+    packed: float
+    """Bytes of those that are."""
+    derived: float
+    """Bytes of the biases that MLX derives from symmetric scales, and holds."""
+
+    @property
+    def quantized(self) -> bool:
+        return self.floats < self.parameters
 
     @property
     def parameters(self) -> int:
@@ -78,6 +89,15 @@ class Inspection:
     @property
     def bits_per_weight(self) -> float:
         return 8 * self.text_bytes / self.parameters
+
+    def held(self, backend: str, dtype: DType) -> float:
+        """Return the bytes of weights that a backend holds when it computes in a dtype.
+
+        Quantized weights stay packed, as they are stored; NumPy, the oracle, unpacks them.
+        """
+        if backend == "numpy":
+            return self.parameters * WIDTH[dtype]
+        return self.floats * WIDTH[dtype] + self.packed + (self.derived if backend == "mlx" else 0)
 
 
 def part_of(name: str) -> str:
@@ -142,7 +162,7 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
         counted: dict[str, int] = {}
         for name in names:
             kind, _, dtype = sized[name]
-            said = spell(kind) if kind else dtype.lower() if dtype in _BYTES else "fp8"
+            said = spell(kind) if kind else dtype.lower() if dtype in _WIDTHS else "fp8"
             counted[said] = counted.get(said, 0) + math.prod(shapes[name])
         parts.append(
             Part(
@@ -152,40 +172,38 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
                 formats=tuple(sorted(counted, key=lambda one: -counted[one])),
             )
         )
+    plain = {name: math.prod(shape) for name, shape in shapes.items() if sized[name][0] is None}
+    widths = Counter[DType]()
+    for name, count in plain.items():
+        widths[_WIDTHS.get(sized[name][2], "bfloat16")] += count  # fp8 is converted to bfloat16
+    packed = derived = 0.0
+    for name, shape in shapes.items():
+        kind, size, _ = sized[name]
+        if kind is not None:
+            packed += size
+            derived += 2 * math.prod(shape) / kind.group_size if kind.symmetric else 0
     return Inspection(
         config=config,
         layout=layout,
         recipe=recipe,
         parts=tuple(parts),
         image_bytes=image,
-        cache=cache_size(config),
-        memory=_memory(shapes, sized),
+        stored=widths.most_common(1)[0][0],
+        floats=sum(plain.values()),
+        packed=packed,
+        derived=derived,
     )
 
 
-def _memory(shapes: dict[str, tuple[int, ...]], sized: _Sized) -> dict[str, float]:
-    """Bytes of weights as each backend holds them: as stored, with biases (MLX), or dequantized (the oracle)."""
-    packed = plain = biases = everything = 0.0
-    for name, shape in shapes.items():
-        kind, size, _ = sized[name]
-        count = math.prod(shape)
-        everything += 4 * count
-        if kind is None:
-            plain += 2 * count
-        else:
-            packed += size
-            biases += 2 * count / kind.group_size if kind.symmetric else 0
-    held = packed + plain
-    return {"torch": held, "mlx": held + biases, "onnx": held, "numpy": everything}
-
-
-def cache_size(config: ModelConfig, dtype: str = "bfloat16") -> Cache:
-    """Return what keys and values take."""
+def cache_size(config: ModelConfig, dtype: DType) -> Cache:
+    """Return what keys and values take at most, as `model.new_cache` reserves them."""
     fixed = per_token = 0
+    chunk = max(config.canvas_length, Ops.prefill_chunk)
     for layer in config.layers:
-        row = 2 * layer.kv_heads * layer.head_dim * _WIDTH[dtype]
+        row = 2 * layer.kv_heads * layer.head_dim * WIDTH[dtype]
+        fixed += row * chunk
         if layer.window is None:
             per_token += row
         else:
-            fixed += row * (layer.window - 1 + config.canvas_length)
+            fixed += row * (layer.window - 1)
     return Cache(fixed=fixed, per_token=per_token)

@@ -280,8 +280,11 @@ def test_sizes_of_the_released_model() -> None:
     assert inspect.inspect_config(big(), recipes.find("4bit-mlx")).text_bytes == pytest.approx(15.40e9, abs=5e6)
     assert inspect.inspect_config(big(), recipes.find("bf16")).parameters == pytest.approx(25.25e9, rel=1e-3)
     # A derived bias is held by MLX only: what it needs is what --mlx would store.
-    held = {mlx: inspect.inspect_config(big(), recipes.find("4bit"), mlx=mlx) for mlx in (False, True)}
-    assert held[False].memory["mlx"] == held[True].text_bytes > held[False].memory["torch"] == held[False].text_bytes
+    plain, biased = (inspect.inspect_config(big(), recipes.find("4bit"), mlx=mlx) for mlx in (False, True))
+    assert plain.held("mlx", "bfloat16") == biased.text_bytes > plain.held("torch", "bfloat16") == plain.text_bytes
+    # What is not quantized has the width of the arithmetic; NumPy unpacks all of it.
+    assert plain.held("torch", "float32") - plain.text_bytes == 2 * plain.floats < 0.01 * plain.text_bytes
+    assert plain.held("numpy", "bfloat16") == 2 * plain.parameters
     result = run("inspect", "--config", DATA / "config_26b.json", "--recipe", "4bit", "--json")
     report = json.loads(result.output)
     assert report["text_bytes"] <= 16.0e9 and {part["name"] for part in report["parts"]} >= {"experts", "router"}
@@ -301,7 +304,7 @@ def test_inspect_foretells_what_convert_writes(folder: Path, tmp_path: Path, rec
 
 def test_inspect_shows_parts_memory_and_fit(folder: Path) -> None:
     output = run("inspect", folder).output
-    for words in ("float checkpoint", "experts", "bits", "per 1,000 tokens", "torch", "mlx", "fits"):
+    for words in ("float checkpoint", "experts", "bits", "in float32, with 512 tokens", "torch", "mlx", "fits"):
         assert words in output, words
     assert run("inspect").exit_code == 2 and run("inspect", folder, "--config", "x").exit_code == 2
     result = run("inspect", "--config", folder / "absent.json")

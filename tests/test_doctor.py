@@ -11,9 +11,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import dgemma
 from dgemma.cli import machine as machine_facts
 from dgemma.cli import main
+from dgemma.core import runtime
+from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.config import ModelConfig
+from dgemma.core.quant import QTensor
+from published import floats, published
 from tiny import tiny_checkpoint
 
 DATA = Path(__file__).parent / "data"
@@ -92,6 +97,52 @@ def test_doctor_says_what_would_fit(a_machine: Callable[..., None]) -> None:
     again, code = report("-m", DATA / "config_26b.json", "--context", shorter["tokens"])
     assert code == 0 and again["model"]["fits"]
     assert report("-m", DATA / "config_26b.json", "--context", shorter["tokens"] + 1)[1] == 1
+
+
+def test_doctor_and_inspect_say_what_each_backend_holds(a_machine: Callable[..., None], tmp_path: Path) -> None:
+    """Packed on torch and mlx, with the biases that MLX derives; unpacked on numpy; floats in the dtype asked for."""
+    a_machine(free=80 << 30, numpy=WORKS, torch=WORKS, mlx=WORKS)
+    out = dgemma.convert(floats(tmp_path), tmp_path / "out", "4bit").path
+    checkpoint = Checkpoint.open(out)
+    stored = [checkpoint.tensor(name) for name in checkpoint.names]
+    packed = sum(one.nbytes for one in stored if isinstance(one, QTensor))
+    scales = sum(one.scales.nbytes for one in stored if isinstance(one, QTensor))
+    plain = checkpoint.nbytes - packed  # of two bytes
+    inspected = json.loads(run("inspect", out, "--json").stdout)
+    for backend, held in (("torch", packed + 2 * plain), ("mlx", packed + scales + 2 * plain), ("numpy", None)):
+        found, _ = report("-m", out, "--backend", backend)
+        model = found["model"]
+        assert model["dtype"] == "float32" == inspected["dtype"] and model["quantized"]
+        assert model["packed"] is (held is not None)
+        assert model["weights_bytes"] == (4 * model["parameters"] if held is None else held)
+        assert inspected["weights_bytes"][backend] == model["weights_bytes"]
+        assert inspected["needed_bytes"][backend] == model["needed_bytes"] == (
+            model["weights_bytes"] + model["working_bytes"] + model["cache_bytes_fixed"]
+            + model["cache_bytes_per_1000_tokens"] * model["context"] // 1000
+        )  # fmt: skip
+        narrow, _ = report("-m", out, "--backend", backend, "--dtype", "bfloat16")
+        saved = model["weights_bytes"] - narrow["model"]["weights_bytes"]
+        assert saved == (plain if held else model["weights_bytes"] // 2)
+        text = run("doctor", "-m", out, "--backend", backend).stdout
+        assert (
+            "stay packed" if held else "are unpacked"
+        ) in text and f"{inspected['bits_per_weight']:.2f} bits" in text
+    assert "numpy" in run("inspect", out).stdout and "weights unpacked" in run("inspect", out).stdout
+
+
+def test_doctor_and_load_choose_the_same_dtype(
+    a_machine: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_machine(free=80 << 30, numpy=WORKS, torch=WORKS)
+    folder = tiny_checkpoint(tmp_path, dtype="bfloat16")
+    for limit, dtype in ((runtime.FLOAT32_LIMIT, "float32"), (1, "bfloat16")):
+        monkeypatch.setattr(runtime, "FLOAT32_LIMIT", limit)
+        assert report("-m", folder)[0]["model"]["dtype"] == dtype == dgemma.load(folder, backend="numpy").dtype
+
+
+def test_inspect_says_what_has_to_be_converted(tmp_path: Path) -> None:
+    folder, _ = published(tmp_path, "modelopt")
+    assert "`dgemma convert` makes a folder that does" in run("inspect", folder).stdout
 
 
 def test_doctor_prefers_a_gpu(a_machine: Callable[..., None]) -> None:

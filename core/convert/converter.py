@@ -155,6 +155,8 @@ def convert(
 def _check_target(out: Path, job: Job, force: bool) -> None:
     if os.path.lexists(out) and not out.is_dir():
         raise DgemmaError(f"{shown(out)}: exists, and is not a folder; choose another --out")
+    if (above := next(one for one in out.parents if os.path.lexists(one))) and not above.is_dir():
+        raise DgemmaError(f"{shown(above)}: is not a folder, so nothing can be made in it; choose another --out")
     source, target = job.folder.resolve(), out.resolve()
     if target == source or target in source.parents or source in target.parents:
         raise DgemmaError(f"{shown(out)}: the target may not be the source, nor lie in it or around it")

@@ -83,9 +83,11 @@ def decide(source: Source, recipe: Recipe, *, mlx: bool, requantize: bool) -> tu
     items += [_item(weight, recipe, mlx=mlx, image=True) for weight in source.image]
     twice = [item for item in items if item.how in ("requantized", "dequantized")]
     if twice and not requantize:
+        one = twice[0].weight
+        why = " without the global scale that MLX's layers do not know" if mlx and one.factor != "none" else ""
         raise DgemmaError(
             f"{len(twice)} weights are quantized already and recipe {quoted(recipe.name, 30)} would round them again, "
-            f"such as {twice[0].weight.name} to {twice[0].described}; better convert the bf16 original, "
+            f"such as {one.name} to {twice[0].described}{why}; better convert the bf16 original, "
             "or allow it with --requantize"
         )
     return tuple(items)
