@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 from mlx_graph import count, stand_in_for_metal
 from mlx_vlm.generate import diffusion
-from mlx_vlm.models.diffusion_gemma import Model, ModelConfig
+from mlx_vlm.models.diffusion_gemma import Model
+from mlx_vlm.utils import load_model
 
 
 class _Counted(Exception):
@@ -22,8 +24,8 @@ class _Counted(Exception):
 
 
 def load(job: dict[str, Any]) -> Model:
-    model = Model(ModelConfig.from_dict(job["config"]))
-    model.load_weights(list(model.sanitize(mx.load(job["weights"])).items()))
+    model = load_model(Path(job["folder"]))
+    model.set_dtype(getattr(mx, job["dtype"]))  # of the scales too, and so of what the layers compute in
     mx.eval(model.parameters())
     return model
 

@@ -6,13 +6,16 @@ mlx-vlm wants an environment of its own; where this one has it too, leave the op
     python benchmarks/vs_mlx_vlm.py --mlx-vlm-python /tmp/mlxvlm/bin/python --count-only    # seconds
     python benchmarks/vs_mlx_vlm.py --mlx-vlm-python /tmp/mlxvlm/bin/python                 # minutes on a CPU
 
-The same random weights (about 110 M parameters) and prompt on both sides, each in a process of its own, one after the
-other: read the prompt, take exactly `--steps` passes over one canvas, never stop early. mlx-vlm runs its own loop with
-its entropy-bound sampler at temperature 1; its default sampler is another, and cheaper. It skips sampling and
-conditioning on the last pass, which is to its favour here. Each side first runs two passes, untimed.
+The same random weights (about 110 M parameters) and prompt on both sides; with `--recipe`, one folder that `dgemma
+convert --mlx` made of them, and that both keep packed. Each side runs in a process of its own, one after the other:
+read the prompt, take exactly `--steps` passes over one canvas, never stop early. mlx-vlm runs its own loop with its
+entropy-bound sampler at temperature 1; its default sampler is another, and cheaper. It skips sampling and conditioning
+on the last pass, which is to its favour here. Each side first runs two passes, untimed.
 
 A pass's primitives are the nodes of MLX's lazy graph from one canvas to the next, fused kernels as one: on this device,
 and, `metal`, with each `mx.fast` function as the one primitive that it is on Metal. `kernels` leaves out views.
+On a CPU only float32 is worth timing: in bfloat16 MLX's own products with packed weights take ten times as long there,
+which dgemma goes round and mlx-vlm does not.
 Rows go to `benchmarks/results/`, and the last line is JSON.
 """
 
@@ -31,11 +34,13 @@ import click
 import mlx.core as mx
 import numpy as np
 from mlx_graph import count, stand_in_for_metal
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
-from dgemma.backends.mlx.ops import MlxOps
+import dgemma
+from dgemma.backends.mlx import packed
 from dgemma.core import weights
 from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.convert import recipes
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done
 from dgemma.core.model import Cache, step
@@ -59,13 +64,24 @@ def config(vocab: int, canvas: int) -> dict[str, Any]:
     return dict(text_config=text, vision_config=None, canvas_length=canvas, model_type="diffusion_gemma")
 
 
+def write(place: Path, settings: dict[str, Any], recipe: str | None) -> str:
+    """Write a checkpoint of random weights, quantized if there is a recipe, and return its folder."""
+    source = place / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(settings))
+    save_file(weights.random_weights(ModelConfig.from_hf(settings)), source / "model.safetensors", {"format": "pt"})
+    if recipe is None:
+        return str(source)
+    dgemma.convert(source, place / recipe, recipe, mlx=True)
+    return str(place / recipe)
+
+
 def our_side(job: dict[str, Any]) -> dict[str, Any]:
     """What `mlx_vlm_side.py` does, with dgemma."""
     if job["metal"]:
         stand_in_for_metal()
-    read = ModelConfig.from_hf(job["config"])
-    ops = MlxOps("float32")
-    engine = Engine(ops, weights.build(ops, read, load_file(job["weights"]).__getitem__), None)
+        packed.wide_on_cpu = lambda x: x
+    engine = dgemma.load(job["folder"], backend="mlx", dtype=job["dtype"]).engine
     if job["task"] == "count":
         return our_count(engine, job["prompt"])
     our_run(engine, job["prompt"], 2)
@@ -119,16 +135,21 @@ def _commit() -> str:
 @click.option("--vocab", default=32_768, show_default=True)
 @click.option("--canvas", default=256, show_default=True)
 @click.option("--prompt", default=128, show_default=True, help="Prompt tokens.")
+@click.option("--recipe", type=click.Choice(list(recipes.RECIPES)), help="Quantize both sides alike.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--repeats", default=1, show_default=True, help="Timed pairs.")
 @click.option("--count-only", is_flag=True, help="Count primitives and time nothing.")
-def main(mlx_vlm_python: str, steps: int, vocab: int, canvas: int, prompt: int, repeats: int, count_only: bool) -> None:
-    job: dict[str, Any] = {"config": config(vocab, canvas), "steps": steps, "metal": False}
+def main(
+    mlx_vlm_python: str, steps: int, vocab: int, canvas: int, prompt: int, recipe: str | None, dtype: str, repeats: int,
+    count_only: bool,
+) -> None:  # fmt: skip
+    job: dict[str, Any] = {"config": config(vocab, canvas), "steps": steps, "dtype": dtype, "metal": False}
     job["prompt"] = np.random.default_rng(0).integers(6, vocab, prompt).tolist()
     sides = {"mlx_vlm": (mlx_vlm_python, "mlx_vlm_side.py"), "dgemma": (sys.executable, Path(__file__).name)}
     row: dict[str, Any] = {"benchmark": "vs_mlx_vlm", "vocab": vocab, "canvas": canvas, "prompt": prompt}
+    row["recipe"] = recipe
     with tempfile.TemporaryDirectory() as folder:
-        job["weights"] = str(Path(folder) / "model.safetensors")
-        save_file(weights.random_weights(ModelConfig.from_hf(job["config"])), job["weights"])
+        job["folder"] = write(Path(folder), job["config"], recipe)
         for metal in (False, True):
             counts = {name: ask(*side, job | {"task": "count", "metal": metal}) for name, side in sides.items()}
             where = "_metal" if metal else ""
@@ -143,7 +164,7 @@ def main(mlx_vlm_python: str, steps: int, vocab: int, canvas: int, prompt: int, 
             row |= {f"{name}_{key}": round(value, 2) for name, one in best.items() for key, value in one.items()}
             row["speedup"] = round(best["mlx_vlm"]["s"] / best["dgemma"]["s"], 3)
             row["cpu_speedup"] = round(best["mlx_vlm"]["cpu_s"] / best["dgemma"]["cpu_s"], 3)
-    row |= {"dtype": "float32", "device": str(mx.default_device()), "mlx": mx.__version__, "commit": _commit()}
+    row |= {"dtype": dtype, "device": str(mx.default_device()), "mlx": mx.__version__, "commit": _commit()}
     RESULTS.mkdir(exist_ok=True)
     with (RESULTS / "vs_mlx_vlm.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from .packed import QuantizedTensor, Weight
+
 Array = mx.array
 
 
@@ -17,8 +19,10 @@ def gated(gate: Array, up: Array) -> Array:
     return (0.5 * wide * (1.0 + mx.tanh(inner)) * up).astype(up.dtype)
 
 
-def grouped_matmul(x: Array, w: Array, group: Array) -> Array:
+def grouped_matmul(x: Array, w: Weight, group: Array) -> Array:
     """x [N, 1, D], w [E, F, D], group [N] integers ascending → [N, 1, F] = x · w[group]ᵀ."""
+    if isinstance(w, QuantizedTensor):
+        return w.grouped(x, group)
     if mx.default_device().type == mx.cpu and x.dtype != mx.float32:  # MLX's CPU has `gather_mm` in float32 only
         return grouped_matmul(x.astype(mx.float32), w.astype(mx.float32), group).astype(x.dtype)
     # Single rows and sorted groups are Metal's fast path: unsorted it is several times slower.
@@ -26,7 +30,7 @@ def grouped_matmul(x: Array, w: Array, group: Array) -> Array:
 
 
 def expert_mlp(
-    x: Array, index: Array, weights: Array, gate_up: Array, down: Array, gated: Callable[[Array, Array], Array]
+    x: Array, index: Array, weights: Array, gate_up: Weight, down: Weight, gated: Callable[[Array, Array], Array]
 ) -> Array:
     """Weighted sum of each row's experts.
 

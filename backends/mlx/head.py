@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from ...core.reference import _BELOW_ONE, DRAW_BLOCK
+from .packed import Weight, mix, project
 
 if TYPE_CHECKING:
     from ...core.ops import Ops
@@ -27,7 +28,7 @@ def capped(raw: Array, softcap: float) -> Array:
 
 
 def vocab_head(
-    ops: Ops, x: Array, table: Array, softcap: float, temperature: Array, u: Array
+    ops: Ops, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
 ) -> tuple[Array, Array, Array, Array]:
     """Sampled token, argmax, entropy and mean embedding; see `Ops.vocab_head`.
 
@@ -36,7 +37,7 @@ def vocab_head(
     vocab, shape = table.shape[0], u.shape
     rows, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, 1)
     heat = mx.broadcast_to(temperature, shape).reshape(-1, 1)
-    scores = capped(rows @ table.T, softcap) / heat  # [N, V] <- very big
+    scores = capped(project(rows, table), softcap) / heat  # [N, V] <- very big
     top = scores.max(-1, keepdims=True)
     size = max(1, PART // (len(rows) * DRAW_BLOCK)) * DRAW_BLOCK
     sums, moments, means = [], [], []
@@ -46,8 +47,10 @@ def vocab_head(
         shifted = scores[:, at : at + size] - top
         mass = mx.exp(shifted)
         moments.append((mass * shifted).sum(-1, keepdims=True))
-        # Contiguous costs nothing but where `pack` laid the table out for the other product.
-        means.append((mass.astype(x.dtype) @ mx.contiguous(table[at : at + size])).astype(mx.float32))
+        part = table[at : at + size]
+        if isinstance(part, mx.array):  # costs nothing but where `pack` laid the table out for the other product
+            part = mx.contiguous(part)
+        means.append(mix(mass, part, x.dtype).astype(mx.float32))
         if mass.shape[1] % DRAW_BLOCK:
             mass = mx.pad(mass, [(0, 0), (0, -mass.shape[1] % DRAW_BLOCK)])
         sums.append(mass.reshape(len(rows), -1, DRAW_BLOCK).sum(-1))

@@ -16,10 +16,12 @@ import numpy as np
 from ...core import reference
 from ...core.errors import DgemmaError
 from ...core.ops import KV, DType, Ops, Reduction, Rope, Span, Unary, dense
+from ...core.quant import QTensor
 from . import attention as attending
 from .compiling import compiled
 from .experts import expert_mlp, gated, grouped_matmul
 from .head import capped, vocab_head
+from .packed import QuantizedTensor, Weight, mix, project
 
 if TYPE_CHECKING:
     from ...core.model import Attention, Experts, Router
@@ -121,8 +123,13 @@ class MlxOps(Ops):
 
     # ---- Dense layers -----------------------------------------------------------------------------------------
 
-    def linear(self, x: Array, weight: Array) -> Array:
-        return x @ weight.T
+    def embed(self, table: Weight, tokens: Array, scale: float) -> Array:
+        if isinstance(table, QuantizedTensor):  # the rows that are read, and no others, are unpacked
+            return table[tokens].dequantized().astype(MLX_DTYPES[self.dtype]) * self.rounded(scale)
+        return reference.embed(self, table, tokens, scale)
+
+    def linear(self, x: Array, weight: Weight) -> Array:
+        return project(x, weight)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
         return mx.fast.rms_norm(x, weight, eps)
@@ -168,11 +175,15 @@ class MlxOps(Ops):
 
     # ---- Head -------------------------------------------------------------------------------------------------
 
-    def logits(self, x: Array, table: Array, softcap: float) -> Array:
+    def logits(self, x: Array, table: Weight, softcap: float) -> Array:
         return capped(self.linear(x, table), softcap)
 
+    def mean_embedding(self, probabilities: Array, table: Weight) -> Array:
+        dtype = MLX_DTYPES[self.dtype]
+        return mix(probabilities, table, dtype).astype(dtype)
+
     def vocab_head(
-        self, x: Array, table: Array, softcap: float, temperature: Array, u: Array
+        self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
         return vocab_head(self, x, table, softcap, temperature, u)
 
@@ -187,8 +198,15 @@ class MlxOps(Ops):
     def synchronize(self, *arrays: Array) -> None:
         mx.eval(*arrays)
 
-    def pack(self, weight: Any) -> Array:
-        """Copy one stored weight into MLX's own memory; nothing of the memory map is held."""
+    def pack(self, weight: Any) -> Weight:
+        """Copy one stored weight into MLX's own memory; nothing of the memory map is held.
+
+        A quantized one stays packed, with the biases of symmetric formats beside it; one that Metal's kernels would
+        misread (nvfp4 in rows that are no multiple of 32 weights) is dequantized here. Each is copied once, by itself:
+        loading never holds more than the weights so far and one of them.
+        """
+        if isinstance(weight, QTensor) and QuantizedTensor.fits(weight):
+            return QuantizedTensor.from_host(weight, wide=self.dtype == "float32")
         array = self.asarray(dense(weight, self.dtype), self.dtype)
         if self.on_cpu and array.ndim > 1 and array.dtype == mx.float32:
             # The CPU's BLAS is a quarter faster where the inner dimension is not the contiguous one. A shape is no
