@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import importlib.resources
+import math
 import os
 import re
 import stat
@@ -26,7 +27,7 @@ from . import quantized, weights
 from .config import GenerationConfig, ModelConfig, read_json
 from .errors import DgemmaError, quoted, shown
 from .ops import DType
-from .quant import QTensor
+from .quant import Format, QTensor
 from .quantized import Packed, Quantization, module_of
 from .safetensors import DTYPES, Entry, SafetensorsFile
 
@@ -55,8 +56,8 @@ class Checkpoint:
         """Read a folder's settings and the headers of its weight files; no weight is read.
 
         Raises:
-            DgemmaError: the folder is no DiffusionGemma checkpoint, is incomplete, damaged, quantized, or holds only
-                pickle files, which are never opened.
+            DgemmaError: the folder is no DiffusionGemma checkpoint, is incomplete, damaged, of a layout that has to be
+                converted first, or holds only pickle files, which are never opened.
         """
         folder = Path(path)
         if not folder.is_dir():
@@ -91,8 +92,14 @@ class Checkpoint:
 
     @property
     def stored_dtype(self) -> DType:
-        """The width that most of the weights have."""
+        """The width that most of the weights have: of a quantized one its scales', and bfloat16 where those are bytes.
+
+        What a quantized folder stores unquantized, its norms, can be wider than the model that was quantized.
+        """
         total: Counter[DType] = Counter()
+        for one in self._packed.values():
+            scales = self._files[one.parts["scales"]].entries[one.parts["scales"]]
+            total[_WIDTHS.get(scales.dtype, "bfloat16")] += math.prod(one.shape)
         for name in self._places:
             entry = self._entry(name)
             if entry.dtype in _WIDTHS:
@@ -109,6 +116,19 @@ class Checkpoint:
         if name not in self._places:
             raise DgemmaError(f"{shown(self.path)}: the tensor {quoted(name)} is missing")
         return self._places[name].tensor(self._spelled.get(name, name))
+
+    def parts(self, name: str) -> dict[str, tuple[SafetensorsFile, str]]:
+        """Where a tensor lies, for whoever hands out places instead of bytes: the file of each part and its name there.
+
+        The parts are `weight` and, of one that is quantized, `scales`, …
+        """
+        if name in self._packed:
+            return {part: (self._files[stored], stored) for part, stored in self._packed[name].parts.items()}
+        return {"weight": (self._places[name], self._spelled.get(name, name))}
+
+    def format(self, name: str) -> Format | None:
+        """How a tensor is quantized, if it is."""
+        return self._packed[name].format if name in self._packed else None
 
     def check(self, config: ModelConfig | None = None) -> None:
         """Compare the stored tensors with what a config (by default the folder's own) needs.

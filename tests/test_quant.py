@@ -202,6 +202,27 @@ def test_every_code_under_every_scale_is_mlx(kind: Format) -> None:
             assert_same_bits(dequantize(q), mlx_dequantize(q, "float32", amax))
 
 
+def test_a_global_scale_for_each_row_is_a_tensor_for_each_row() -> None:
+    """Experts that were quantized one by one: rows mean what they mean alone, under their own factor."""
+    kind = FLOAT[2]
+    q = random_tensor(kind, (3, 4, 64), 0)
+    amax = np.random.default_rng(1).uniform(1.0, 5000.0, (3, 4, 1)).astype(np.float32)
+    factors = amax / np.float32(2688)
+    scaled = carry(q.words, q.scales, format=kind, global_scale=factors)
+    for dtype in ("float32", "bfloat16"):
+        whole = dequantize(scaled, dtype)
+        for i, j in np.ndindex(3, 4):
+            row = np.s_[i, j : j + 1]
+            alone = carry(q.words[row], q.scales[row], format=kind, global_scale=factors[i, j, 0])
+            assert_same_bits(whole[row], dequantize(alone, dtype))
+            if dtype == "float32":  # with a global scale MLX gives no other
+                assert_same_bits(whole[row], mlx_dequantize(alone, dtype, amax[i, j, 0]))
+    assert_same_bits(dequantize(scaled[1]), dequantize(scaled)[1])
+    assert_same_bits(dequantize(scaled.rows()), dequantize(scaled).reshape(12, 64))
+    with pytest.raises(DgemmaError, match="global scale should be one float32"):
+        carry(q.words, q.scales, format=kind, global_scale=factors[:, :1])
+
+
 @given(st.data(), formats, seeds)
 @settings(max_examples=60, deadline=None)
 def test_what_mlx_quantized_is_carried_as_it_stands(data: st.DataObject, kind: Format, seed: int) -> None:

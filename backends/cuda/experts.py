@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch.nn import functional as F
+
+from . import blocks
+from .blocks import Weight, flat, weight_of, whole
+from .packed import Scratch
 
 Tensor = torch.Tensor
 
@@ -31,17 +36,24 @@ def gelu_times(gate: Tensor, up: Tensor, scale: Tensor | float = 1.0) -> Tensor:
     return (curve if isinstance(scale, float) else curve.mul_(scale)).to(gate.dtype)
 
 
-def expert_mlp(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def expert_mlp(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, scratch: Scratch | None = None
+) -> Tensor:
     """Run every row through its experts and add up the results.
 
     x [N, D], index int [N, k], weights wide [N, k], gate_up [E, 2F, D], down [E, D, F] → [N, D].
     """
     if x.device.type == "cuda" and _grouped_fits(x, gate_up, down):
-        return _grouped(x, index, weights, gate_up, down)
-    return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
+        # Nearly all experts are hit by a canvas, and to ask which would wait for the device.
+        return _grouped(x, index, weights, whole(gate_up, x.dtype), whole(down, x.dtype))
+    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
+    if torch.compiler.is_compiling():
+        return torch.ops.dgemma.packed_experts(x, index, weights, *flat(gate_up), *flat(down))
+    return _sorted_experts(x, index, weights, gate_up, down, scratch or Scratch())
 
 
-def _grouped_fits(x: Tensor, gate_up: Tensor, down: Tensor) -> bool:
+def _grouped_fits(x: Tensor, gate_up: Weight, down: Weight) -> bool:
     """Whether CUDA's grouped matmul takes these: bfloat16, and rows of whole 16 bytes."""
     return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in (*gate_up.shape[1:], *down.shape[1:]))
 
@@ -63,15 +75,32 @@ def _grouped(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: T
 @torch.library.custom_op("dgemma::experts", mutates_args=())
 def _experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     # A custom op, so that torch.compile takes what depends on the data, the counts, as one node.
-    flat = index.reshape(-1)
-    order = flat.argsort(stable=True)
+    return _sorted_experts(x, index, weights, gate_up, down, Scratch(keep=False))
+
+
+@torch.library.custom_op("dgemma::packed_experts", mutates_args=())
+def _packed_experts(
+    x: Tensor, index: Tensor, weights: Tensor,
+    gate_up: Sequence[Tensor | None], gate_up_format: str, down: Sequence[Tensor | None], down_format: str,
+) -> Tensor:  # fmt: skip
+    both = weight_of(gate_up, gate_up_format), weight_of(down, down_format)
+    return _sorted_experts(x, index, weights, *both, Scratch())
+
+
+def _sorted_experts(
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, scratch: Scratch
+) -> Tensor:  # fmt: skip
+    chosen = index.reshape(-1)
+    order = chosen.argsort(stable=True)
     token, heat = order // index.shape[1], weights.reshape(-1).index_select(0, order)
-    counts = torch.bincount(flat, minlength=gate_up.shape[0])
+    counts = torch.bincount(chosen, minlength=gate_up.shape[0])
     rows = x.index_select(0, token)
     room = -(-int(counts.max()) // _ROOM) * _ROOM
-    if x.element_size() == 2 and room * len(counts) <= _PADDING * len(token):
+    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
+        out = _block_by_block(rows, heat, counts.tolist(), gate_up, down, scratch)
+    elif x.element_size() == 2 and room * len(counts) <= _PADDING * len(token):
         first = torch.arange(len(counts), device=x.device) * room - (counts.cumsum(0) - counts)
-        place = torch.arange(len(token), device=x.device) + first.index_select(0, flat.index_select(0, order))
+        place = torch.arange(len(token), device=x.device) + first.index_select(0, chosen.index_select(0, order))
         out = _together(rows, heat, place, room, gate_up, down)
     else:
         out = _one_by_one(rows, heat, counts.tolist(), gate_up, down)
@@ -79,7 +108,8 @@ def _experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: T
     return result.index_add_(0, token, out.to(weights.dtype)).to(x.dtype)
 
 
-# In both, the matrix stands on the left and rows are columns: with few rows, BLAS libraries are up to twice as fast so.
+# In all three, the matrix stands on the left and rows are columns: with few rows, BLAS libraries are up to twice as
+# fast so.
 
 
 def _together(rows: Tensor, heat: Tensor, place: Tensor, room: int, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -101,9 +131,62 @@ def _one_by_one(rows: Tensor, heat: Tensor, counts: list[int], gate_up: Tensor, 
         torch.mm(gate_up[expert], run.T, out=out)
     gate, up = both.chunk(2)
     hidden = gelu_times(gate, up, heat)
-    return torch.cat([torch.mm(down[expert], run).T for expert, run in zip(hit, hidden.split(runs, 1), strict=True)])
+    result = rows.new_empty(len(rows), down.shape[1])  # written in place: a transposed copy would cost a tenth
+    for expert, run, out in zip(hit, hidden.split(runs, 1), result.split(runs), strict=True):
+        torch.mm(run.T, down[expert].T, out=out)
+    return result
+
+
+def _block_by_block(
+    rows: Tensor, heat: Tensor, counts: list[int], gate_up: Weight, down: Weight, scratch: Scratch
+) -> Tensor:  # fmt: skip
+    """`_one_by_one` where an expert may be packed: the experts that are hit are dequantized in turn, in one buffer."""
+    both = rows.new_empty(gate_up.shape[1], len(rows))  # [2F, N·k]
+    for matrix, part, run in _blocks_and_runs(gate_up, rows.dtype, counts, scratch):
+        torch.mm(matrix, rows[run].T, out=both[part, run])
+    gate, up = both.chunk(2)
+    hidden = gelu_times(gate, up, heat)
+    out = rows.new_empty(down.shape[1], len(rows))  # [D, N·k]
+    for matrix, part, run in _blocks_and_runs(down, rows.dtype, counts, scratch):
+        torch.mm(matrix, hidden[:, run], out=out[part, run])
+    return out.T.contiguous()
+
+
+def _blocks_and_runs(
+    weight: Weight, dtype: torch.dtype, counts: list[int], scratch: Scratch
+) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Yield blocks [r, N] of the experts' matrices [E, R, N]: which of the R rows, and which columns of x it meets."""
+    height, width = weight.shape[1:]
+    together = max(1, blocks.BLOCK // (height * width))  # small experts, neighbours that are all hit
+    start, expert = 0, 0
+    while expert < len(counts):
+        stop = expert + 1
+        if not counts[expert]:
+            expert = stop
+            continue
+        while stop < min(expert + together, len(counts)) and counts[stop]:
+            stop += 1
+        if stop == expert + 1:
+            run = slice(start, start + counts[expert])
+            for part, matrix in blocks.blocks(weight[expert], dtype, scratch):
+                yield matrix, part, run
+            start = run.stop
+        else:
+            several = weight[expert:stop]
+            flat = several.flatten(0, 1) if isinstance(several, Tensor) else several.rows()
+            ((_, matrices),) = blocks.blocks(flat, dtype, scratch)
+            for i, matrix in enumerate(matrices.split(height)):
+                run = slice(start, start + counts[expert + i])
+                yield matrix, slice(0, height), run
+                start = run.stop
+        expert = stop
 
 
 @_experts.register_fake
 def _(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_packed_experts.register_fake
+def _(x: Tensor, index: Tensor, weights: Tensor, *packed: object) -> Tensor:
     return torch.empty_like(x)

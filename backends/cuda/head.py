@@ -6,16 +6,21 @@ fit a core's own cache, in two passes:
     first    logits = x · tileᵀ, soft cap, the maximum of every 512            → the row's maximum
     second   mass = exp((score − maximum) / T), sums, entropy, soft += mass · tile
 
-Off the CPU, and under `torch.compile`, the whole vocabulary is one tile and all rows are one block.
+Off the CPU, and under `torch.compile`, the whole vocabulary is one tile and all rows are one block. A quantized table
+is dequantized twice, block by block (`blocks.py`): its values are never in memory together.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from ...core.reference import _BELOW_ONE, DRAW_BLOCK
+from . import blocks
+from .blocks import Weight
+from .packed import Scratch
 
 Tensor = torch.Tensor
 
@@ -33,11 +38,12 @@ class VocabHead:
     """Keeps its buffers between passes: memory fresh from the kernel is cleared page by page, which costs more time
     than most of the arithmetic here."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Scratch) -> None:
         self._kept: _Buffers | None = None
+        self._scratch = scratch
 
     def __call__(
-        self, x: Tensor, table: Tensor, softcap: float, temperature: Tensor, u: Tensor
+        self, x: Tensor, table: Weight, softcap: float, temperature: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sampled token, argmax, entropy and mean embedding; see `Ops.vocab_head`."""
         shape, vocab = x.shape[:2], table.shape[0]
@@ -50,9 +56,9 @@ class VocabHead:
             buffers = self._kept
         else:
             buffers = _Buffers.allocate(x, vocab, _whole_blocks(vocab), x.shape[0], temperature.dtype)
-        peak = _score(buffers, x, table, softcap)
+        peak = _score(buffers, x, table, softcap, self._scratch)
         top = peak.amax(-1, keepdim=True)
-        sums, entropy, soft = _weigh(buffers, table, top, sharpness)
+        sums, entropy, soft = _weigh(buffers, table, top, sharpness, self._scratch)
         token = _draw(buffers.scores, sums, top, sharpness, u)
         block = peak.argmax(-1)  # the first of equals, and so is the one inside it
         argmax = block * DRAW_BLOCK + _pick(buffers.scores, block).argmax(-1)
@@ -82,20 +88,22 @@ def _whole_blocks(vocab: int) -> int:
     return -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
 
 
-def _score(buffers: _Buffers, x: Tensor, table: Tensor, softcap: float) -> Tensor:
+def _score(buffers: _Buffers, x: Tensor, table: Weight, softcap: float, scratch: Scratch) -> Tensor:
     """Fill `buffers.scores` with tanh(x · tableᵀ / softcap); return the maximum of every 512, [R, blocks]."""
     exact = buffers.mass.dtype == buffers.scores.dtype
     block = buffers.shifted.shape[0]
-    nothing = x.new_zeros(1)
     peaks = []
-    for part, tile in zip(table.split(buffers.scores.shape[2]), buffers.scores, strict=True):
+    for part, tile in zip(_tiles(table, buffers.scores.shape[2]), buffers.scores, strict=True):
         size = part.shape[0]
         whole = size == tile.shape[1]
         out = None if not whole else tile if exact else buffers.mass
-        logits = torch.addmm(nothing, x, part.T, beta=0, alpha=1 / softcap, out=out)
+        if torch.compiler.is_compiling() and not isinstance(part, Tensor):
+            logits, out = torch.ops.dgemma.packed_linear(x, *blocks.flat(part), 1 / softcap), None
+        else:
+            logits = blocks.linear(x, part, scratch, scale=1 / softcap, out=out)
         tops = []
         for scores, raw in zip(tile.split(block), logits.split(block), strict=True):
-            if not (exact and whole):
+            if out is not tile:
                 scores[:, :size] = raw
             scores.tanh_()
             scores[:, size:] = _NOTHING
@@ -104,13 +112,19 @@ def _score(buffers: _Buffers, x: Tensor, table: Tensor, softcap: float) -> Tenso
     return torch.cat(peaks, 1)
 
 
-def _weigh(buffers: _Buffers, table: Tensor, top: Tensor, sharpness: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _tiles(table: Weight, size: int) -> Iterator[Weight]:
+    return (table[start : start + size] for start in range(0, table.shape[0], size))
+
+
+def _weigh(
+    buffers: _Buffers, table: Weight, top: Tensor, sharpness: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mass of every 512 [R, blocks], the entropy [R] and the mean embedding [R, D]."""
     exact = buffers.mass.dtype == buffers.scores.dtype
     block = buffers.shifted.shape[0]
     soft = top.new_zeros(top.shape[0], table.shape[1])
     moments, sums = [], []  # moment: Σ mass · log mass
-    for part, tile in zip(table.split(buffers.scores.shape[2]), buffers.scores, strict=True):
+    for part, tile in zip(_tiles(table, buffers.scores.shape[2]), buffers.scores, strict=True):
         pieces = zip(*(x.split(block) for x in (tile, top, sharpness, buffers.mass)), strict=True)
         for scores, peak, sharp, stored in pieces:
             shifted = torch.sub(scores, peak, out=buffers.shifted[: len(scores)]).mul_(sharp)
@@ -120,24 +134,26 @@ def _weigh(buffers: _Buffers, table: Tensor, top: Tensor, sharpness: Tensor) -> 
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
         mass = buffers.mass[:, : part.shape[0]]
-        if exact:
-            soft.addmm_(mass, part)
+        if torch.compiler.is_compiling() and not isinstance(part, Tensor):
+            soft += torch.ops.dgemma.packed_mix(mass, *blocks.flat(part))
         else:
-            soft += mass @ part
+            blocks.mix(mass, part, scratch, into=soft)
     tiles = len(buffers.scores)
-    blocks = torch.cat([torch.cat(sums[i :: len(sums) // tiles], 1) for i in range(len(sums) // tiles)])
+    # Sums of one tile follow each other: those of a block of rows in all tiles belong side by side.
+    per_tile = len(sums) // tiles
+    ends = torch.cat([torch.cat(sums[i::per_tile], 1) for i in range(per_tile)])
     moment = torch.cat(moments).view(tiles, -1, 1).sum(0)
-    total = blocks.sum(-1, keepdim=True)
+    total = ends.sum(-1, keepdim=True)
     entropy = total.log() - moment / total
-    return blocks, entropy[:, 0], soft.div_(total).to(buffers.mass.dtype)
+    return ends, entropy[:, 0], soft.div_(total).to(buffers.mass.dtype)
 
 
 def _pick(scores: Tensor, block: Tensor) -> Tensor:
     """Pick one block of 512 for each row: scores [tiles, R, tile], block [R] → [R, 512]."""
     tiles, rows, tile = scores.shape
     per_tile = tile // DRAW_BLOCK
-    blocks = scores.view(tiles, rows, per_tile, DRAW_BLOCK)
-    return blocks[block // per_tile, torch.arange(rows, device=scores.device), block % per_tile]
+    parts = scores.view(tiles, rows, per_tile, DRAW_BLOCK)
+    return parts[block // per_tile, torch.arange(rows, device=scores.device), block % per_tile]
 
 
 def _draw(scores: Tensor, sums: Tensor, top: Tensor, sharpness: Tensor, u: Tensor) -> Tensor:

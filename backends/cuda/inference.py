@@ -5,12 +5,12 @@ What is done differently from the default bodies, and why:
     experts    rows sorted by expert and only the experts that are hit (`experts.py`)
     head       one [L, V] buffer, worked through in blocks of rows that stay in the processor's own cache (`head.py`)
     norms      one read for the mean square, one for the product
+    quantized  weights stay as the file has them (`packed.py`); a block is dequantized when it is used (`blocks.py`)
 """
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from ...core.ops import KV, DType, Rope, Span, dense
+from ...core.ops import KV, DType, Rope, Span
+from ...core.quant import QTensor
+from . import blocks
+from .blocks import Weight
 from .experts import expert_mlp, gelu_times
 from .head import VocabHead
+from .packed import QuantizedTensor, Scratch, dequantize, from_numpy
 from .torch_ops import TORCH_DTYPES, Array, TorchOps
 
 if TYPE_CHECKING:
@@ -41,31 +45,37 @@ class InferenceOps(TorchOps):
     def __init__(self, dtype: DType = "float32", device: str = "cpu", *, compile: bool = False) -> None:
         super().__init__(dtype, device)
         self.compiles = compile
-        self._head = VocabHead()
+        self._scratch = Scratch()
+        self._head = VocabHead(self._scratch)
 
     # ---- Weights and dense layers -----------------------------------------------------------------------------
 
-    def pack(self, weight: Any) -> Array:
-        """Bring one stored weight to the device; on the CPU the memory map itself is the tensor where widths agree."""
-        array = dense(weight, self.dtype)
-        low = array.dtype.name == "bfloat16"  # torch cannot read ml_dtypes' bfloat16; its bits are the same
-        with warnings.catch_warnings():
-            # torch has no read-only tensors, and maps of files larger than memory are read-only. Nothing here writes.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
-            tensor = torch.from_numpy(array.view(np.int16) if low else array)
-        tensor = tensor.view(torch.bfloat16) if low else tensor
-        return tensor.to(device=self.device, dtype=TORCH_DTYPES[self.dtype])
+    def pack(self, weight: Any) -> Weight:
+        """Bring one stored weight to the device.
+
+        On the CPU the memory map itself is the tensor where widths agree, and always where the weight is quantized:
+        then it stays packed.
+        """
+        if isinstance(weight, QTensor):
+            return QuantizedTensor.from_host(weight, self.device)
+        return from_numpy(np.asarray(weight)).to(device=self.device, dtype=TORCH_DTYPES[self.dtype])
 
     def asarray(self, x: Any, dtype: DType | None = None) -> Array:
         array = super().asarray(x, dtype)
         # NumPy's `x[None]` has stride 0, which a compiled function takes for another layout and compiles anew.
         return array.clone(memory_format=torch.contiguous_format) if self.compiles else array
 
-    def embed(self, table: Array, tokens: Array, scale: float) -> Array:
+    def embed(self, table: Weight, tokens: Array, scale: float) -> Array:
+        if isinstance(table, QuantizedTensor):
+            return dequantize(table[tokens], TORCH_DTYPES[self.dtype]) * self.rounded(scale)
         return F.embedding(tokens, table) * self.rounded(scale)
 
-    def linear(self, x: Array, weight: Array) -> Array:
-        return F.linear(x, weight)
+    def linear(self, x: Array, weight: Weight) -> Array:
+        if isinstance(weight, Array):
+            return F.linear(x, weight)
+        if torch.compiler.is_compiling():
+            return torch.ops.dgemma.packed_linear(x, *blocks.flat(weight), 1.0)
+        return blocks.linear(x, weight, self._scratch)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
         wide = x.float()
@@ -79,26 +89,29 @@ class InferenceOps(TorchOps):
     def qkv_norm_rope(self, x: Array, attention: Attention, rope: Rope) -> tuple[Array, Array, Array]:
         config, eps = attention.config, attention.eps
         shape = (x.shape[0], x.shape[1], -1, config.head_dim)
-        q = F.linear(x, attention.q_proj).view(shape)
-        k = F.linear(x, attention.k_proj).view(shape)
-        v = k if attention.v_proj is None else F.linear(x, attention.v_proj).view(shape)
+        q = self.linear(x, attention.q_proj).view(shape)
+        k = self.linear(x, attention.k_proj).view(shape)
+        v = k if attention.v_proj is None else self.linear(x, attention.v_proj).view(shape)
         v = self.rms_norm(v, None, eps)
         q = _rotate(self.rms_norm(q, attention.q_norm, eps), rope)
         k = _rotate(self.rms_norm(k, attention.k_norm, eps), rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def geglu(self, x: Array, gate: Array, up: Array) -> Array:
-        return gelu_times(F.linear(x, gate), F.linear(x, up))
+    def geglu(self, x: Array, gate: Weight, up: Weight) -> Array:
+        return gelu_times(self.linear(x, gate), self.linear(x, up))
 
     def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
         rows = r.reshape(-1, r.shape[-1])
         # Routing is computed wide even in low precision: a rounded score can pick another expert, at no gain in speed.
         scale = router.scale.to(TORCH_DTYPES[self.wide]) * r.shape[-1] ** -0.5
-        scores = F.linear(self.rms_norm(rows.to(scale.dtype), scale, router.eps), router.proj.to(scale.dtype))
+        proj = router.proj
+        proj = dequantize(proj, scale.dtype) if isinstance(proj, QuantizedTensor) else proj.to(scale.dtype)
+        scores = F.linear(self.rms_norm(rows.to(scale.dtype), scale, router.eps), proj)
         top, index = scores.topk(router.experts_per_token, -1)
         # The softmax of the chosen scores is the softmax over all experts, renormalised.
         weights = top.softmax(-1) * router.per_expert_scale[index]
-        out = expert_mlp(h.reshape(rows.shape), index, weights, experts.gate_up_proj, experts.down_proj)
+        both = experts.gate_up_proj, experts.down_proj
+        out = expert_mlp(h.reshape(rows.shape), index, weights, *both, self._scratch)
         return out.view(h.shape)
 
     # ---- Attention and its cache ------------------------------------------------------------------------------
@@ -155,12 +168,19 @@ class InferenceOps(TorchOps):
 
     # ---- Head -------------------------------------------------------------------------------------------------
 
-    def logits(self, x: Array, table: Array, softcap: float) -> Array:
-        scores = F.linear(x, table).to(TORCH_DTYPES[self.wide])
+    def logits(self, x: Array, table: Weight, softcap: float) -> Array:
+        scores = self.linear(x, table).to(TORCH_DTYPES[self.wide])
         return scores.div_(softcap).tanh_().mul_(softcap)
 
+    def mean_embedding(self, probabilities: Array, table: Weight) -> Array:
+        if isinstance(table, Array):
+            return super().mean_embedding(probabilities, table)
+        shares = self.cast(probabilities, self.dtype)
+        mean = blocks.mix(shares.reshape(-1, shares.shape[-1]), table, self._scratch)
+        return mean.to(shares.dtype).view(*shares.shape[:-1], -1)
+
     def vocab_head(
-        self, x: Array, table: Array, softcap: float, temperature: Array, u: Array
+        self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
         return self._head(x, table, softcap, temperature, u)
 

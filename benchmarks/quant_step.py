@@ -1,0 +1,196 @@
+"""A denoising pass over packed weights against one over dense ones, on torch: same model, same process, in turn.
+
+    python benchmarks/quant_step.py                       # 110 M parameters, float32, 4bit and 8bit, 2 threads
+    python benchmarks/quant_step.py --memory --gb 1.0     # peak memory of a running model against its files
+
+The model is random; each recipe's folder is written by `dgemma convert`, and read back as users read it. A pass is the
+whole of it: layers, head, acceptance. Passes alternate, so that a busy machine slows all; a ratio is the median of the
+ratios of neighbours. `--cpu --threads 1` measures what a busy machine blurs. Rows are appended to
+results/quant_step.jsonl, and the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from operator import truediv
+from pathlib import Path
+from typing import Any
+
+import click
+import ml_dtypes
+import numpy as np
+
+from dgemma.core import safetensors, weights
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.convert import convert
+
+HERE = Path(__file__).resolve().parent
+VOCAB, CANVAS, PROMPT = 32_768, 256, 128
+
+
+def settings(experts: int) -> dict[str, Any]:
+    """Return a config.json: the model of vs_transformers.py, which with 32 experts is 108.5 M parameters."""
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    text: dict[str, Any] = dict(
+        model_type="diffusion_gemma_text", vocab_size=VOCAB, hidden_size=512, intermediate_size=1024,
+        moe_intermediate_size=256, num_experts=experts, top_k_experts=4, num_hidden_layers=6, layer_types=kinds,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, global_head_dim=128,
+        num_global_key_value_heads=2, sliding_window=1024, hidden_activation="gelu_pytorch_tanh",
+        max_position_embeddings=4096, final_logit_softcapping=30.0, rms_norm_eps=1e-6, pad_token_id=0, eos_token_id=1,
+        bos_token_id=2, tie_word_embeddings=True, use_bidirectional_attention="vision",
+    )  # fmt: skip
+    return {
+        "architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma", "dtype": "bfloat16",
+        "canvas_length": CANVAS, "boi_token_id": 3, "image_token_id": 4, "eoi_token_id": 5, "eos_token_id": [1],
+        "tie_word_embeddings": True, "text_config": text,
+    }  # fmt: skip
+
+
+def write(folder: Path, experts: int) -> int:
+    """Write a random bfloat16 checkpoint; returns its parameters."""
+    folder.mkdir()
+    data = settings(experts)
+    (folder / "config.json").write_text(json.dumps(data))
+    shapes = weights.shapes(ModelConfig.from_hf(data))
+    draw = np.random.default_rng(0)
+    noise = (0.02 * draw.standard_normal(1 << 22, np.float32)).astype(ml_dtypes.bfloat16)
+    tensors = {}
+    for name, shape in shapes.items():
+        size = int(np.prod(shape))
+        # One block of noise, again and again from another place: fast, and no two tensors are alike.
+        flat = np.ones(size, ml_dtypes.bfloat16) if len(shape) == 1 else np.resize(np.roll(noise, len(name)), size)
+        tensors[name] = flat.reshape(shape)
+    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+    return sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def passes(
+    folders: dict[str, Path], dtype: str, repeats: int, threads: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Time one denoising pass of each folder's model in turn; seconds by name."""
+    import torch
+
+    import dgemma
+    from dgemma.core.model import step
+    from dgemma.core.sampler import start
+
+    torch.set_num_threads(threads)
+    runs = {}
+    for name, folder in folders.items():
+        engine = dgemma.load(folder, backend="torch", device="cpu", dtype=dtype).engine
+        ops, model = engine.ops, engine.model
+        vocab = model.config.vocab_size
+        generator = np.random.default_rng(0)
+        cache = engine.prefill(generator.integers(6, vocab, PROMPT).tolist(), CANVAS)
+        noise = ops.asarray(generator.integers(6, vocab, (1, CANVAS)).astype(np.int32))
+        state = start(ops, noise, model.config.hidden_size)
+        rest = torch.full((1, 1), 0.6), torch.rand(1, CANVAS), noise
+        runs[name] = lambda o=ops, m=model, c=cache, s=state, r=rest: step(o, m, SamplerConfig(), c, s, *r)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeats + 2):
+        for name, run in runs.items():
+            began = clock()
+            run()
+            if i > 1:  # the first two warm up
+                times[name].append(clock() - began)
+    return times
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+import torch
+
+def peak_memory():  # of this program; getrusage's figure is inherited from the process that started it
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+
+torch.set_num_threads(1)
+torch.mm(torch.ones(64, 64), torch.ones(64, 64))
+empty = peak_memory()
+import dgemma
+model = dgemma.load(sys.argv[1], backend="torch", device="cpu", dtype=sys.argv[2])
+out = model.generate(list(range(6, 134)), max_new_tokens=256, steps=2, schedule_steps=2, confidence=0.0)
+assert out.stats.steps == 2
+print(json.dumps([empty, peak_memory()]))
+"""
+
+
+def commit() -> str:
+    git = ["git", "-C", str(HERE)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
+    return f"{head or 'unknown'}{'+' if changed else ''}"
+
+
+@click.command(help=__doc__)
+@click.option("--recipe", "recipes", multiple=True, default=("4bit", "8bit"), show_default=True)
+@click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]), show_default=True)
+@click.option("--repeats", default=15, show_default=True)
+@click.option("--threads", default=2, show_default=True)
+@click.option("--cpu", is_flag=True, help="Count CPU time, which with one thread a busy machine changes least.")
+@click.option("--memory", is_flag=True, help="Peak memory of a running model instead.")
+@click.option("--gb", default=1.0, show_default=True, help="With --memory: least size of a converted folder.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary folder.")
+def main(
+    recipes: tuple[str, ...], dtype: str, repeats: int, threads: int, cpu: bool, memory: bool, gb: float,
+    folder: Path | None,
+) -> None:  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="dgemma-quant-", dir=folder) as work:
+        source = Path(work) / "source"
+        # An expert of all six layers is 2.36 M parameters, 1.33 MB in 4 bits.
+        parameters = write(source, max(32, round(gb * 1e9 / 1.33e6)) if memory else 32)
+        folders = {"dense": source}
+        for recipe in recipes:
+            folders[recipe] = Path(work) / recipe
+            convert(source, folders[recipe], recipe)
+        if memory:
+            rows = [measured(name, folders[name], dtype) for name in recipes]
+        else:
+            times = passes(folders, dtype, repeats, threads, time.process_time if cpu else time.perf_counter)
+            rows = [
+                {
+                    "recipe": name, "step_s": round(statistics.median(times[name]), 4),
+                    "dense_step_s": round(statistics.median(times["dense"]), 4),
+                    "ratio": round(statistics.median(map(truediv, times[name], times["dense"])), 3),
+                    "least_ratio": round(min(times[name]) / min(times["dense"]), 3), "repeats": repeats,
+                    "clock": "CPU time" if cpu else "wall",
+                }
+                for name in recipes
+            ]  # fmt: skip
+    import torch
+
+    with (HERE / "results" / "quant_step.jsonl").open("a") as file:
+        for row in rows:
+            row |= {
+                "benchmark": "quant_step", "dtype": dtype, "parameters": parameters, "canvas": CANVAS,
+                "prompt": PROMPT, "threads": threads, "torch": torch.__version__, "commit": commit(),
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            }  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+    click.echo(json.dumps(rows))
+
+
+def measured(recipe: str, folder: Path, dtype: str) -> dict[str, Any]:
+    """Return the peak of a process that loads a folder and denoises a canvas twice, above one with torch alone."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), dtype], stdout=subprocess.PIPE, check=True)
+    empty, peak = json.loads(done.stdout.splitlines()[-1])
+    return {
+        "recipe": recipe, "file_gb": round(size / 1e9, 3), "empty_gb": round(empty / 1e9, 3),
+        "peak_gb": round(peak / 1e9, 3), "of_file": round((peak - empty) / size, 3),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
