@@ -12,24 +12,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .core.compare import Comparison, compare
     from .core.config import GenerationConfig, ModelConfig, SamplerConfig
     from .core.convert import convert
     from .core.errors import DgemmaError
     from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
     from .core.runtime import DiffusionGemma, load
+    from .export import export
 
 _HOMES = {
+    "core.compare": ("Comparison", "compare"),
     "core.convert": ("convert",),
     "core.config": ("GenerationConfig", "ModelConfig", "SamplerConfig"),
     "core.errors": ("DgemmaError",),
     "core.events": ("Commit", "Done", "Draft", "Event", "Generation", "Prefill", "Stats"),
     "core.runtime": ("DiffusionGemma", "load"),
+    "export": ("export",),
 }
 
 __version__ = "0.1.0"
 __all__ = [
-    "Commit", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation", "GenerationConfig",
-    "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "convert", "load",
+    "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
+    "GenerationConfig", "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "compare", "convert",
+    "export", "load",
 ]  # fmt: skip
 
 

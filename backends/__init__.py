@@ -12,7 +12,7 @@ from ..core.errors import DgemmaError
 if TYPE_CHECKING:
     from ..core.ops import DType, Ops
 
-MODULES = {"mlx": "mlx", "torch": "torch", "numpy": "numpy"}
+MODULES = {"mlx": "mlx", "torch": "torch", "onnx": "onnxruntime", "numpy": "numpy"}
 """Backend names that users see, and the module each needs."""
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -64,6 +64,10 @@ def make(name: str, *, device: str = "auto", dtype: DType = "float32") -> Ops:
         from .mlx import mlx_backend
 
         return mlx_backend(device, dtype)
+    if name == "onnx":
+        from .cuda.ort import ort_backend
+
+        return ort_backend(device, dtype)
     if device not in ("auto", "cpu"):
         raise DgemmaError(f"backend 'numpy' runs on the cpu only, not on {device!r}")
     from .numpy import NumpyOps

@@ -7,6 +7,7 @@ read the prompt ──▶ denoise a canvas ──▶ commit its argmax ──▶
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,6 +64,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self._steps: dict[SamplerConfig, Callable[..., sampling.StepState]] = {}
+        self._encoder: Callable[..., Cache] | None = None
 
     def check(self, request: Request) -> None:
         """Refuse a request that cannot be run.
@@ -84,9 +86,14 @@ class Engine:
         for event in self._generate(request, clock):
             handed = time.perf_counter()
             yield event
-            clock.away += time.perf_counter() - handed
+            if not self.ops.lookahead:  # where passes run on beside the reader, its time is theirs too
+                clock.away += time.perf_counter() - handed
 
     def _generate(self, request: Request, clock: _Clock) -> Iterator[Event]:
+        with self.ops.guarded("generating"):
+            yield from self._write(request, clock)
+
+    def _write(self, request: Request, clock: _Clock) -> Iterator[Event]:
         config = self.model.config
         budget = min(request.max_new_tokens, config.max_positions - len(request.prompt))
         canvases = -(-budget // config.canvas_length)
@@ -101,6 +108,8 @@ class Engine:
             left = budget - index * config.canvas_length
             ended = ended and len(tokens) <= left
             last = ended or left <= config.canvas_length
+            if self.ops.lookahead and not last:  # on its way before the text is looked at, and in vain if that ends it
+                cache = self._encode(cache, argmax[None])
             piece = decoder.push(tokens[:left], last=last)
             if clock.first_text is None and (piece.text or piece.thinking):
                 clock.first_text = clock.now()
@@ -109,7 +118,8 @@ class Engine:
                 reason = "stop"
             if last or piece.stopped:
                 break
-            cache = encode(self.ops, self.model, cache, self.ops.asarray(argmax[None], "int32"))
+            if not self.ops.lookahead:
+                cache = self._encode(cache, argmax[None])
             clock.encodes += 1
         yield Done(finish_reason=reason, stats=self._stats(request, decoder, clock))
 
@@ -130,18 +140,40 @@ class Engine:
         self, prompt: Sequence[int], capacity: int, clock: _Clock, canvas_length: int
     ) -> Generator[Event, None, Cache]:
         ops = self.ops
-        chunk = max(ops.prefill_chunk, canvas_length)
-        scratch = max(canvas_length, min(chunk, len(prompt)))
+        if ops.encode_sizes:  # a shorter rest is padded to one of them
+            chunk = ops.encode_sizes[-1]
+            scratch = max(canvas_length, chunk)
+        else:
+            chunk = max(ops.prefill_chunk, canvas_length)
+            scratch = max(canvas_length, min(chunk, len(prompt)))
         cache = new_cache(ops, self.model.config, batch=1, capacity=capacity, chunk=scratch)
         ids = np.asarray(prompt, np.int32)[None]
         yield Prefill(done=0, total=len(prompt))
         for at in range(0, len(prompt), chunk):
-            cache = encode(ops, self.model, cache, ops.asarray(ids[:, at : at + chunk]))
+            cache = self._encode(cache, ids[:, at : at + chunk])
             ops.synchronize(*(array for layer in cache.layers for array in layer))
             clock.encodes += 1
             clock.prefill = clock.now()
             yield Prefill(done=min(at + chunk, len(prompt)), total=len(prompt))
         return cache
+
+    def _encode(self, cache: Cache, tokens: np.ndarray) -> Cache:
+        """Read tokens int32 [1, L], compiled where the backend asks for it."""
+        ops, length = self.ops, tokens.shape[1]
+        size = next((size for size in ops.encode_sizes if size >= length), None)
+        if size is None:
+            return encode(ops, self.model, cache, ops.asarray(tokens, "int32"))
+        if self._encoder is None:
+
+            def run(cache: Cache, tokens: Array, fresh: Array) -> Cache:
+                return encode(ops, self.model, cache, tokens, fresh)
+
+            self._encoder = ops.compile(run)
+        padded = np.zeros((1, size), np.int32)
+        padded[:, :length] = tokens
+        before = int(cache.length)
+        after = self._encoder(Cache(cache.layers, ops.extent(before)), ops.asarray(padded), ops.extent(length))
+        return Cache(after.layers, before + length)
 
     def _denoise(self, cache: Cache, request: Request, index: int, clock: _Clock) -> Generator[Event, None, np.ndarray]:
         """Yield a `Draft` for each pass over one canvas; return the argmax canvas, int32 [L]."""
@@ -150,24 +182,29 @@ class Engine:
         cache = Cache(cache.layers, ops.extent(int(cache.length)))
         _, noise = self._noise(request.seed, index, 0)
         state = sampling.start(ops, noise, config.hidden_size)
+        reads: deque[Callable[[], list[np.ndarray]]] = deque()
         argmax = np.zeros(0, np.int32)
         clock.canvases += 1
-        for i in range(sampler.steps):
-            uniforms, noise = self._noise(request.seed, index, i + 1)
-            temperature = ops.asarray(np.full((1, 1), sampler.temperature(i), np.float32))
-            state = run(cache, state, temperature, uniforms, noise)
-            argmax = ops.to_numpy(state.argmax)[0]
+        for begun in range(sampler.steps + ops.lookahead):
+            if begun < sampler.steps:
+                uniforms, noise = self._noise(request.seed, index, begun + 1)
+                temperature = ops.asarray(np.full((1, 1), sampler.temperature(begun), np.float32))
+                state = run(cache, state, temperature, uniforms, noise)
+                reads.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
+            if begun < ops.lookahead:
+                continue
+            argmax, accepted, entropy, stop = (x[0] for x in reads.popleft()())
             clock.steps += 1
             clock.first_draft = clock.first_draft or clock.now()
             yield Draft(
                 canvas=index,
-                step=i,
+                step=begun - ops.lookahead,
                 steps=sampler.steps,
                 tokens=argmax,
-                accepted=ops.to_numpy(state.accepted)[0],
-                entropy=ops.to_numpy(state.entropy)[0].astype(np.float32),
+                accepted=accepted,
+                entropy=entropy.astype(np.float32),
             )
-            if ops.to_numpy(state.stop)[0]:
+            if stop:  # what has begun since is never read
                 break
         return argmax
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .config import AttentionConfig, ModelConfig, SamplerConfig
-from .ops import KV, Array, Ops, Rope, Span
-from .sampler import StepState, advance
+from .ops import KV, Array, Ops, Passes, Rope, Span
+from .sampler import StepState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +138,8 @@ def new_cache(ops: Ops, config: ModelConfig, *, batch: int, capacity: int, chunk
 
 def encode(ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: int | Array | None = None) -> Cache:
     """Read tokens int32 [B, L] into the cache; in a ragged batch only the first `fresh` int32 [B] of each row count."""
+    if isinstance(ops, Passes) and fresh is None:
+        return ops.encode(cache, tokens)
     return _read(ops, model, cache, tokens, fresh, states=False)[0]
 
 
@@ -154,16 +156,16 @@ def _read(
 ) -> tuple[Cache, Array]:
     count: int | Array = tokens.shape[1] if fresh is None else fresh
     ropes = _ropes(ops, model.config, cache.length, tokens.shape[1])
+    spans = _spans(ops, model.config, cache.length, causal=True)
     x = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
-    written = []
-    for layer, context in zip(model.layers, cache.layers, strict=True):
-        span, rope = _span(ops, layer, cache.length, causal=True), ropes[layer.self_attn.config.kind]
-        if states or layer is not model.layers[-1]:
-            x, k, v = layer(ops, x, rope, context, span)
-        else:  # of the last layer nobody reads more than the cache
-            _, k, v = ops.qkv_norm_rope(layer.input_layernorm(ops, x), layer.self_attn, rope)
-        written.append(ops.cache_write(context, k, v, span, count))
-    return Cache(tuple(written), cache.length + count), x
+    whole = len(model.layers) if states else len(model.layers) - 1
+    x, caches = ops.layers(model.layers[:whole], x, ropes, cache.layers[:whole], spans, count)
+    for layer, context in zip(model.layers[whole:], cache.layers[whole:], strict=True):
+        # Of the last layer nobody reads more than the cache.
+        kind = layer.self_attn.config.kind
+        _, k, v = ops.qkv_norm_rope(layer.input_layernorm(ops, x), layer.self_attn, ropes[kind])
+        caches += (ops.cache_write(context, k, v, spans[kind], count),)
+    return Cache(caches, cache.length + count), x
 
 
 def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) -> Array:
@@ -171,13 +173,14 @@ def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) ->
 
     `soft` is the mean embedding under the previous step's distribution, unscaled; zeros on the first step.
     """
+    if isinstance(ops, Passes):
+        return ops.denoise(cache, canvas, soft)
     scale = model.config.hidden_size**0.5
     ropes = _ropes(ops, model.config, cache.length, canvas.shape[1])
+    spans = _spans(ops, model.config, cache.length, causal=False)
     x = ops.embed(model.embed_tokens, canvas, scale)
     x = model.self_conditioning(ops, x, soft * ops.rounded(scale))
-    for layer, context in zip(model.layers, cache.layers, strict=True):
-        span = _span(ops, layer, cache.length, causal=False)
-        x, _, _ = layer(ops, x, ropes[layer.self_attn.config.kind], context, span)
+    x, _ = ops.layers(model.layers, x, ropes, cache.layers, spans, None)
     return model.norm(ops, x)
 
 
@@ -189,20 +192,29 @@ def step(
 
     temperature float32 [B, 1], uniforms float32 [B, L], noise int32 [B, L] (see `random.step_noise`).
     """
+    if isinstance(ops, Passes):
+        return ops.step(sampler, cache, state, temperature, uniforms, noise)
     x = denoise(ops, model, cache, state.canvas, state.soft)
     token, argmax, entropy, soft = ops.vocab_head(
         x, model.embed_tokens, model.config.softcap, ops.cast(temperature, ops.wide), uniforms
     )
-    return advance(ops, sampler, state, token, argmax, entropy, soft, noise)
+    return ops.advance(sampler, state, token, argmax, entropy, soft, noise)
 
 
-def _span(ops: Ops, layer: Layer, length: int | Array, *, causal: bool) -> Span:
-    window = layer.self_attn.config.window
-    rows = length
-    if window is not None:
-        held = window - 1
-        rows = min(length, held) if isinstance(length, int) else ops.where(length < held, length, held)
-    return Span(rows=rows, window=window, causal=causal)
+def _spans(ops: Ops, config: ModelConfig, length: int | Array, *, causal: bool) -> dict[str, Span]:
+    """What each layer kind sees behind `length` tokens."""
+    spans = {}
+    for kind, layer in _kinds(config).items():
+        rows = length
+        if layer.window is not None:
+            held = layer.window - 1
+            rows = min(length, held) if isinstance(length, int) else ops.where(length < held, length, held)
+        spans[kind] = Span(rows=rows, window=layer.window, causal=causal)
+    return spans
+
+
+def _kinds(config: ModelConfig) -> dict[str, AttentionConfig]:
+    return {layer.kind: layer for layer in config.layers}
 
 
 def _ropes(ops: Ops, config: ModelConfig, offset: int | Array, length: int) -> dict[str, Rope]:
@@ -213,10 +225,10 @@ def _ropes(ops: Ops, config: ModelConfig, offset: int | Array, length: int) -> d
     # radians, and a backend that did better would disagree with every other one.
     positions = ops.cast(steps + start, "float32")
     ropes = {}
-    for kind in {layer.kind: layer for layer in config.layers}.values():
+    for name, kind in _kinds(config).items():
         frequencies = kind.inverse_frequencies()
         rates = ops.reshape(ops.asarray(frequencies, "float32"), (1, 1, 1, len(frequencies)))
         angles = ops.cast(positions * rates, ops.wide)
         cos, sin = (ops.cast(ops.unary(angles, how), ops.dtype) for how in ("cos", "sin"))
-        ropes[kind.kind] = Rope(cos, sin, offset, frequencies)
+        ropes[name] = Rope(cos, sin, offset, frequencies)
     return ropes

@@ -16,19 +16,25 @@ Shape letters, here and in every docstring:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import ml_dtypes
 import numpy as np
 
 from . import reference
+from . import sampler as sampling
 from .quant import QTensor, dequantize
 
 if TYPE_CHECKING:
-    from .model import Attention, Experts, Router
+    from .checkpoint import Checkpoint
+    from .config import ModelConfig, SamplerConfig
+    from .model import Attention, Cache, Experts, Layer, Mlp, Router
+    from .sampler import StepState
 
+Part = TypeVar("Part", bound="Attention | Mlp")
 Array = Any
 DType = Literal["float64", "float32", "bfloat16", "float16", "int32", "bool"]
 Reduction = Literal["sum", "max", "min", "mean", "any", "all", "argmax"]
@@ -88,8 +94,12 @@ class Ops(ABC):
     """Width of weights and activations."""
     wide: DType
     """Width of norms, softmax and sampling: float32, and float64 in the oracle."""
-    prefill_chunk: ClassVar[int] = 512
+    prefill_chunk: int = 512
     """Prompt tokens per encode pass: bounds the memory that attention scores take."""
+    encode_sizes: tuple[int, ...] = ()
+    """Lengths, ascending, that encode passes are compiled for, a shorter one padded; none: they run as they are."""
+    lookahead: int = 0
+    """Denoising passes that the engine starts before it reads what the one before them came to."""
 
     # ---- Primitives -------------------------------------------------------------------------------------------
 
@@ -213,6 +223,17 @@ class Ops(ABC):
         """
         return reference.cache_write(self, context, k, v, span, fresh)
 
+    def layers(
+        self, layers: Sequence[Layer], x: Array, ropes: Mapping[str, Rope], contexts: Sequence[KV],
+        spans: Mapping[str, Span], fresh: int | Array | None,
+    ) -> tuple[Array, tuple[KV, ...]]:  # fmt: skip
+        """Run all layers of one pass: x [B, L, D] → x [B, L, D], and the caches.
+
+        Ropes and spans are by layer kind. With `fresh` (see `cache_write`) each layer appends to its cache; None reads
+        only, and the caches come back as they are.
+        """
+        return reference.layers(self, layers, x, ropes, contexts, spans, fresh)
+
     def logits(self, x: Array, table: Array, softcap: float) -> Array:
         """Return softcap · tanh(x · tableᵀ / softcap) in the wide dtype: x [B, L, D], table [V, D] → [B, L, V]."""
         return reference.logits(self, x, table, softcap)
@@ -232,13 +253,41 @@ class Ops(ABC):
         """
         return reference.vocab_head(self, x, table, softcap, temperature, u)
 
+    def advance(
+        self, sampler: SamplerConfig, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
+        noise: Array,
+    ) -> StepState:  # fmt: skip
+        """Accept, renoise and test whether the canvas is finished; see `core.sampler.advance`."""
+        return sampling.advance(self, sampler, state, token, argmax, entropy, soft, noise)
+
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Compile a pure function of arrays (and tuples of them); the default runs it as it is."""
+        """Compile a pure function of arrays (and tuples of them); the default runs it as it is.
+
+        A backend may let the next call of the function overwrite what it returned, caches aside.
+        """
         return function
 
     def extent(self, length: int) -> int | Array:
         """Return a context length as compiled functions take it: an int, or int32 [1] where a new int would retrace."""
         return length
+
+    def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
+        """Ask for arrays on the host; what comes back waits for them and returns them as they are now.
+
+        On a backend that looks ahead the copies are made behind the work that is under way, and later passes may start.
+        """
+        return lambda: [self.to_numpy(x) for x in arrays]
+
+    def guarded(self, doing: str) -> AbstractContextManager[None]:
+        """Within, running out of memory releases what was taken and is a DgemmaError that says what would fit."""
+        return nullcontext()
+
+    def admit(self, config: ModelConfig, weight_bytes: Callable[[], int]) -> None:  # noqa: B027 - not on the CPU
+        """Refuse, before anything is allocated, a model that will not fit; `weight_bytes` counts what its weights take.
+
+        Raises:
+            DgemmaError: with the numbers, and what would fit.
+        """
 
     def synchronize(self, *arrays: Array) -> None:  # noqa: B027 - an eager backend has nothing to wait for
         """Wait until the arrays are computed."""
@@ -250,6 +299,10 @@ class Ops(ABC):
         """
         return self.asarray(dense(weight, self.dtype), self.dtype)
 
+    def prepare(self, part: Part) -> Part:
+        """Lay out the weights of one packed `Attention` or `Mlp` together, as this backend wants them; same values."""
+        return part
+
     def memory(self) -> int | None:
         """Return the peak bytes held on the accelerator, or None where the process's own peak says it."""
         return None
@@ -257,3 +310,32 @@ class Ops(ABC):
     def rounded(self, value: float) -> float:
         """Return a constant as the compute dtype would hold it: 53.066 is 53.0 in bfloat16."""
         return float(np.asarray(value, NUMPY_DTYPES[self.dtype]))
+
+
+class Passes(ABC):
+    """What a backend is, besides its ops, that runs a pass as a whole, from a graph written out before.
+
+    `core/model.py` then hands the pass over instead of walking through the graph; its ops serve what is around it.
+    """
+
+    @abstractmethod
+    def open(self, checkpoint: Checkpoint) -> None:
+        """Get the graphs of a checkpoint ready, before its weights are packed.
+
+        Raises:
+            DgemmaError: there are none, and none can be made, or the runtime does not take them.
+        """
+
+    @abstractmethod
+    def encode(self, cache: Cache, tokens: Array) -> Cache:
+        """See `core.model.encode`; every row counts."""
+
+    @abstractmethod
+    def denoise(self, cache: Cache, canvas: Array, soft: Array) -> Array:
+        """See `core.model.denoise`."""
+
+    @abstractmethod
+    def step(
+        self, sampler: SamplerConfig, cache: Cache, state: StepState, temperature: Array, uniforms: Array, noise: Array
+    ) -> StepState:
+        """See `core.model.step`."""

@@ -7,10 +7,11 @@ Source of all formulas: transformers 5.23, `models/diffusion_gemma`, float32 eag
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .model import Attention, Experts, Router
+    from .model import Attention, Experts, Layer, Router
     from .ops import KV, Array, Ops, Rope, Span
 
 DRAW_BLOCK = 512
@@ -167,6 +168,18 @@ def cache_write(ops: Ops, context: KV, k: Array, v: Array, span: Span, fresh: in
         return ops.take_along(ops.concat([old, new], 2), source, 2)
 
     return KV(ragged(context.keys, k), ragged(context.values, v))
+
+
+def layers(
+    ops: Ops, layers: Sequence[Layer], x: Array, ropes: Mapping[str, Rope], contexts: Sequence[KV],
+    spans: Mapping[str, Span], fresh: int | Array | None,
+) -> tuple[Array, tuple[KV, ...]]:  # fmt: skip
+    caches = []
+    for layer, context in zip(layers, contexts, strict=True):
+        kind = layer.self_attn.config.kind
+        x, k, v = layer(ops, x, ropes[kind], context, spans[kind])
+        caches.append(context if fresh is None else ops.cache_write(context, k, v, spans[kind], fresh))
+    return x, tuple(caches)
 
 
 def logits(ops: Ops, x: Array, table: Array, softcap: float) -> Array:

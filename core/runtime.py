@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from .engine import Engine, Request, check_tokens
 from .errors import DgemmaError, quoted
 from .events import Commit, Done, Event, Generation
 from .model import denoise
+from .ops import Passes
 from .reader import show
 from .tokens import Message, Tokenizer
 
@@ -25,7 +27,13 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Message] | Sequence[int]
 
 FLOAT32_LIMIT = 2 << 30
-"""Bytes. `dtype="auto"` computes in float32 up to this size of weights, and in the checkpoint's own width beyond."""
+"""Bytes of weights in float32; see `auto_dtype`."""
+
+
+def auto_dtype(config: ModelConfig, stored: DType) -> DType:
+    """Return what `dtype="auto"` computes in: float32 for a small model, the width it is stored in for a larger one."""
+    size = 4 * sum(math.prod(shape) for shape in weights.shapes(config).values())
+    return "float32" if size <= FLOAT32_LIMIT else stored
 
 
 def load(
@@ -40,8 +48,8 @@ def load(
 
     Args:
         name: `nano` (shipped with the package), a folder, or a Hugging Face hub id.
-        backend: `auto`, `mlx`, `torch` or `numpy`.
-        device: `auto`, `cpu`, `cuda`, `cuda:N` (torch) or `gpu` (mlx).
+        backend: `auto`, `mlx`, `torch`, `onnx` or `numpy`; `auto` is mlx on Apple silicon and torch elsewhere.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` (torch, onnx) or `gpu` (mlx).
         dtype: `auto`, `float32`, `bfloat16` or `float16`. `auto` is float32 for small models (2 GiB of weights in
             float32) and the width the checkpoint is stored in for larger ones.
         progress: called with bytes done and in all while weights are brought to the device.
@@ -56,11 +64,11 @@ def load(
             raise DgemmaError(f"{option} is {quoted(value)}, expected a name such as 'auto'")
     chosen = backends.choose(backend)
     checkpoint = Checkpoint.open(resolve(str(name)))
-    needed = weights.shapes(checkpoint.config)
     checkpoint.check()
     if dtype == "auto":
-        size = 4 * sum(int(np.prod(shape)) for shape in needed.values())
-        dtype = "float32" if size <= FLOAT32_LIMIT else checkpoint.stored_dtype
+        dtype = auto_dtype(checkpoint.config, checkpoint.stored_dtype)
+        if chosen == "onnx" and dtype == "bfloat16":  # which ONNX Runtime multiplies nowhere but on CUDA
+            dtype = "float32"
     ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
     total = checkpoint.nbytes
     done = 0
@@ -73,7 +81,16 @@ def load(
             progress(done, total)
         return tensor
 
-    model = weights.build(ops, checkpoint.config, get)
+    def held() -> int:
+        from .inspect import inspect_folder  # headers are read again, and only for a device whose memory is counted
+
+        return int(inspect_folder(checkpoint.path).held(chosen, ops.dtype))
+
+    ops.admit(checkpoint.config, held)
+    if isinstance(ops, Passes):
+        ops.open(checkpoint)
+    with ops.guarded("loading the weights"):
+        model = weights.build(ops, checkpoint.config, get)
     config = checkpoint.config
     tokenizer = None
     if (checkpoint.path / "tokenizer.json").exists():
@@ -216,7 +233,7 @@ class DiffusionGemma:
         if stops and self.engine.tokenizer is None:
             raise DgemmaError("stop: the checkpoint has no tokenizer, so there is no text to search")
         request = Request(
-            prompt=tuple(self._ids(prompt, thinking=thinking, raw=raw)),
+            prompt=tuple(self.prompt_ids(prompt, thinking=thinking, raw=raw)),
             max_new_tokens=max_new_tokens,
             seed=seed,
             sampler=sampler,
@@ -243,7 +260,7 @@ class DiffusionGemma:
             DgemmaError: an id that does not exist, or a shape that does not fit.
         """
         ops, model = self.ops, self.engine.model
-        prompt = self._ids(prompt_ids, thinking=False, raw=False)
+        prompt = self.prompt_ids(prompt_ids)
         check_tokens(prompt, self.config.vocab_size, self.config.image_token_ids)
         canvas = self.tokenizer.encode(canvas_ids) if isinstance(canvas_ids, str) else _ids(canvas_ids, "the canvas")
         check_tokens(canvas, self.config.vocab_size, what="the canvas")
@@ -262,7 +279,8 @@ class DiffusionGemma:
         x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
         return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
 
-    def _ids(self, prompt: Prompt, *, thinking: bool, raw: bool) -> list[int]:
+    def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, raw: bool = False) -> list[int]:
+        """Return a prompt's token ids as the model would read them; arguments as `stream`."""
         if isinstance(prompt, str):
             if not raw and self.tokenizer.has_template:
                 return self.tokenizer.render([{"role": "user", "content": prompt}], thinking=thinking)

@@ -77,7 +77,9 @@ def build(ops: Ops, config: ModelConfig, get: Callable[[str], Any]) -> Model:
         return RmsNorm(weight=pack(f"{name}.weight"), eps=config.norm_eps)
 
     def mlp(name: str) -> Mlp:
-        return Mlp(**{part: pack(f"{name}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")})
+        return ops.prepare(
+            Mlp(**{part: pack(f"{name}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")})
+        )
 
     layers = []
     for i, attention in enumerate(config.layers):
@@ -85,15 +87,17 @@ def build(ops: Ops, config: ModelConfig, get: Callable[[str], Any]) -> Model:
         has_value = attention.kind == "sliding_attention"
         layers.append(
             Layer(
-                self_attn=Attention(
-                    config=attention,
-                    eps=config.norm_eps,
-                    q_proj=pack(f"{layer}.self_attn.q_proj.weight"),
-                    k_proj=pack(f"{layer}.self_attn.k_proj.weight"),
-                    v_proj=pack(f"{layer}.self_attn.v_proj.weight") if has_value else None,
-                    o_proj=pack(f"{layer}.self_attn.o_proj.weight"),
-                    q_norm=pack(f"{layer}.self_attn.q_norm.weight"),
-                    k_norm=pack(f"{layer}.self_attn.k_norm.weight"),
+                self_attn=ops.prepare(
+                    Attention(
+                        config=attention,
+                        eps=config.norm_eps,
+                        q_proj=pack(f"{layer}.self_attn.q_proj.weight"),
+                        k_proj=pack(f"{layer}.self_attn.k_proj.weight"),
+                        v_proj=pack(f"{layer}.self_attn.v_proj.weight") if has_value else None,
+                        o_proj=pack(f"{layer}.self_attn.o_proj.weight"),
+                        q_norm=pack(f"{layer}.self_attn.q_norm.weight"),
+                        k_norm=pack(f"{layer}.self_attn.k_norm.weight"),
+                    )
                 ),
                 mlp=mlp(f"{layer}.mlp"),
                 router=Router(

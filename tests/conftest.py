@@ -37,3 +37,9 @@ def ops(request: pytest.FixtureRequest) -> Ops:
 def ops_bf16(request: pytest.FixtureRequest) -> Ops:
     """Every backend that runs bfloat16 on this machine's CPU."""
     return make_ops(request.param, "bfloat16")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel's test runs: the CPU, in Triton's interpreter, or with `-m gpu` the first card."""
+    return request.param

@@ -257,7 +257,7 @@ def test_any_prompt_generates_or_is_refused(model: DiffusionGemma, prompt: Any) 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"backend": "tensorflow"}, "choose from auto, mlx, torch, numpy"),
+        ({"backend": "tensorflow"}, "choose from auto, mlx, torch, onnx, numpy"),
         ({"device": "tpu"}, "device 'tpu'"),
         ({"device": "cuda"}, "no CUDA card"),
         ({"dtype": "int4"}, "dtype 'int4'"),

@@ -285,13 +285,13 @@ def _heat_one_step_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def _freeze_accepted_tokens(patch: pytest.MonkeyPatch) -> None:
-    right = graph.advance
+    right = sampler_module.advance
 
     def wrong(ops: Ops, sampler: Any, state: StepState, token: Any, argmax: Any, entropy: Any, *rest: Any) -> StepState:
         token = ops.where(state.accepted, state.canvas, token)
         return right(ops, sampler, state, token, argmax, ops.where(state.accepted, 0.0, entropy), *rest)
 
-    patch.setattr(graph, "advance", wrong)
+    patch.setattr(sampler_module, "advance", wrong)
 
 
 def _commit_other_tokens(patch: pytest.MonkeyPatch) -> None:

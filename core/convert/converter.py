@@ -34,7 +34,7 @@ from .stored import Weight
 SYNC_BYTES, SYNC_SECONDS = 256 << 20, 1.0  # what a kill costs at most
 _INDEX = "model.safetensors.index.json"
 _COPIED = (".json", ".jinja", ".model", ".txt")
-_REPLACED = ("config.json", "hf_quant_config.json", _INDEX, MANIFEST)
+_REPLACED = ("config.json", "hf_quant_config.json", _INDEX, MANIFEST, "dgemma-onnx.json")  # graphs name the old files
 _LARGEST_COPY = 1 << 28  # bytes; a tokenizer has some tens of megabytes
 
 
