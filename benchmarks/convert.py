@@ -20,8 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
-import platform
 import random
 import resource
 import shutil
@@ -34,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import rows
 
 HERE = Path(__file__).resolve().parent
 CONFIG = HERE.parent / "tests" / "data" / "config_26b.json"
@@ -192,9 +191,8 @@ def main() -> None:
         size = make(work / "source", args.gb)
         print(f"source of {size / 1e9:.2f} GB", file=sys.stderr)
         if args.kills:
-            append({"benchmark": "convert-kills"} | _common(args, size) | killed(
-                work, args.recipe, args.workers, args.kills, args.seed
-            ))  # fmt: skip
+            found = killed(work, args.recipe, args.workers, args.kills, args.seed)
+            print(json.dumps(rows.append("convert", {"benchmark": "convert-kills"} | _common(args, size) | found)))
             return
         for i in range(args.rounds):
             said, held, cpu = timed(OURS, work / "source", work / f"ours-{i}", args.recipe, args.workers)
@@ -209,7 +207,7 @@ def main() -> None:
     finally:
         shutil.rmtree(work)
     best, script = (min(one["seconds"] for one in way) for way in (ours, theirs))
-    append({
+    row = {
         "benchmark": "convert", **_common(args, size),
         "ours_s": round(best, 2), "script_s": round(script, 2),
         "ours_cpu_s": round(min(one["cpu"] for one in ours), 1),
@@ -217,24 +215,12 @@ def main() -> None:
         "ours_mb_per_s": round(size / best / 1e6, 1), "script_mb_per_s": round(size / script / 1e6, 1),
         "ratio": round(script / best, 3), "peak_gb": round(peak * (args.workers + 1) / 1e9, 3),
         "bits_per_weight": round(ours[0]["bits"], 3),
-    })  # fmt: skip
+    }  # fmt: skip
+    print(json.dumps(rows.append("convert", row)))
 
 
 def _common(args: argparse.Namespace, size: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-        "workers": args.workers, "source_gb": round(size / 1e9, 3), "recipe": args.recipe,
-    }  # fmt: skip
-
-
-def append(row: dict[str, Any]) -> None:
-    results = HERE / "results" / "convert.jsonl"
-    results.parent.mkdir(exist_ok=True)
-    with results.open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(json.dumps(row))
+    return {"workers": args.workers, "source_gb": round(size / 1e9, 3), "recipe": args.recipe}
 
 
 if __name__ == "__main__":

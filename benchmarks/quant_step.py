@@ -12,8 +12,6 @@ results/quant_step.jsonl, and the last line is JSON.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,12 +25,12 @@ from typing import Any
 import click
 import ml_dtypes
 import numpy as np
+import rows
 
 from dgemma.core import safetensors, weights
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.convert import convert
 
-HERE = Path(__file__).resolve().parent
 VOCAB, CANVAS, PROMPT = 32_768, 256, 128
 
 
@@ -124,13 +122,6 @@ print(json.dumps([empty, peak_memory()]))
 """
 
 
-def commit() -> str:
-    git = ["git", "-C", str(HERE)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return f"{head or 'unknown'}{'+' if changed else ''}"
-
-
 @click.command(help=__doc__)
 @click.option("--recipe", "recipes", multiple=True, default=("4bit", "8bit"), show_default=True)
 @click.option("--dtype", default="float32", type=click.Choice(["float32", "bfloat16"]), show_default=True)
@@ -144,7 +135,7 @@ def main(
     recipes: tuple[str, ...], dtype: str, repeats: int, threads: int, cpu: bool, memory: bool, gb: float,
     folder: Path | None,
 ) -> None:  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    taken: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dgemma-quant-", dir=folder) as work:
         source = Path(work) / "source"
         # An expert of all six layers is 2.36 M parameters, 1.33 MB in 4 bits.
@@ -154,10 +145,10 @@ def main(
             folders[recipe] = Path(work) / recipe
             convert(source, folders[recipe], recipe)
         if memory:
-            rows = [measured(name, folders[name], dtype) for name in recipes]
+            taken = [measured(name, folders[name], dtype) for name in recipes]
         else:
             times = passes(folders, dtype, repeats, threads, time.process_time if cpu else time.perf_counter)
-            rows = [
+            taken = [
                 {
                     "recipe": name, "step_s": round(statistics.median(times[name]), 4),
                     "dense_step_s": round(statistics.median(times["dense"]), 4),
@@ -167,18 +158,9 @@ def main(
                 }
                 for name in recipes
             ]  # fmt: skip
-    import torch
-
-    with (HERE / "results" / "quant_step.jsonl").open("a") as file:
-        for row in rows:
-            row |= {
-                "benchmark": "quant_step", "dtype": dtype, "parameters": parameters, "canvas": CANVAS,
-                "prompt": PROMPT, "threads": threads, "torch": torch.__version__, "commit": commit(),
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-            }  # fmt: skip
-            file.write(json.dumps(row) + "\n")
-    click.echo(json.dumps(rows))
+    common = {"benchmark": "quant_step", "dtype": dtype, "threads": threads}
+    shape = {"parameters": parameters, "canvas": CANVAS, "prompt": PROMPT}
+    click.echo(json.dumps([rows.append("quant_step", shape | common | row, "torch") for row in taken]))
 
 
 def measured(recipe: str, folder: Path, dtype: str) -> dict[str, Any]:

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import dgemma
+import rows
+
 from dgemma.core.agreement import Change
 from dgemma.core.compare import Comparison, measure, read_prompts, record
 from dgemma.core.convert import convert, recipes
@@ -81,11 +78,11 @@ def _rounded(one: Change | None) -> list[float]:
     return [] if one is None else [round(one.value, 5), round(one.within or 0.0, 5)]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(measured: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     head = "| recipe | bits | NMSE | top-1 | KL | entropy | steps, 4x4 | steps, 6x6 | 4x4 solved | 6x6 solved |"
     lines = [head, "|---" * (head.count("|") - 1) + "|"]
-    for one in rows:
+    for one in measured:
         cells = [
             one["recipe"], f"{one['bits_per_weight']:.2f}", f"{one['nmse']:.1e}", f"{one['top1']:.2%}",
             f"{one['kl']:.1e}", f"{one['entropy_shift']:+.1e}",
@@ -108,16 +105,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="these recipes alone")
     args = parser.parse_args()
     names = args.only or [*recipes.RECIPES, *RULES]
-    commit = subprocess.run(["git", "-C", HERE, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    common = {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit.stdout.strip(), "backend": args.backend,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "python": platform.python_version(),
-        args.backend: version(args.backend), "numpy": version("numpy"), "dgemma": dgemma.__version__,
-    }  # fmt: skip
     ways = {"backend": args.backend, "device": "cpu", "dtype": "float32"}
     cases = read_prompts(boards(4, args.boards[0]) + boards(6, args.boards[1]), "boards")
     canvas = 48
-    rows = []
+    measured = []
 
     def progress(what: str, done: int, total: int) -> None:
         if "loading" not in what and done % 100 == 0:
@@ -126,15 +117,13 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         record("nano", cases, max_new_tokens=canvas, seed=args.seed, ways=ways, progress=progress) as recording,
-        (HERE / "results" / "recipes.jsonl").open("a") as results,
     ):
         for name in names:
             out, fallbacks = make(name, Path(folder))
-            rows.append(row(name, measure(recording, out, ways=ways, progress=progress), fallbacks, common))
-            results.write(json.dumps(rows[-1]) + "\n")
-            results.flush()
-    steps = {side: rows[0][side]["steps"] - rows[0][side]["steps_change"][0] for side in ("4x4", "6x6")}
-    print(f"original: steps {steps}\n{table(rows)}")
+            one = row(name, measure(recording, out, ways=ways, progress=progress), fallbacks, {"backend": args.backend})
+            measured.append(rows.append("recipes", one, args.backend, "numpy"))
+    steps = {side: measured[0][side]["steps"] - measured[0][side]["steps_change"][0] for side in ("4x4", "6x6")}
+    print(f"original: steps {steps}\n{table(measured)}")
 
 
 if __name__ == "__main__":

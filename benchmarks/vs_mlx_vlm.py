@@ -33,6 +33,7 @@ from typing import Any
 import click
 import mlx.core as mx
 import numpy as np
+import rows
 from mlx_graph import count, stand_in_for_metal
 from safetensors.numpy import save_file
 
@@ -47,7 +48,6 @@ from dgemma.core.model import Cache, step
 from dgemma.core.sampler import start
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 LAYERS = 6
 
 
@@ -122,13 +122,6 @@ def ask(python: str, script: str, job: dict[str, Any]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(HERE)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout.strip()
-    return f"{head or 'unknown'}{'+' if changed else ''}"
-
-
 @click.command(help=__doc__)
 @click.option("--mlx-vlm-python", default=sys.executable, help="Python of an environment with mlx-vlm; else this one.")
 @click.option("--steps", default=8, show_default=True, help="Denoising passes.")
@@ -164,11 +157,8 @@ def main(
             row |= {f"{name}_{key}": round(value, 2) for name, one in best.items() for key, value in one.items()}
             row["speedup"] = round(best["mlx_vlm"]["s"] / best["dgemma"]["s"], 3)
             row["cpu_speedup"] = round(best["mlx_vlm"]["cpu_s"] / best["dgemma"]["cpu_s"], 3)
-    row |= {"dtype": dtype, "device": str(mx.default_device()), "mlx": mx.__version__, "commit": _commit()}
-    RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / "vs_mlx_vlm.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    click.echo(json.dumps(row))
+    row |= {"dtype": dtype, "device": str(mx.default_device()), "steps": steps}
+    click.echo(json.dumps(rows.append("vs_mlx_vlm", row, "mlx")))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,14 @@
 
     python benchmarks/vs_transformers.py                      # both dtypes, 2 threads
     python benchmarks/vs_transformers.py --context            # prefill memory, and step time over context length
+    python benchmarks/vs_transformers.py --device cuda        # the 26B's shapes in bfloat16, on the first card
 
 The model is random, of about 110 M parameters. Both sides read the prompt, take exactly `--steps` denoising passes over
 one canvas, sampling included, and never stop early. Runs alternate, so that a busy machine slows both; the speed-up is
 the median of the ratios of neighbours. Every row is appended to `benchmarks/results/`, and the last line is JSON.
+
+On a card both sides run the 26B's shapes over the same weights, made there, which are held once; transformers first
+with its dynamic cache, then with the static one and its own compilation, which takes minutes.
 """
 
 from __future__ import annotations
@@ -13,25 +17,26 @@ from __future__ import annotations
 import json
 import resource
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 import ml_dtypes
 import numpy as np
+import rows
 import torch
+import transformers
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 
+from dgemma import backends
 from dgemma.backends.cuda.inference import InferenceOps
-from dgemma.core import weights
+from dgemma.core import bench, weights
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done
 
-RESULTS = Path(__file__).parent / "results"
 VOCAB, CANVAS, WINDOW = 32_768, 256, 1024
 
 
@@ -61,6 +66,68 @@ def random_model(positions: int) -> Any:
     return DiffusionGemmaForBlockDiffusion(config).eval()
 
 
+def model_on_card(shape: str) -> Any:
+    """Return transformers' model with random bfloat16 weights of a benchmark's shape, made on the card."""
+    vision = dict(
+        model_type="gemma4_vision", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    text = DiffusionGemmaTextConfig(
+        **bench.SIZES[shape], pad_token_id=0, eos_token_id=1, bos_token_id=2, use_bidirectional_attention="vision"
+    )
+    config = DiffusionGemmaConfig(
+        text_config=text, vision_config=vision, canvas_length=CANVAS, boi_token_id=3, eoi_token_id=4, image_token_id=5
+    )
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            return DiffusionGemmaForBlockDiffusion(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def compare_on_card(shape: str, *, prompt_length: int, steps: int, canvases: int, repeats: int) -> Iterator[dict]:
+    """Yield a row against transformers as it is by default, and one against its static cache, compiled."""
+    reference = model_on_card(shape)
+    ops = backends.make("torch", device="cuda", dtype="bfloat16")
+    tensors = reference.state_dict()
+    config = ModelConfig.from_hf(reference.config.to_dict())
+    engine = Engine(ops, weights.build(ops, config, lambda name: tensors[name].detach()), None)
+    prompt = np.random.default_rng(0).integers(6, config.vocab_size, prompt_length)
+    ids = torch.tensor(prompt, device="cuda")[None]
+    count = canvases * CANVAS
+
+    def theirs(**options: Any) -> None:
+        out = reference.generate(
+            ids, max_new_tokens=count, max_denoising_steps=steps, confidence_threshold=1e-30, eos_token_id=None,
+            **options,
+        )  # fmt: skip
+        torch.cuda.synchronize()
+        assert out.sequences.shape[1] == prompt_length + count
+
+    def ours() -> None:
+        our_run(engine, prompt, steps, canvases=canvases)
+        torch.cuda.synchronize()
+
+    for name, options in {"dynamic": {}, "static": dict(cache_implementation="static")}.items():
+        began = time.perf_counter()
+        for run in (lambda o=options: theirs(**o), ours) * 2:
+            run()  # compiles
+        warm = time.perf_counter() - began
+        pairs = [(timed(lambda o=options: theirs(**o)), timed(ours)) for _ in range(repeats)]
+        their_seconds, our_seconds = (statistics.median(pair[i].wall for pair in pairs) for i in (0, 1))
+        yield {
+            "benchmark": "vs_transformers", "device_kind": "cuda", "shape": shape, "dtype": "bfloat16",
+            "prompt": prompt_length, "canvases": canvases, "steps": steps, "repeats": repeats, "transformers": name,
+            "transformers_s": round(their_seconds, 4), "dgemma_s": round(our_seconds, 4),
+            "transformers_tokens_per_second": round(count / their_seconds, 1),
+            "dgemma_tokens_per_second": round(count / our_seconds, 1),
+            "speedup": round(statistics.median(a.wall / b.wall for a, b in pairs), 3),
+            "warmup_s": round(warm, 1), "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2),
+        }  # fmt: skip
+
+
 def our_engine(reference: Any, dtype: Any, *, compile: bool) -> Engine:
     """Return our engine over the reference's own weights: nothing is copied."""
     config = ModelConfig.from_hf(reference.config.to_dict())
@@ -76,13 +143,13 @@ def our_engine(reference: Any, dtype: Any, *, compile: bool) -> Engine:
     return Engine(ops, weights.build(ops, config, get), None)
 
 
-def our_run(engine: Engine, prompt: np.ndarray, steps: int) -> None:
+def our_run(engine: Engine, prompt: np.ndarray, steps: int, *, canvases: int = 1) -> None:
     request = Request(
-        prompt=tuple(prompt.tolist()), max_new_tokens=CANVAS, seed=0, eos_token_ids=(),
+        prompt=tuple(prompt.tolist()), max_new_tokens=canvases * CANVAS, seed=0, eos_token_ids=(),
         sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
     )  # fmt: skip
     done = [event for event in engine.generate(request) if isinstance(event, Done)]
-    assert done[0].stats.steps == steps and done[0].stats.emitted_tokens == CANVAS, done
+    assert done[0].stats.steps == steps * canvases and done[0].stats.emitted_tokens == CANVAS * canvases, done
 
 
 def their_run(model: Any, prompt: np.ndarray, steps: int) -> None:
@@ -187,14 +254,6 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    state = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]  # rows written so far do not count
-    changed = subprocess.run(state, capture_output=True, text=True).stdout.strip()
-    return f"{head or 'unknown'}{'+' if changed else ''}"
-
-
 @click.command(help=__doc__)
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "bfloat16"]))
 @click.option("--prompt", default=128, show_default=True, help="Prompt tokens.")
@@ -203,27 +262,29 @@ def _commit() -> str:
 @click.option("--threads", default=2, show_default=True)
 @click.option("--compile", is_flag=True, help="Our pass through torch.compile.")
 @click.option("--context", is_flag=True, help="Prefill memory and step time at 16,384 tokens instead.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--shape", type=click.Choice(["26b", "110m"]), default="26b", show_default=True, help="On a card.")
+@click.option("--canvases", default=2, show_default=True, help="On a card.")
 def main(
-    dtypes: tuple[str, ...], prompt: int, steps: int, repeats: int, threads: int, compile: bool, context: bool
-) -> None:
+    dtypes: tuple[str, ...], prompt: int, steps: int, repeats: int, threads: int, compile: bool, context: bool,
+    device: str, shape: str, canvases: int,
+) -> None:  # fmt: skip
     torch.set_num_threads(threads)
-    RESULTS.mkdir(exist_ok=True)
-    rows = []
+    if device == "cuda":
+        from dgemma.backends.cuda.bench import describe
+
+        where = describe(torch.device("cuda")) | {"transformers_version": transformers.__version__}
+        for row in compare_on_card(shape, prompt_length=prompt, steps=steps, canvases=canvases, repeats=repeats):
+            click.echo(json.dumps(rows.append("gpu", row | where)))
+        return
+    taken = []
     for dtype in dtypes or ("float32", "bfloat16"):
         if context:
             row = long_context(dtype, steps=steps)
         else:
             row = compare(dtype, prompt_length=prompt, steps=steps, repeats=repeats, compile=compile)
-        row |= {"threads": threads, "torch": torch.__version__, "commit": _commit(), "device": _processor()}
-        rows.append(row)
-        with (RESULTS / "vs_transformers.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-    click.echo(json.dumps(rows if len(rows) > 1 else rows[0]))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+        taken.append(rows.append("vs_transformers", row | {"threads": threads}, "torch", "transformers"))
+    click.echo(json.dumps(taken if len(taken) > 1 else taken[0]))
 
 
 if __name__ == "__main__":
