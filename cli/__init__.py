@@ -15,7 +15,7 @@ import click
 
 from ..core.errors import DgemmaError
 
-COMMANDS = ("generate", "chat", "convert", "compare", "inspect", "doctor")
+COMMANDS = ("generate", "chat", "convert", "export", "compare", "inspect", "bench", "doctor")
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 

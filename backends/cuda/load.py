@@ -1,0 +1,224 @@
+"""Weights on their way to a card, and whether they fit.
+
+    page cache ──threads──▶ pinned buffer ──copy engine──▶ card
+                            (a ring of four; one is filled while others are on their way, on two streams)
+
+A copy from ordinary memory would stage in the driver's own small buffers, one after the other. The host's part, reading
+the mapped file, is what bounds the rate: several threads copy at once, because a page that is touched for the first
+time costs a fault. Expected on an H100's host: 10 GB/s and more; docs/cuda.md says what was measured.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+
+import numpy as np
+import torch
+
+from ...core.config import ModelConfig
+from ...core.errors import DgemmaError
+
+Tensor = torch.Tensor
+
+CHUNK = 32 << 20
+"""Bytes of one pinned buffer. Halves of a millisecond on the bus: enough to hide a copy's own cost."""
+
+LANES = 4
+THREADS = 4
+
+RESERVE = 512 << 20
+"""Bytes left to the libraries' workspaces, graphs and the allocator's rounding."""
+
+
+# ---- Copying ------------------------------------------------------------------------------------------------------
+
+
+class _Lane:
+    """One pinned buffer and the stream that empties it."""
+
+    def __init__(self, size: int, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+        self._buffer = torch.empty(size, dtype=torch.uint8, pin_memory=stream is not None)
+        self.host = self._buffer.numpy()
+        self._stream = stream
+        self._event = None if stream is None else torch.cuda.Event()
+        self._device = device
+
+    def wait(self) -> None:
+        """Until the buffer may be filled again."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def send(self, target: Tensor) -> None:
+        """Start copying the front of the buffer to a target of as many bytes."""
+        source = self._buffer[: len(target)]
+        if self._stream is None or self._event is None:
+            target.copy_(source)
+            return
+        # The target's memory may still be in use by what ran before it was freed.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+            target.record_stream(self._stream)
+            self._event.record(self._stream)
+
+
+class Stager:
+    """Copies host arrays to one device; on the CPU, for tests, by the same path without pinning and streams."""
+
+    def __init__(self, device: torch.device, *, chunk: int = CHUNK, lanes: int = LANES, threads: int = THREADS) -> None:
+        on_card = device.type == "cuda"
+        self._streams = [torch.cuda.Stream(device) for _ in range(2)] if on_card else []
+        streams = cycle(self._streams) if on_card else cycle([None])
+        self._ring = [_Lane(chunk, device, next(streams)) for _ in range(lanes)]
+        self._lanes = cycle(self._ring)
+        self._chunk = chunk
+        self._device = device
+        self._threads = min(threads, os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="dgemma-load")
+
+    def send(self, array: np.ndarray, dtype: torch.dtype) -> Tensor:
+        """Return an array's bytes on the device as a tensor of a dtype of the same width; copies may be under way.
+
+        What runs on the device's current stream afterwards waits for them; so does `close`.
+        """
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        target = torch.empty(array.shape, dtype=dtype, device=self._device)
+        raw = target.view(-1).view(torch.uint8) if array.size else target
+        for start in range(0, len(flat), self._chunk):
+            part = flat[start : start + self._chunk]
+            lane = next(self._lanes)
+            lane.wait()
+            self._fill(lane.host, part)
+            lane.send(raw[start : start + len(part)])
+        for stream in self._streams:
+            torch.cuda.current_stream(self._device).wait_stream(stream)
+        return target
+
+    def close(self) -> None:
+        """Wait for all copies and give the buffers back."""
+        for lane in self._ring:
+            lane.wait()
+        self._ring.clear()
+        self._pool.shutdown()
+
+    def _fill(self, buffer: np.ndarray, part: np.ndarray) -> None:
+        size = -(-len(part) // self._threads)
+        starts = range(0, len(part), max(size, 1 << 20))
+        step = max(size, 1 << 20)
+
+        def copy(start: int) -> None:  # NumPy gives up the GIL in it
+            buffer[start : min(start + step, len(part))] = part[start : start + step]
+
+        if len(starts) < 2:
+            copy(0)
+        else:
+            list(self._pool.map(copy, starts))
+
+
+# ---- Room ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Bytes that a model takes on a card, and what is there. Weights and cache are exact, `working` is about."""
+
+    weights: int
+    fixed_cache: int
+    cache_per_token: int
+    working: int
+    free: int
+    total: int
+    most_tokens: int
+
+    def needed(self, context: int) -> int:
+        return self.weights + self.fixed_cache + self.cache_per_token * context + self.working
+
+    @property
+    def largest_context(self) -> int:
+        """Tokens of prompt and answer that there is room for, 0 where not even the weights fit."""
+        spare = self.free - self.needed(0)
+        return max(0, min(self.most_tokens, spare // max(1, self.cache_per_token)))
+
+
+def room(
+    config: ModelConfig, weight_bytes: int, *, width: int, free: int, total: int, chunk: int = 1024, batch: int = 1
+) -> Room:
+    """Count what a model takes when it runs through the kernels.
+
+    Args:
+        config: the model's sizes.
+        weight_bytes: what its weights take as they are held.
+        width: bytes of an activation and of the cache's elements.
+        free: bytes that the card has for it.
+        total: bytes of the card.
+        chunk: the longest encode pass.
+        batch: sequences side by side.
+    """
+    rows = batch * max(chunk, config.canvas_length)
+    fixed = per_token = 0
+    for layer in config.layers:
+        row = 2 * layer.kv_heads * layer.head_dim * width * batch
+        fixed += row * max(chunk, config.canvas_length)
+        if layer.window is None:
+            per_token += row
+        else:
+            fixed += row * (layer.window - 1)
+    masses = min(256, rows) * config.vocab_size * width  # what the vocabulary head keeps between its two products
+    pairs = rows * config.experts_per_token * (config.expert_size + config.hidden_size) * width
+    widest = max(layer.heads * layer.head_dim for layer in config.layers)
+    dense = rows * (8 * config.hidden_size + 3 * widest + 2 * config.intermediate_size) * 4
+    return Room(
+        weights=weight_bytes, fixed_cache=fixed, cache_per_token=per_token, working=masses + pairs + dense + RESERVE,
+        free=free, total=total, most_tokens=config.max_positions,
+    )  # fmt: skip
+
+
+def refusal(found: Room, context: int, device: str) -> str | None:
+    """Return why a model with that much context does not fit, with the numbers and what would fit; None if it does."""
+    needed = found.needed(context)
+    if needed <= found.free:
+        return None
+    cache = found.fixed_cache + found.cache_per_token * context
+    held = f"{_gb(found.weights)} of weights, {_gb(cache)} of cache for {context:,} tokens"
+    parts = f"{held}, {_gb(found.working)} to work in"
+    if found.largest_context > 0:
+        remedy = f"there is room for a context of {found.largest_context:,}"
+    else:
+        rest = max(0, found.free - (found.needed(0) - found.weights))
+        remedy = f"weights of at most {_gb(rest)} would fit: take a smaller recipe (dgemma convert --recipe 4bit)"
+    return f"{device} has {_gb(found.free)} of {_gb(found.total)} free and {_gb(needed)} are needed ({parts}); {remedy}"
+
+
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """Return the bytes of a card that this process can still have, its own reserve included, and all of them."""
+    free, total = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+
+
+@contextmanager
+def releasing(device: torch.device, doing: str, remedy: str) -> Iterator[None]:
+    """Turn the allocator's error into one line, after everything that the failed work held has been given back."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", str(error))
+        traceback.clear_frames(error.__traceback__)  # they hold what was allocated so far
+        message = f"{device} ran out of memory while {doing}"
+        if asked:
+            message += f": {asked[1]} more were asked for"
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            free, total = torch.cuda.mem_get_info(device)
+            message += f", and {_gb(free)} of {_gb(total)} are free now that everything is given back"
+        raise DgemmaError(f"{message}; {remedy}") from None
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

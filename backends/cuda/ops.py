@@ -1,0 +1,347 @@
+"""The graph's ops on Triton's kernels: bfloat16 on NVIDIA cards of compute capability 8 and later.
+
+Each op says with one line when a kernel takes it; otherwise `InferenceOps` does, which is the same op in torch:
+
+    everything          bfloat16 activations; in float32 and float16 no kernel runs and nothing is captured
+    linear              weights that `unpack.supports`: bfloat16 (torch's own product), affine of 4 or 8 bits, nvfp4
+    geglu               as linear, gate and up in one format
+    moe                 both expert weights as above. In torch the experts' row counts are read by the host, so a model
+                        with experts in any other format runs without graphs
+    attention, rope     heads of an even width up to 512
+    vocab_head          a bfloat16 table, or an affine one
+
+`layers` runs a whole stack in one op, so that norms, residuals and the next layer's first norm share a launch, and keys
+and values go from their projection straight into the cache's tail.
+
+    launches of a layer    projection 1, norm+rope+write 1, attention 1 or 2, o_proj 1, norms 1, dense 2, routing 3,
+                           experts 2, norms, with the experts' weighted sum, 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from ...core.config import SamplerConfig
+from ...core.model import Attention, Mlp
+from ...core.ops import KV, DType, Rope, Span
+from ...core.sampler import StepState
+from .blocks import Weight
+from .card import CardOps
+from .graph import Capture
+from .kernels import attention as attention_kernel
+from .kernels import experts as expert_kernels
+from .kernels import head as head_kernels
+from .kernels import linear as linear_kernels
+from .kernels import norm as norm_kernels
+from .kernels import rope as rope_kernel
+from .kernels import routing, sampling, unpack
+from .packed import QuantizedTensor
+from .torch_ops import Array
+
+if TYPE_CHECKING:
+    from ...core.model import Experts, Layer, Router
+
+Part = TypeVar("Part", bound=Attention | Mlp)
+
+WIDEST_HEAD = 512
+
+
+def architecture(device: torch.device) -> str:
+    """Return the table of launch sizes that fits a card; on a CPU, for tests, the H100's."""
+    if device.type != "cuda":
+        return "sm_90"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major >= 10:
+        return "sm_100" if major == 10 else "sm_89"  # RTX 50 has the RTX 40's shared memory
+    return "sm_90" if major == 9 else "sm_89" if minor else "sm_80"
+
+
+class CudaOps(CardOps):
+    """The torch backend of `dgemma.load` on a card, with Triton's kernels; arguments as `CardOps`."""
+
+    def __init__(
+        self, dtype: DType = "bfloat16", device: str = "cuda", *, capture: Capture | None = None,
+        encode_sizes: tuple[int, ...] = (256, 1024), beside: bool = False,
+    ) -> None:  # fmt: skip
+        """With `beside`, a layer's dense MLP runs on a stream of its own while rows are routed and experts run."""
+        super().__init__(dtype, device, capture=capture, encode_sizes=encode_sizes)
+        self._side = torch.cuda.Stream(self.device) if beside and self.device.type == "cuda" else None
+        self._arch = architecture(self.device)
+        self._every_expert_fits = True
+        self._joined: dict[int, tuple[Weight, Weight]] = {}
+
+    @property
+    def kernels(self) -> bool:
+        return self.dtype == "bfloat16"
+
+    @property
+    def captures(self) -> bool:
+        return super().captures and self.kernels and self._every_expert_fits
+
+    def pack(self, weight: Any) -> Weight:
+        packed = super().pack(weight)
+        if len(packed.shape) == 3:
+            self._every_expert_fits &= unpack.supports(packed)
+        return packed
+
+    def prepare(self, part: Part) -> Part:
+        """Join the weights that read the same x, q, k and v, or gate and up, into one; the parts become views of it."""
+        if not self.kernels:
+            return part
+        names = ("gate_proj", "up_proj") if isinstance(part, Mlp) else ("q_proj", "k_proj", "v_proj")
+        weights = {name: weight for name in names if (weight := getattr(part, name)) is not None}
+        kinds = {weight.format if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights.values()}
+        if len(kinds) > 1 or not all(map(unpack.supports, weights.values())):
+            return part
+        joined = linear_kernels.stacked(tuple(weights.values()))
+        views, start = {}, 0
+        for name, weight in weights.items():
+            views[name] = joined[start : start + weight.shape[0]]
+            start += weight.shape[0]
+        first = views[names[0]]
+        self._joined[id(first)] = (first, joined)  # with the view itself, so that its id stays its own
+        return replace(part, **views)
+
+    # ---- Dense layers -------------------------------------------------------------------------------------------
+
+    def linear(self, x: Array, weight: Weight, *, arranged: bool = False) -> Array:
+        """`Ops.linear`; `arranged` says that x lies as the words of a packed weight want it (`unpack.arrangement`)."""
+        if not (self.kernels and unpack.supports(weight)):
+            return super().linear(x, weight)
+        return linear_kernels.linear(x.reshape(-1, x.shape[-1]), weight, arranged=arranged).view(*x.shape[:-1], -1)
+
+    def geglu(self, x: Array, gate: Weight, up: Weight) -> Array:
+        joined = self._joined.get(id(gate))
+        if joined is None:
+            return super().geglu(x, gate, up)
+        return linear_kernels.geglu(x.reshape(-1, x.shape[-1]), joined[1]).view(*x.shape[:-1], -1)
+
+    def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
+        return norm_kernels.rms_norm(x, weight, eps) if self.kernels else super().rms_norm(x, weight, eps)
+
+    def norm_add(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
+        if not self.kernels:
+            return super().norm_add(x, residual, weight, eps)
+        return norm_kernels.norm_add(x, residual, weight, eps)[0]
+
+    def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
+        both = experts.gate_up_proj, experts.down_proj
+        if not (self.kernels and all(map(unpack.supports, both))):
+            return super().moe(h, r, router, experts)
+        rows = r.reshape(-1, r.shape[-1])
+        weights, index = routing.route(
+            rows, dense(router.proj), router.scale, router.per_expert_scale, router.experts_per_token, router.eps
+        )
+        out = expert_kernels.expert_mlp(h.reshape(rows.shape), index, weights, *both)
+        return out.view(h.shape)
+
+    # ---- Attention and its cache --------------------------------------------------------------------------------
+
+    def qkv_norm_rope(self, x: Array, attention: Attention, rope: Rope) -> tuple[Array, Array, Array]:
+        if not self._attends(attention):
+            return super().qkv_norm_rope(x, attention, rope)
+        shape = (x.shape[0], attention.config.kv_heads, x.shape[1], attention.config.head_dim)
+        k, v = x.new_empty(shape), x.new_empty(shape)
+        return self._project(x, attention, rope, KV(k, v), None), k, v
+
+    def attention(self, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
+        if not (self.kernels and q.shape[-1] <= WIDEST_HEAD):
+            return super().attention(q, k, v, context, span)
+        rows = self._rows(span)
+        self._lay(context, k, v, rows)
+        return self._attend(q, context, rows, span)
+
+    def _mlp(self, mlp: Mlp, x: Array) -> Array:
+        """Run a dense MLP on x that is arranged for gate and up; what lies between is arranged for down."""
+        joined = self._joined.get(id(mlp.gate_proj))
+        if joined is None:
+            return mlp(self, x)
+        between = linear_kernels.geglu(
+            x.reshape(-1, x.shape[-1]), joined[1], out_bits=unpack.order_of(mlp.down_proj), arranged=True
+        )
+        return self.linear(between, mlp.down_proj, arranged=True).view(*x.shape[:-1], -1)
+
+    def _experts(self, h: Array, r: Array, layer: Layer, *, arranged: bool) -> tuple[Array, Array | None]:
+        """`moe`, but for its last sum: the results of each row's experts and their shares, or the sum and None."""
+        router, both = layer.router, (layer.experts.gate_up_proj, layer.experts.down_proj)
+        if not all(map(unpack.supports, both)):
+            return self.moe(h, r, router, layer.experts), None
+        rows = r.reshape(-1, r.shape[-1])
+        shares, index = routing.route(
+            rows, dense(router.proj), router.scale, router.per_expert_scale, router.experts_per_token, router.eps
+        )
+        return expert_kernels.expert_results(h.reshape(rows.shape), index, *both, arranged=arranged), shares
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Run what is launched within on the side stream, behind everything launched so far."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _meet(self) -> None:
+        # Each stream reuses only memory that it allocated itself, and between two forks the main one has waited: what
+        # the side reads is held until here by its caller, and what it wrote is not overwritten before the next fork.
+        if self._side is not None:
+            torch.cuda.current_stream(self.device).wait_stream(self._side)
+
+    def _order(self, weight: Weight) -> int:
+        """Return how activations have to lie for all the weights that are joined with this one (`unpack.order_of`)."""
+        joined = self._joined.get(id(weight))
+        return 16 if joined is None else unpack.order_of(joined[1])
+
+    def layers(
+        self, layers: Sequence[Layer], x: Array, ropes: Mapping[str, Rope], contexts: Sequence[KV],
+        spans: Mapping[str, Span], fresh: int | Array | None,
+    ) -> tuple[Array, tuple[KV, ...]]:  # fmt: skip
+        if not (layers and all(self._attends(layer.self_attn) for layer in layers)):
+            return super().layers(layers, x, ropes, contexts, spans, fresh)
+        rows = {kind: self._rows(span) for kind, span in spans.items()}
+        # What one kernel writes and a packed weight reads is written in the order that the weight's words want.
+        first = layers[0]
+        normed = norm_kernels.rms_norm(
+            x, first.input_layernorm.weight, first.input_layernorm.eps, bits=self._order(first.self_attn.q_proj)
+        )
+        caches = []
+        kept: dict[str, Array | None] = {}
+        for i, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
+            kind = layer.self_attn.config.kind
+            span, eps = spans[kind], layer.input_layernorm.eps
+            q = self._project(normed, layer.self_attn, ropes[kind], context, rows[kind], arranged=True)
+            o_proj = layer.self_attn.o_proj
+            bits = unpack.order_of(o_proj, q.shape[-1])
+            attended = self.linear(self._attend(q, context, rows[kind], span, bits), o_proj, arranged=bits != 16)
+            expert_bits = self._expert_order(layer.experts)
+            r, dense_in, expert_in = norm_kernels.norm_add(
+                attended, x, weight_of(layer.post_attention_layernorm), eps,
+                next_weights=(weight_of(layer.pre_feedforward_layernorm), weight_of(layer.pre_feedforward_layernorm_2)),
+                next_bits=(self._order(layer.mlp.gate_proj), expert_bits),
+            )  # fmt: skip
+            ahead = layers[i + 1 : i + 2]  # the next layer's first norm, if there is one
+            with self._beside():
+                mixed = self._mlp(layer.mlp, dense_in)
+            sparse, shares = self._experts(expert_in, r, layer, arranged=expert_bits != 16)
+            self._meet()
+            x, *rest = norm_kernels.mix_norm_add(
+                mixed, sparse, r,
+                weight_of(layer.post_feedforward_layernorm_1), weight_of(layer.post_feedforward_layernorm_2),
+                weight_of(layer.post_feedforward_layernorm), eps,
+                scalar=layer.encoder_scalar if span.causal else layer.decoder_scalar,
+                next_weights=tuple(weight_of(one.input_layernorm) for one in ahead),
+                next_bits=tuple(self._order(one.self_attn.q_proj) for one in ahead), shares=shares,
+            )  # fmt: skip
+            normed = rest[0] if rest else x
+            if fresh is not None:
+                if kind not in kept:  # the same for all layers of a kind
+                    kept[kind] = self._kept(context, span, rows[kind], fresh)
+                self._slide(context, kept[kind])
+            caches.append(context)
+        return x, tuple(caches)
+
+    def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
+        if isinstance(span.rows, int) and isinstance(fresh, int):
+            return super().cache_write(context, k, v, span, fresh)
+        rows = self._rows(span)
+        self._lay(context, k, v, rows)  # rows beyond `fresh` land beyond the valid ones
+        self._slide(context, self._kept(context, span, rows, fresh))
+        return context
+
+    def _attends(self, attention: Attention) -> bool:
+        return self.kernels and attention.config.head_dim <= WIDEST_HEAD and attention.config.head_dim % 2 == 0
+
+    def _expert_order(self, experts: Experts) -> int:
+        both = experts.gate_up_proj, experts.down_proj
+        return unpack.order_of(both[0]) if self.kernels and all(map(unpack.supports, both)) else 16
+
+    def _project(
+        self, x: Array, attention: Attention, rope: Rope, target: KV, rows: Array | None, *, arranged: bool = False
+    ) -> Array:
+        """Return q [B, H, L, A]; keys and values go into the target's rows from `rows` on."""
+        config = attention.config
+        joined = self._joined.get(id(attention.q_proj))
+        if joined is None:
+            q, k = self.linear(x, attention.q_proj), self.linear(x, attention.k_proj)
+            v = None if attention.v_proj is None else self.linear(x, attention.v_proj)
+        else:
+            width = config.kv_heads * config.head_dim
+            sizes = [config.heads * config.head_dim, *([width] * (1 if attention.v_proj is None else 2))]
+            q, k, *rest = self.linear(x, joined[1], arranged=arranged).split(sizes, -1)
+            v = rest[0] if rest else None
+        return rope_kernel.norm_rope_write(
+            q, k, v, attention.q_norm, attention.k_norm, rope.cos, rope.sin, target.keys, target.values, rows,
+            heads=config.heads, eps=attention.eps,
+        )  # fmt: skip
+
+    def _attend(self, q: Array, context: KV, rows: Array, span: Span, bits: int = 16) -> Array:
+        return attention_kernel.attention(
+            q, context.keys, context.values, rows, window=span.window, causal=span.causal, arch=self._arch, bits=bits
+        )
+
+    def _rows(self, span: Span) -> Array:
+        if isinstance(span.rows, int):
+            return torch.full((1,), span.rows, dtype=torch.int32, device=self.device)
+        return span.rows
+
+    def _lay(self, context: KV, k: Array, v: Array, rows: Array) -> None:
+        """Write k and v [B, K, L, A] into the cache from each sequence's `rows` on."""
+        where = rows.expand(k.shape[0])[:, None] + torch.arange(k.shape[2], device=self.device)  # [B, L]
+        batch = torch.arange(k.shape[0], device=self.device)[:, None]
+        context.keys[batch, :, where] = k.transpose(1, 2)
+        context.values[batch, :, where] = v.transpose(1, 2)
+
+    def _kept(self, context: KV, span: Span, rows: Array, fresh: int | Array) -> Array | None:
+        """Return which rows, int64 [B, 1, window − 1, 1], are to stand in front; None where they stand there."""
+        if span.window is None:
+            return None
+        held = span.window - 1
+        if isinstance(span.rows, int) and isinstance(fresh, int) and span.rows + fresh <= held:
+            return None
+        batch, _, capacity, _ = context.keys.shape
+        drop = (rows + fresh - held).clamp(min=0).expand(batch)
+        source = torch.arange(min(held, capacity), device=self.device) + drop[:, None]
+        return source.clamp(max=capacity - 1)[:, None, :, None].long()
+
+    def _slide(self, context: KV, kept: Array | None) -> None:
+        """Bring the newest window − 1 of the rows that now stand in the cache to its front."""
+        if kept is not None:
+            for cached in context:
+                index = kept.expand(-1, cached.shape[1], -1, cached.shape[3])
+                cached[:, :, : kept.shape[2]] = cached.gather(2, index)
+
+    # ---- Head and sampler ---------------------------------------------------------------------------------------
+
+    def vocab_head(
+        self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        affine = not isinstance(table, QuantizedTensor) or table.format.mode == "affine"
+        if not (self.kernels and affine and unpack.supports(table)):
+            return super().vocab_head(x, table, softcap, temperature, u)
+        return head_kernels.vocab_head(x, table, softcap, temperature, u, arch=self._arch)
+
+    def advance(
+        self, sampler: SamplerConfig, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
+        noise: Array,
+    ) -> StepState:  # fmt: skip
+        if not self.kernels:
+            return super().advance(sampler, state, token, argmax, entropy, soft, noise)
+        return sampling.advance(sampler, state, token, argmax, entropy, soft, noise)
+
+
+def dense(weight: Weight) -> Array:
+    """Return the router's projection as an array; recipes that quantize it are unpacked at every call."""
+    from .packed import dequantize
+
+    return dequantize(weight, torch.bfloat16) if isinstance(weight, QuantizedTensor) else weight
+
+
+def weight_of(norm: Any) -> Array:
+    assert norm.weight is not None  # of a layer's norms each has one
+    return norm.weight

@@ -1,0 +1,211 @@
+"""`dgemma bench`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import ways_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..core.bench import Plan, Result
+    from ..core.model import Model
+    from ..core.ops import Ops
+
+SHOWN, LISTED = 20, 60
+"""Kernels that the card and the JSON line list."""
+
+
+@click.command(short_help="Measure speed with random weights.")
+@click.option(
+    "--random", "shape", type=click.Choice(["26b", "110m", "nano-like"]), default="26b", show_default=True,
+    help="Random weights of this model's shapes; nothing is read or downloaded.",
+)  # fmt: skip
+@click.option("--recipe", "-r", default="4bit", show_default=True, metavar="NAME", help="What the weights are held in.")
+@click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Passes over each canvas.")
+@click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the prompt.")
+@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Canvases side by side.")
+@click.option("--canvases", type=click.IntRange(min=1), default=4, show_default=True, help="Canvases that are timed.")
+@click.option("--profile", is_flag=True, help="Also list where a pass spends its time (torch).")
+@click.option("--check", is_flag=True, help="Also compare the captured passes' tokens with the plain loop's (CUDA).")
+@click.option("--json", "as_json", is_flag=True, help="Write one JSON line and nothing else.")
+@ways_options
+@click.pass_context
+def bench(
+    ctx: click.Context, recipe: str, profile: bool, check: bool, as_json: bool, backend: str, device: str, dtype: str,
+    **options: Any,
+) -> None:  # fmt: skip
+    """Measure how fast this machine denoises, with random weights of a real model's shapes.
+
+    Every canvas takes exactly --steps passes and one that reads it; tokens per second are its 256 tokens over that
+    time. The prompt comes before and does not count.
+
+    \b
+    dgemma bench --random 26b --recipe 4bit --steps 16
+    dgemma bench --random 110m --recipe bf16 --device cpu
+    """
+    from ..backends import choose, make
+    from ..core.bench import Plan, config_of, measure
+    from .output import Wait, consoles
+
+    plan = Plan(recipe=recipe, **options)
+    chosen = choose(backend)
+    ops = make(chosen, device=device, dtype="bfloat16" if dtype == "auto" else dtype)  # type: ignore[arg-type]
+    if check and not ops.lookahead:
+        raise click.UsageError("--check compares captured passes, and this backend and device capture none")
+    if profile and not _on_torch(ops):
+        raise click.UsageError("--profile reads torch's profiler; choose --backend torch")
+    out, errors = consoles()
+    with Wait(errors, f"making {plan.shape} in {plan.recipe}"), ops.guarded("making random weights"):
+        model = _model(ops, config_of(plan.shape), plan)
+    with Wait(errors, "measuring"), ops.guarded("measuring"):
+        result = measure(ops, model, plan)
+    row = report(ops, plan, result, backend=chosen)
+    same = True
+    if check:
+        with Wait(errors, "comparing with the plain loop"):
+            same = row["captured_equals_plain"] = _captured_equals_plain(ops, model, plan)
+    if profile:
+        with Wait(errors, "profiling"):
+            row["profile"] = _profile(ops, model, plan)[:LISTED]
+    if not as_json:
+        _show(out, row)
+    click.echo(json.dumps(row))
+    if not same:
+        ctx.exit(1)
+
+
+def report(ops: Ops, plan: Plan, result: Result, *, backend: str) -> dict[str, Any]:
+    """Return the JSON row: milliseconds, gigabytes of 10^9 bytes, and where it was measured."""
+    bandwidth, where = _machine(ops)
+    rate = result.forward_bytes / result.denoise
+    return {
+        "benchmark": "bench", **asdict(plan), "backend": backend, "dtype": ops.dtype,
+        "captured": ops.lookahead > 0,
+        "tokens_per_second": round(result.tokens_per_second, 1),
+        "engine_tokens_per_second": round(result.engine_tokens_per_second, 1),
+        **{
+            f"{name}_ms": round(1e3 * getattr(result, name), 3)
+            for name in ("forward", "denoise", "commit", "canvas", "prefill", "first_draft")
+        },
+        "forward_gb": round(result.forward_bytes / 1e9, 3), "gb_per_second": round(rate / 1e9, 1),
+        "copy_gb_per_second": None if bandwidth is None else round(bandwidth / 1e9, 1),
+        "share_of_copy": None if bandwidth is None else round(rate / bandwidth, 3),
+        "weights_gb": round(result.weights / 1e9, 3),
+        "peak_gb": None if result.peak is None else round(result.peak / 1e9, 3),
+        "commit": commit(), **where,
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """The sources' commit, with a + where they have been changed since; `unknown` outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+        status = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude,top)benchmarks/results"]
+        changed = subprocess.run(status, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return f"{head.stdout.strip()}{'+' if changed.stdout.strip() else ''}" if head.stdout.strip() else "unknown"
+
+
+def _on_torch(ops: Ops) -> bool:
+    return ops.name == "torch"
+
+
+def _model(ops: Ops, config: Any, plan: Plan) -> Model:
+    from ..core.bench import random_model
+
+    if _on_torch(ops) and ops.device.type == "cuda":
+        from ..backends.cuda.bench import maker
+        from ..core.convert import recipes
+        from ..core.inspect import inspect_config
+
+        held = inspect_config(config, recipes.find(plan.recipe)).held("torch", ops.dtype)  # type: ignore[arg-type]
+        ops.admit(config, lambda: int(held))
+        return random_model(ops, config, plan.recipe, maker(ops.device))
+    return random_model(ops, config, plan.recipe)
+
+
+def _machine(ops: Ops) -> tuple[float | None, dict[str, Any]]:
+    """Bytes per second of a copy in the device's memory, and what the device is; torch's alone is measured."""
+    if not _on_torch(ops):
+        from . import machine
+
+        return None, {"device": machine.system()["cpu"]}
+    from ..backends.cuda.bench import copy_bandwidth, describe
+
+    on_card = ops.device.type == "cuda"
+    return copy_bandwidth(ops.device, size=1 << 30 if on_card else 1 << 26), describe(ops.device)
+
+
+def _captured_equals_plain(ops: Ops, model: Model, plan: Plan) -> bool:
+    """Whether two canvases' drafts are the same, token for token, through graphs and launched one by one."""
+    from dataclasses import replace
+
+    from ..backends.cuda.card import CardOps
+    from ..core.bench import drafts
+
+    assert isinstance(ops, CardOps)  # which alone captures
+    short = replace(plan, canvases=2)
+    captured, plain = (drafts(one, model, short) for one in (ops, ops.plain()))
+    return all((a == b).all() for a, b in zip(captured, plain, strict=True))
+
+
+def _profile(ops: Ops, model: Model, plan: Plan) -> list[dict[str, Any]]:
+    from ..backends.cuda.bench import profile
+    from ..core.bench import Loop
+    from ..core.model import Cache
+
+    passes = Loop(ops, model, plan)
+    cache = passes.prompt(room=model.config.canvas_length)
+    inside = Cache(cache.layers, ops.extent(int(cache.length)))
+    state = passes.step(inside, passes.state(0), 0, 0)
+
+    def run() -> None:
+        nonlocal state
+        for i in range(4):
+            state = passes.step(inside, state, i, 0)
+        passes.wait(inside)
+
+    return profile(run, ops.device, passes=4)
+
+
+def _show(out: Console, row: dict[str, Any]) -> None:
+    """The card."""
+    from rich.table import Table
+
+    table = Table(title=f"{row['shape']}, {row['recipe']}, {row['device']}", show_header=False, title_justify="left")
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    share = row["share_of_copy"]
+    lines = [
+        ("tokens per second", f"{row['tokens_per_second']:,.0f}"),
+        ("through the engine", f"{row['engine_tokens_per_second']:,.0f}"),
+        ("a forward, of " + f"{row['steps']} + 1", f"{row['forward_ms']:.2f} ms"),
+        ("denoising pass, commit", f"{row['denoise_ms']:.2f} ms, {row['commit_ms']:.2f} ms"),
+        (f"prompt of {row['context']:,} read", f"{row['prefill_ms']:.1f} ms"),
+        ("first draft after", f"{row['first_draft_ms']:.1f} ms"),
+        ("a pass reads", f"{row['forward_gb']:.2f} GB, {row['gb_per_second']:,.0f} GB/s"),
+        ("of a copy's bandwidth", "not measured" if share is None else f"{100 * share:.0f} %"),
+        ("weights", f"{row['weights_gb']:.2f} GB"),
+        ("peak memory", "the process's" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB"),
+        ("batch, passes captured", f"{row['batch']}, {'yes' if row['captured'] else 'no'}"),
+    ]
+    for name, value in lines:
+        table.add_row(name, value)
+    out.print(table)
+    if "profile" in row:
+        ops = Table(title="one denoising pass", title_justify="left")
+        for name, how in (("kernel", "left"), ("ms", "right"), ("launches", "right")):
+            ops.add_column(name, justify=how)  # type: ignore[arg-type]
+        for one in row["profile"][:SHOWN]:
+            ops.add_row(one["kernel"], f"{one['ms']:.3f}", f"{one['launches']:g}")
+        out.print(ops)

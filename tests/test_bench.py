@@ -1,0 +1,173 @@
+"""`dgemma bench`: what it makes is what it says, and what it reports adds up. No speed is asserted."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+from dgemma.backends.cuda import bench as card
+from dgemma.backends.cuda.blocks import whole
+from dgemma.backends.cuda.card import CardOps
+from dgemma.backends.cuda.graph import rerun
+from dgemma.backends.cuda.inference import InferenceOps
+from dgemma.backends.cuda.packed import QuantizedTensor
+from dgemma.backends.numpy.ops import NumpyOps
+from dgemma.cli import bench as command
+from dgemma.cli import main
+from dgemma.core import bench, weights
+from dgemma.core.config import ModelConfig, read_json
+from dgemma.core.convert import recipes
+from dgemma.core.errors import DgemmaError
+from dgemma.core.inspect import inspect_config
+from dgemma.core.quant import Format, QTensor, dequantize
+
+CPU = torch.device("cpu")
+KINDS = {
+    "4-bit": Format(bits=4, symmetric=True), "8-bit": Format(bits=8, symmetric=True), "affine": Format(group_size=64),
+    "nvfp4": Format(mode="nvfp4", group_size=16), "mxfp4": Format(mode="mxfp4"), "mxfp8": Format(mode="mxfp8", bits=8),
+    "bf16": None,
+}  # fmt: skip
+SHORT = ["--random", "nano-like", "--steps", "2", "--context", "20", "--canvases", "2", "--backend", "torch",
+         "--device", "cpu"]  # fmt: skip
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(main, ["bench", *arguments], prog_name="dgemma")
+
+
+# ---- What is made -----------------------------------------------------------------------------------------------
+
+
+def test_the_26b_is_the_released_model() -> None:
+    where = Path(__file__).parent / "data" / "config_26b.json"
+    released = ModelConfig.from_hf(read_json(where))
+    ours = bench.config_of("26b")
+    assert weights.shapes(ours) == weights.shapes(released) and ours.layers == released.layers
+    assert (ours.canvas_length, ours.experts_per_token, ours.max_positions) == (
+        released.canvas_length, released.experts_per_token, released.max_positions,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape, millions", [("26b", 25_000), ("110m", 110), ("nano-like", 2)])
+def test_shapes_are_of_the_size_that_they_are_called(shape: str, millions: int) -> None:
+    count = sum(math.prod(one) for one in weights.shapes(bench.config_of(shape)).values())
+    assert 0.5 * millions < count / 1e6 < 1.5 * millions
+
+
+@pytest.mark.parametrize("maker", ["host", "device"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_weights_have_the_spread_of_real_ones(kind: str, maker: str) -> None:
+    """And no mean, which would add up over layers until all tokens took the same experts."""
+    make = bench.random_weight if maker == "host" else card.maker(CPU)
+    made = make((40, 512), KINDS[kind], 3)
+    if isinstance(made, QTensor):
+        value = dequantize(made)
+    elif isinstance(made, QuantizedTensor):
+        value = whole(made, torch.float32).numpy()
+    else:
+        value = (made.float().numpy() if isinstance(made, torch.Tensor) else made).astype(np.float32)
+    assert value.shape == (40, 512) and np.isfinite(value).all()
+    assert 0.5 * bench.SPREAD < value.std() < 2 * bench.SPREAD
+    assert abs(value.mean()) < 0.03 * bench.SPREAD
+    ones = make((7,), KINDS[kind], 3)
+    assert np.asarray(ones.float() if isinstance(ones, torch.Tensor) else ones).tolist() == [1.0] * 7
+
+
+def test_seeds_are_followed_and_parts_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight drawn in several parts is as random at their seams as elsewhere."""
+    monkeypatch.setattr(card, "PART", 64)
+    first, again, other = (card.maker(CPU)((6, 64), KINDS["4-bit"], seed).words for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert len({tuple(row.tolist()) for row in first}) == 6
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "8bit", "4bit", "4bit-mlx"])
+def test_a_model_holds_what_its_recipe_takes(recipe: str) -> None:
+    config = bench.config_of("nano-like")
+    ops, make = (CardOps("bfloat16", "cpu"), card.maker(CPU)) if recipe == "4bit" else (InferenceOps("bfloat16"), None)
+    model = bench.random_model(ops, config, recipe, make)
+    want = inspect_config(config, recipes.find(recipe)).held("torch", "bfloat16")
+    assert bench.weight_bytes(model) == want
+
+
+# ---- What is reported -------------------------------------------------------------------------------------------
+
+
+def test_the_row_adds_up() -> None:
+    result = run(*SHORT, "--json", "--recipe", "8bit")
+    assert result.exit_code == 0, result.output
+    row: dict[str, Any] = json.loads(result.stdout)
+    assert row["tokens_per_second"] == pytest.approx(48 / (row["canvas_ms"] / 1e3), rel=0.01)
+    assert row["forward_ms"] == pytest.approx(row["canvas_ms"] / 3, rel=0.01)
+    assert row["gb_per_second"] == pytest.approx(row["forward_gb"] / (row["denoise_ms"] / 1e3), abs=0.6)
+    assert row["share_of_copy"] == pytest.approx(row["gb_per_second"] / row["copy_gb_per_second"], abs=0.1)
+    assert (row["recipe"], row["steps"], row["context"], row["batch"], row["captured"]) == ("8bit", 2, 20, 1, False)
+    for key in ("engine_tokens_per_second", "commit_ms", "prefill_ms", "first_draft_ms", "weights_gb"):
+        assert row[key] > 0, key
+    for key in ("device", "torch", "triton", "commit", "dtype"):
+        assert row[key], key
+
+
+def test_the_card_is_followed_by_the_row() -> None:
+    result = run(*SHORT, "--batch", "2", "--profile")
+    assert result.exit_code == 0, result.output
+    *shown, line = result.stdout.strip().splitlines()
+    row = json.loads(line)
+    assert row["batch"] == 2 and row["profile"][0]["ms"] >= row["profile"][-1]["ms"] > 0
+    text = "\n".join(shown)
+    for part in ("tokens per second", "denoising pass", row["profile"][0]["kernel"]):
+        assert part in text
+
+
+def test_on_a_backend_without_torch() -> None:
+    config = bench.config_of("nano-like")
+    model = bench.random_model(NumpyOps("float32"), config, "4bit")
+    plan = bench.Plan(shape="nano-like", steps=1, context=9, canvases=1)
+    assert bench.measure(NumpyOps("float32"), model, plan).tokens_per_second > 0
+
+
+def test_the_same_plan_drafts_the_same_tokens() -> None:
+    ops, plan = InferenceOps(), bench.Plan(shape="nano-like", steps=2, context=9, canvases=2, batch=2)
+    model = bench.random_model(ops, bench.config_of("nano-like"), "bf16")
+    first, again = (bench.drafts(ops, model, plan) for _ in range(2))
+    assert len(first) == 4 and len({draft.tobytes() for draft in first}) == 4
+    np.testing.assert_array_equal(first, again)
+
+
+def test_captured_drafts_are_compared_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops, plan = CardOps("float32", "cpu", capture=rerun), bench.Plan(shape="nano-like", steps=2, context=9)
+    model = bench.random_model(ops, bench.config_of("nano-like"), "bf16")
+    assert ops.lookahead == 1 and ops.plain().lookahead == 0
+    assert command._captured_equals_plain(ops, model, plan)
+    right, calls = bench.drafts, iter((0, 1))
+    monkeypatch.setattr(bench, "drafts", lambda *given: [draft + next(calls) for draft in right(*given)[-1:]])
+    assert not command._captured_equals_plain(ops, model, plan)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--recipe", "7bit"], "recipe"),
+        (["--context", "99999999"], "exceed the model's"),
+        (["--device", "cuda"], "not usable"),
+        (["--check"], "capture none"),
+    ],
+)
+def test_what_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
+    result = run(*SHORT, *arguments)
+    assert result.exit_code != 0 and message in result.stderr
+    assert result.stderr.startswith("dgemma: error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_context_beyond_the_model_is_refused() -> None:
+    ops = InferenceOps()
+    model = bench.random_model(ops, bench.config_of("nano-like"), "bf16")
+    with pytest.raises(DgemmaError, match="exceed"):
+        bench.measure(ops, model, bench.Plan(shape="nano-like", context=10**9))

@@ -1,0 +1,123 @@
+"""Attention over the cache and the canvas in its tail, against the oracle's, which is given the two apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dgemma.backends.cuda.kernels.attention import TILINGS, Tiling, attention
+from dgemma.backends.numpy.ops import NumpyOps
+from dgemma.core import reference
+from dgemma.core.ops import KV, Span
+from kernel_cases import bench, built, cast, hold, meta
+from kernel_harness import ARCHITECTURES
+from under_test import values
+
+WINDOW = 9
+SMALL = Tiling(rows=16, keys=16, warps=4, stages=1, programs=1, merged=4)
+SPLIT = Tiling(rows=16, keys=4, warps=4, stages=1, columns=8, programs=128, merged=4)
+"""Parts of few keys, some of which see nothing at all behind a short history; and half a head to a program."""
+
+
+def check(
+    device: str, rows: list[int], *, window: int | None, causal: bool, length: int, batch: int = 1, heads: int = 4,
+    kv_heads: int = 2, width: int = 16, sizes: Tiling = SMALL, dtype: str = "float32", stretch: float = 1.0,
+) -> None:  # fmt: skip
+    """`rows` has one number for all sequences or one for each; rows beyond the valid ones hold NaN."""
+    if device != "cpu":
+        sizes = replace(sizes, keys=max(16, sizes.keys))  # compiled, a product sums no fewer
+    held = np.zeros(batch, int) + rows
+    capacity = int(held.max()) + length + 3
+    q = values(1, batch, heads, length, width, scale=stretch)
+    history = values(2, 2, batch, kv_heads, int(held.max()), width)
+    own = values(3, 2, batch, kv_heads, length, width)
+    buffers = np.full((2, batch, kv_heads, capacity, width), np.nan, np.float32)
+    for b in range(batch):
+        buffers[:, b, :, : held[b]] = history[:, b, :, : held[b]]
+        buffers[:, b, :, held[b] : held[b] + length] = own[:, b]
+
+    def oracle(ops: NumpyOps) -> Any:
+        span = Span(rows=held.astype(np.int32), window=window, causal=causal)
+        return reference.attention(
+            ops, cast(q, ops), cast(own[0], ops), cast(own[1], ops), KV(cast(history[0], ops), cast(history[1], ops)),
+            span,
+        )  # fmt: skip
+
+    with bench(device) as on:
+        keys, cached = (on.put(one, dtype) for one in buffers)
+        got = on.run(
+            attention, on.put(q.swapaxes(1, 2), dtype).transpose(1, 2), keys, cached,
+            on.put(np.array(rows), "int32"), window=window, causal=causal, sizes=sizes,
+        )  # fmt: skip
+    hold(got, oracle, dtype, f"attention of {length} behind {rows}, window {window}, causal {causal}")
+
+
+@pytest.mark.parametrize("sizes", [SMALL, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
+def test_every_history(window: int | None, causal: bool, sizes: Tiling, device: str) -> None:
+    for rows in (0, 1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 37):
+        check(device, [rows], window=window, causal=causal, length=5, sizes=sizes)
+    for length in (1, WINDOW + 4):
+        check(device, [WINDOW - 1], window=window, causal=causal, length=length, sizes=sizes)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
+def test_ragged_batch(window: int | None, causal: bool, device: str) -> None:
+    check(device, [0, WINDOW - 1, 17], window=window, causal=causal, length=6, batch=3, sizes=SPLIT)
+    check(device, [7], window=window, causal=causal, length=3, batch=2, sizes=SMALL)
+
+
+@pytest.mark.parametrize("heads, kv_heads, width", [(1, 1, 16), (6, 6, 8), (6, 1, 24), (6, 3, 6), (8, 1, 512)])
+def test_heads(heads: int, kv_heads: int, width: int, device: str) -> None:
+    for causal in (False, True):
+        check(device, [11], window=None, causal=causal, length=5, heads=heads, kv_heads=kv_heads, width=width)
+
+
+def test_the_window_of_the_model(device: str) -> None:
+    """1023 rows are held and all of them seen; one more would be one too many."""
+    sizes = Tiling(rows=16, keys=128, warps=4, stages=1, programs=2)
+    for rows in (1023, 1024):
+        for causal in (False, True):
+            check(device, [rows], window=1024, causal=causal, length=2, heads=2, kv_heads=1, sizes=sizes)
+
+
+def test_large_scores_do_not_overflow(device: str) -> None:
+    """Scores of hundreds, that rise from part to part and fall again: e^300 is beyond float32."""
+    for sizes in (SMALL, SPLIT):
+        check(device, [40], window=None, causal=False, length=4, sizes=sizes, stretch=24.0)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("width", [64, 256])
+def test_bfloat16(width: int, causal: bool, device: str) -> None:
+    for sizes in (SMALL, replace(SPLIT, keys=16, columns=width // 2, programs=24)):
+        check(device, [30], window=None, causal=causal, length=33, width=width, sizes=sizes, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("kv_heads, width, window", [(8, 256, 1024), (2, 512, None)], ids=["sliding", "full"])
+def test_attention_compiles_without_spills(kv_heads: int, width: int, window: int | None, arch: str) -> None:
+    q, cache, rows = meta(1, 256, 16, width).transpose(1, 2), meta(1, kv_heads, 1536, width), meta(1, dtype=torch.int32)
+    for causal in (False, True):
+        results = built(
+            lambda causal=causal: attention(q, cache, cache, rows, window=window, causal=causal, arch=arch), arch
+        )
+        if arch == "sm_90":
+            assert "wgmma" in results["_attend"].ptx and "cp.async" in results["_attend"].ptx
+
+
+@pytest.mark.parametrize("kv_heads, width, window", [(8, 256, 1024), (2, 512, None)], ids=["sliding", "full"])
+def test_a_batch_needs_no_parts_and_compiles_without_spills(kv_heads: int, width: int, window: int | None) -> None:
+    q, cache = meta(4, 256, 16, width).transpose(1, 2), meta(4, kv_heads, 1536, width)
+    rows = meta(4, dtype=torch.int32)
+    assert set(built(lambda: attention(q, cache, cache, rows, window=window, causal=False), "sm_90")) == {"_attend"}
+
+
+def test_every_width_has_sizes() -> None:
+    assert set(TILINGS) == {(arch, 2, width) for arch in ARCHITECTURES for width in (256, 512)}
