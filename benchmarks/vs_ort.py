@@ -1,0 +1,168 @@
+"""A denoising pass on ONNX Runtime against one on torch, and packed weights on it against dense: same model, in turn.
+
+    python benchmarks/vs_ort.py                       # 110 M parameters, float32 and 4bit, 2 threads
+    python benchmarks/vs_ort.py --context 4096        # behind a longer prompt
+    python benchmarks/vs_ort.py --memory              # peak memory of a running model against its file, prepacked or not
+
+The model is random, float32 in its file; `dgemma convert` writes the recipe's folder, and both backends read the
+folders as users' are read. A pass is the whole of it: layers, head, acceptance, and what comes back to the host.
+Passes alternate, so that a busy machine slows all; a ratio is the median of the ratios of neighbours. Rows are
+appended to results/vs_ort.jsonl, and the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from operator import truediv
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from quant_step import CANVAS, HERE, commit, settings
+
+from dgemma.core import safetensors, weights
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.convert import convert
+
+RESULTS = HERE / "results" / "vs_ort.jsonl"
+
+
+def write(folder: Path, experts: int = 32) -> int:
+    """Write the random float32 checkpoint; returns its parameters."""
+    folder.mkdir()
+    data = settings(experts) | {"dtype": "float32"}
+    data["text_config"]["max_position_embeddings"] = 65_536
+    (folder / "config.json").write_text(json.dumps(data))
+    tensors = weights.random_weights(ModelConfig.from_hf(data))
+    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+    return sum(one.size for one in tensors.values())
+
+
+def one_pass(folder: Path, backend: str, context: int) -> Callable[[], object]:
+    """Return what runs one denoising pass behind a prompt, and waits for it."""
+    import dgemma
+    from dgemma.core.model import step
+    from dgemma.core.sampler import start
+
+    engine = dgemma.load(folder, backend=backend, device="cpu", dtype="float32").engine
+    ops, model, draw = engine.ops, engine.model, np.random.default_rng(0)
+    vocab = model.config.vocab_size
+    cache = engine.prefill(draw.integers(6, vocab, context).tolist(), CANVAS)
+    noise = ops.asarray(draw.integers(6, vocab, (1, CANVAS)), "int32")
+    uniforms = ops.asarray(draw.random((1, CANVAS)).astype(np.float32))
+    heat = ops.asarray(np.full((1, 1), 0.6, np.float32))
+    state = start(ops, noise, model.config.hidden_size)
+
+    def run() -> object:
+        return ops.to_numpy(step(ops, model, SamplerConfig(), cache, state, heat, uniforms, noise).argmax)
+
+    return run
+
+
+def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each, the first two of which warm up and do not count."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(repeats + 2):
+        for name, run in runs.items():
+            began = time.perf_counter()
+            run()
+            if i > 1:
+                times[name].append(time.perf_counter() - began)
+    return times
+
+
+def compare(folders: dict[str, Path], context: int, repeats: int) -> list[dict[str, Any]]:
+    runs = {"torch float32": one_pass(folders["float32"], "torch", context)}
+    for name, folder in folders.items():
+        runs[f"onnx {name}"] = one_pass(folder, "onnx", context)
+    times = in_turn(runs, repeats)
+    pairs = [("onnx float32", "torch float32"), *((f"onnx {n}", "onnx float32") for n in folders if n != "float32")]
+    return [
+        {
+            "benchmark": "vs_ort", "what": what, "against": against, "context": context,
+            "step_s": round(statistics.median(times[what]), 4),
+            "against_step_s": round(statistics.median(times[against]), 4),
+            "ratio": round(statistics.median(map(truediv, times[what], times[against])), 3),
+            "least_ratio": round(min(times[what]) / min(times[against]), 3), "repeats": repeats,
+        }
+        for what, against in pairs
+    ]  # fmt: skip
+
+
+PEAK = """
+import sys
+import numpy as np, onnxruntime, dgemma
+from dgemma.core.memory import peak_memory
+if sys.argv[2] == "prepacked":
+    inner = onnxruntime.SessionOptions.add_session_config_entry
+    def kept(self, key, value):
+        if key != "session.disable_prepacking":
+            inner(self, key, value)
+    onnxruntime.SessionOptions.add_session_config_entry = kept
+from dgemma.backends.cuda import ort_session
+empty = peak_memory()
+model = dgemma.load(sys.argv[1], backend="onnx", device="cpu", dtype="float32")
+out = model.generate(list(range(6, 134)), max_new_tokens=256, steps=2, schedule_steps=2, confidence=0.0)
+assert out.stats.steps == 2
+print(empty, peak_memory())
+"""
+
+
+def memory(name: str, folder: Path, how: str) -> dict[str, Any]:
+    """Return the peak of a process that loads a folder and denoises a canvas twice, above one with imports alone."""
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), how], stdout=subprocess.PIPE, check=True)
+    empty, peak = map(int, done.stdout.split())
+    return {
+        "benchmark": "vs_ort_memory", "what": f"onnx {name}", "weights": how, "file_gb": round(size / 1e9, 3),
+        "empty_gb": round(empty / 1e9, 3), "peak_gb": round(peak / 1e9, 3), "of_file": round((peak - empty) / size, 3),
+    }  # fmt: skip
+
+
+@click.command(help=__doc__)
+@click.option("--recipe", "recipes", multiple=True, default=("4bit", "8bit"), show_default=True)
+@click.option("--context", default=128, show_default=True, help="Tokens in the cache.")
+@click.option("--repeats", default=15, show_default=True)
+@click.option("--memory", "of_memory", is_flag=True, help="Peak memory of a running model instead.")
+@click.option("--experts", default=32, show_default=True, help="32 make 108.5 M parameters.")
+@click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary folder.")
+def main(
+    recipes: tuple[str, ...], context: int, repeats: int, of_memory: bool, experts: int, folder: Path | None
+) -> None:
+    import onnxruntime
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)  # as many as ONNX Runtime takes
+    with tempfile.TemporaryDirectory(prefix="dgemma-ort-", dir=folder) as work:
+        folders = {"float32": Path(work) / "float32"}
+        parameters = write(folders["float32"], experts)
+        for recipe in recipes:
+            folders[recipe] = Path(work) / recipe
+            convert(folders["float32"], folders[recipe], recipe)
+        if of_memory:
+            rows = [memory(name, one, how) for name, one in folders.items() for how in ("mapped", "prepacked")]
+        else:
+            rows = compare(folders, context, repeats)
+    with RESULTS.open("a") as file:
+        for row in rows:
+            row |= {
+                "dtype": "float32", "parameters": parameters, "canvas": CANVAS, "threads": os.cpu_count(),
+                "onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "commit": commit(),
+                "date": time.strftime("%Y-%m-%d"),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
+            }  # fmt: skip
+            file.write(json.dumps(row) + "\n")
+    click.echo(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

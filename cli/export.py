@@ -1,0 +1,80 @@
+"""`dgemma export`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from ..export import Report
+
+
+@click.command(short_help="Write a checkpoint out as ONNX graphs.")
+@click.argument("source")
+@click.option(
+    "--out", "-o", type=click.Path(path_type=Path), metavar="DIR",
+    help="The folder to make. By default the graphs are put beside the weights.",
+)  # fmt: skip
+@click.option("--opset", type=click.IntRange(23, 24), default=23, show_default=True, help="ONNX operator set.")
+@click.option("--unified", is_flag=True, help="One graph for both passes.")
+@click.option("--standalone", is_flag=True, help="Copy the weights, so that DIR can be moved anywhere.")
+@click.option("--fp16", is_flag=True, help="Compute in float16.")
+@click.option("--logits", is_flag=True, help="Give the denoising graph the output `logits`.")
+@click.option("--cpu", is_flag=True, help="Write quantized products as CPUs do them fastest, instead of MatMulNBits.")
+@click.option("--verify", is_flag=True, help="Run the graphs against SOURCE and print the error of each output.")
+@click.option("--force", is_flag=True, help="Replace what an earlier export left.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")
+@click.option("--json", "as_json", is_flag=True, help="Write the report as one JSON object.")
+def export(source: str, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Write SOURCE, a checkpoint folder or a Hugging Face id, as graphs for ONNX Runtime.
+
+    The weights stay in SOURCE's files, which the graphs refer to.
+
+    \b
+    dgemma export ./diffusiongemma-4bit
+    dgemma export nano --out nano-onnx --standalone --verify
+    """
+    from ..export import export as run
+    from .output import consoles, put
+
+    console, errors = consoles()
+
+    def say(line: str) -> None:
+        if errors.is_terminal:
+            put(errors, f"{line}\n")
+
+    report = run(source, out, progress=say, **options)
+    if as_json:
+        click.echo(json.dumps(asdict(report) | {"path": str(report.path)}))
+        return
+    for line in describe(report):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe(report: Report) -> list[str]:
+    """Say in a few lines what was made."""
+    from .convert import amount
+    from .live import printable
+
+    graphs = ", ".join(f"{name}.onnx ({nodes} nodes)" for name, nodes in report.graphs.items())
+    how = "copied" if report.copied else "the checkpoint's own files, not copied"
+    lines = [
+        f"{printable(str(report.path))}: {graphs}, {amount(report.graph_bytes)}",
+        f"  weights: {amount(report.weight_bytes)}, {how}",
+    ]
+    if report.lacking:
+        lines.append(f"  the onnxruntime installed here has no CPU kernel for {', '.join(report.lacking)}")
+    if report.errors:
+        lines.append("  largest error against the source in float32:")
+        lines += [f"    {name}: {_figure(name, error)}" for name, error in report.errors.items()]
+    return lines
+
+
+def _figure(name: str, error: float) -> str:
+    if name == "entropy":
+        return f"{error:.1e} nats"
+    return f"NMSE {error:.1e}" if name == "next_soft_embedding" else f"{error:.2%} of positions differ"

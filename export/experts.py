@@ -1,0 +1,170 @@
+"""The experts as one function, `dgemma::GegluMoE`, whose body is standard ops; and the routing before it.
+
+    GegluMoE(x [N, D], index int64 [N, k], weights [N, k], gate_up [E, 2F, D], down [E, D, F]) → [N, D]
+
+No row is dropped: each expert has as many places as the busiest one needs (`room`), rows are laid into them by one
+gather, two batched products follow, and another gather brings the results back. Places that nobody needs hold row 0,
+whose result nobody reads.
+
+Quantized, words, scales and, where there are any, biases stand in for gate_up and for down, and the products are a loop
+over the experts, each dequantized into a buffer that stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from ..core.quant import Format
+from .arrays import Array, product
+from .graph import MICROSOFT, Builder, Value, function
+from .packed import EXACT, group_sums
+from .weights import Packed
+
+if TYPE_CHECKING:
+    from ..core.model import Experts, Router
+    from .ops import OnnxOps
+
+_END = np.iinfo(np.int64).max
+
+
+def geglu_moe(ops: OnnxOps, h: Array, r: Array, router: Router, experts: Experts) -> Array:
+    """See `Ops.moe`."""
+    b = ops.builder
+    width, k = r.shape[-1], router.experts_per_token
+    scale = ops.cast(router.scale, ops.dtype) * ops.rounded(width**-0.5)
+    flat = ops.reshape(r, (product(r.shape[:-1]), width))
+    scores = ops.cast(ops.linear(ops.rms_norm(flat, scale, router.eps), router.proj), ops.wide)
+    top, index = b.ops("TopK", scores.value, b.ints(k), outputs=2, axis=-1, largest=1, sorted=1)
+    # The softmax of the chosen scores is the softmax over all experts, renormalised.
+    factor = ops.cast(router.per_expert_scale, ops.wide).value
+    weights = b.op("Mul", b.op("Softmax", top, axis=-1), b.op("Gather", factor, index))
+    inputs = [h.rows(), index, ops.cast(ops.array(weights, (), ops.wide), ops.dtype).raw]
+    matrices = [_Matrix.of(ops, one, inputs) for one in (experts.gate_up_proj, experts.down_proj)]
+    made = b.call("GegluMoE", tuple(matrices), lambda name: _written(name, ops, router.experts, matrices), *inputs)
+    return ops.array(made, h.shape, ops.dtype, (product(h.shape[:-1]), width))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """One matrix for each expert, [E, R, K], as the function's body sees it."""
+
+    shape: tuple[int, ...]
+    format: Format | None
+    inputs: int
+    """How many of the function's inputs it takes."""
+
+    @classmethod
+    def of(cls, ops: OnnxOps, weight: Array | Packed, inputs: list[Value]) -> _Matrix:
+        """Describe a weight, and append what the function has to be given of it."""
+        if not isinstance(weight, Packed):
+            inputs.append(weight.value)
+            return cls(weight.shape, None, 1)
+        count, out, width = weight.shape
+        stored = [weight.words.value(ops, (count, out, width * weight.format.bits // 8)), weight.scales.value(ops)]
+        if weight.biases is not None:
+            stored.append(weight.biases.value(ops))
+        inputs += stored
+        return cls(weight.shape, weight.format, len(stored))
+
+
+def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir.Function:
+    b = Builder(function=True)
+    names = ["x", "index", "weights"]
+    for part, one in zip(("gate_up", "down"), matrices, strict=True):
+        names += (
+            [part] if one.format is None else [f"{part}_{kind}" for kind in ("words", "scales", "biases")[: one.inputs]]
+        )
+    b.inputs = [ir.Value(name=one) for one in names]
+    x, index, weights, *stored = b.inputs
+    place, row, room = _placed(b, index, count)
+    width = b.op("Shape", x, start=1, end=2)
+    empty = b.op("Expand", b.ints(0), b.op("Mul", room, b.ints(count)))
+    source = b.op("ScatterElements", empty, place, row, axis=0)  # which row each place holds
+    laid = b.op("Reshape", b.op("Gather", x, source), b.op("Concat", b.ints(count), room, width, axis=0))
+    first, second = stored[: matrices[0].inputs], stored[matrices[0].inputs :]
+    if all(one.format is None for one in matrices):
+        both = b.op("FusedMatMul", laid, *first, domain=MICROSOFT, transB=1)  # [E, room, 2F]
+        out = b.op("FusedMatMul", _bent(b, both), *second, domain=MICROSOFT, transB=1)  # [E, room, D]
+    else:
+        loop = Builder(outer=b)
+        turn = loop.input("expert", ir.DataType.INT64, ())
+        going = loop.input("going", ir.DataType.BOOL, ())
+        rows = loop.op("Gather", laid, turn)  # [room, D]
+        both = _product(loop, ops, rows, turn, first, matrices[0])
+        one = _product(loop, ops, _bent(loop, both), turn, second, matrices[1])
+        on = loop.op("Identity", going)
+        on.type, one.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ops.float_type)
+        out = b.op(
+            "Loop", b.constant(count, np.int64), b.constant(True, np.bool_),
+            body=loop.graph([on, one], name="one_expert", opset=None),
+        )  # fmt: skip
+    back = b.op("Gather", b.op("Reshape", out, b.op("Concat", b.ints(-1), width, axis=0)), place)
+    back = b.op("Reshape", back, b.op("Concat", b.op("Shape", index), width, axis=0))  # [N, k, D]
+    mixed = b.op("MatMul", b.op("Unsqueeze", weights, b.ints(1)), back)  # [N, 1, D]
+    return function(name, b, [b.op("Squeeze", mixed, b.ints(1))], opset=ops.opset)
+
+
+def _placed(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value]:
+    """Give each (row, choice) pair a place: index [N, k] → place = expert·room + i and row, [N·k], and room [1]."""
+    flat = b.op("Reshape", index, b.ints(-1))
+    column = b.op("Unsqueeze", flat, b.ints(1))
+    hit = b.op("Equal", column, b.constant(np.arange(count)[None], np.int64))
+    ranks = b.op("CumSum", b.op("Cast", hit, to=int(ir.DataType.INT32)), b.constant(0, np.int64))  # [N·k, E]
+    # Ranks count from 1, and an expert's last is how many rows it has; the largest of all is the busiest one's.
+    room = b.op("Reshape", b.op("Cast", b.op("ReduceMax", ranks, keepdims=0), to=int(ir.DataType.INT64)), b.ints(1))
+    own = b.op("Squeeze", b.op("GatherElements", ranks, column, axis=1), b.ints(1))
+    rank = b.op("Sub", b.op("Cast", own, to=int(ir.DataType.INT64)), b.ints(1))
+    place = b.op("Add", b.op("Mul", flat, room), rank)
+    pairs = b.op("Range", b.constant(0, np.int64), b.op("Size", flat), b.constant(1, np.int64))
+    return place, b.op("Div", pairs, b.op("Shape", index, start=1, end=2)), room
+
+
+def _bent(b: Builder, both: Value) -> Value:
+    """[..., 2F], gate half first → gelu(gate) · up [..., F]."""
+    gate, up = b.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
+    return b.op("Mul", b.op("Gelu", gate, approximate="tanh"), up)
+
+
+def _product(b: Builder, ops: OnnxOps, x: Value, turn: Value, stored: list[Value], matrix: _Matrix) -> Value:
+    """Multiply by one expert's matrix: x [room, K] → [room, R]."""
+    (_, out, width), kind = matrix.shape, matrix.format
+    if kind is None:
+        return b.op("Gemm", x, b.op("Gather", stored[0], turn), transB=1)
+    words, scales, *biases = (b.op("Gather", one, turn) for one in stored)  # [R, K·bits/8], [R, K/g]
+    scales = b.op("Cast", scales, to=int(ops.float_type))
+    size, groups = kind.group_size, width // kind.group_size
+    if not ops.cpu:
+        made = b.op(
+            "MatMulNBits", x, b.op("Reshape", words, b.ints(out, groups, size * kind.bits // 8)),
+            b.op("Reshape", scales, b.ints(-1)), domain=MICROSOFT, K=width, N=out, bits=kind.bits, block_size=size,
+            accuracy_level=EXACT,
+        )  # fmt: skip
+    elif kind.bits == 8:
+        made = b.op("Gemm", x, _values(b, words, scales, out, size), transB=1)
+    else:
+        # Codes of 4 bits are unpacked slowly. Taken as codes of 8, the low half of each byte with zero point 8 and the
+        # high half, 16 times too large, with the 128 that goes without saying, they are not unpacked at all; even
+        # columns of x meet the one, odd columns the other.
+        low, high = (b.op("BitwiseAnd", words, b.constant(mask, np.uint8)) for mask in (0x0F, 0xF0))
+        even, odd = (b.op("Slice", x, b.ints(at), b.ints(_END), b.ints(1), b.ints(2)) for at in (0, 1))
+        eight = b.constant(np.full((out, groups), 8), np.uint8)
+        made = b.op("Gemm", even, _values(b, low, scales, out, size // 2, eight), transB=1)
+        made = b.op("Gemm", odd, _values(b, high, scales, out, size // 2), made, transB=1, alpha=1 / 16)
+    if biases:
+        rest = b.op("Cast", biases[0], to=int(ops.float_type))
+        zero = b.constant(float(1 << (kind.bits - 1)), ops.numpy_type)
+        rest = b.op("Add", rest, b.op("Mul", scales, zero))
+        made = b.op("Gemm", group_sums(b, x, width, size), rest, made, transB=1)
+    return made
+
+
+def _values(b: Builder, codes: Value, scales: Value, rows: int, size: int, zeros: Value | None = None) -> Value:
+    """Dequantize bytes [R, K] in groups of `size`."""
+    return b.op(
+        "GatherBlockQuantized", codes, b.constant(np.arange(rows), np.int64), scales, zeros, domain=MICROSOFT, bits=8,
+        block_size=size, gather_axis=0, quantize_axis=1,
+    )  # fmt: skip

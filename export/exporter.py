@@ -1,0 +1,185 @@
+"""`dgemma.export`: a checkpoint folder in, a folder with ONNX graphs out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..core import safetensors
+from ..core.checkpoint import Checkpoint, resolve
+from ..core.errors import DgemmaError, quoted, shown
+from . import manifest
+
+OPSETS = (23, 24)
+_INDEX = "model.safetensors.index.json"
+_COPIED = (".json", ".jinja")
+_OUTDATED = ("dgemma-manifest.json", manifest.NAME)  # hashes of files as converted, and what is written anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was made."""
+
+    path: Path
+    graphs: dict[str, int]
+    """Nodes of each graph, those of functions counted once."""
+    weight_bytes: int
+    """Bytes of the weight files, which are the checkpoint's own unless they were copied."""
+    copied: bool
+    graph_bytes: int
+    lacking: tuple[str, ...]
+    """Operators that the onnxruntime installed here does not have for the CPU."""
+    fused_experts: bool
+    """Whether it has a fused operator for gated experts with tanh-GELU, which `dgemma::GegluMoE` could be."""
+    errors: dict[str, float] = field(default_factory=dict)
+    """With `verify`, the largest error of each output; see `verify.py`."""
+    seconds: float
+
+
+def export(
+    source: str | Path,
+    out: str | Path | None = None,
+    *,
+    opset: int = 23,
+    unified: bool = False,
+    standalone: bool = False,
+    fp16: bool = False,
+    logits: bool = False,
+    cpu: bool = False,
+    verify: bool = False,
+    force: bool = False,
+    revision: str | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> Report:
+    """Write a checkpoint's graphs for ONNX Runtime: `encode.onnx`, `denoise.onnx` and `dgemma-onnx.json`.
+
+    Args:
+        source: a folder, original or converted; `nano`; or a Hugging Face hub id.
+        out: the folder to make; by default the graphs are put beside the weights. Elsewhere on the same disk the weight
+            files appear as hard links, so that nothing is copied.
+        opset: 23 or 24.
+        unified: one graph, `unified.onnx`, with the inputs and outputs of both.
+        standalone: copy the weights that the graphs read, and nothing else, into one file in `out`.
+        fp16: compute in float16.
+        logits: give denoise the output `logits`.
+        cpu: write quantized products as a CPU does them fastest; the default is MatMulNBits, which every provider has.
+        verify: compare the graphs with the source, run by another backend in float32.
+        force: replace what an earlier export left.
+        revision: branch, tag or commit of a hub id.
+        progress: called with a line for each stage.
+
+    Raises:
+        DgemmaError: what cannot be read, is quantized in a format without an exact operator, or cannot be written.
+    """
+    began = time.perf_counter()
+    say = progress or (lambda line: None)
+    if opset not in OPSETS:
+        raise DgemmaError(f"opset is {quoted(opset, 20)}, expected one of {', '.join(map(str, OPSETS))}")
+    say("reading headers")
+    original = Checkpoint.open(resolve(source, revision=revision))
+    original.check()
+    folder = original.path if out is None else Path(out)
+    inside = folder.exists() and folder.resolve() == original.path.resolve()
+    if inside and standalone:
+        raise DgemmaError("standalone makes a folder of its own; give another out than the source")
+    where = folder / manifest.NAME
+    if not force and (where.exists() or (not inside and folder.exists() and any(folder.iterdir()))):
+        raise DgemmaError(f"{shown(folder)}: is not empty; give another folder, or force to write over it")
+    _check_formats(original)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        where.unlink(missing_ok=True)  # what is half made must not look whole
+        if not inside:
+            say("copying weights" if standalone else "linking weights")
+            _bring(original, folder, standalone)
+        made = _write(Checkpoint.open(folder), folder, say, opset, unified, fp16, logits, cpu)
+    except OSError as error:
+        raise DgemmaError(f"{shown(error.filename or folder)}: {error.strerror or error}") from None
+    errors: dict[str, float] = {}
+    if verify:
+        from .verify import verify as compare
+
+        say("verifying")
+        errors = compare(folder, original.path)
+    from .probe import has_fused_experts, lacking
+
+    files = Checkpoint.open(folder).files
+    return Report(
+        path=folder, graphs={name: _nodes(model) for name, model in made.items()},
+        weight_bytes=sum(file.size for file in files), copied=standalone,
+        graph_bytes=sum((folder / f"{name}.onnx").stat().st_size for name in made),
+        lacking=lacking(made.values()), fused_experts=has_fused_experts(), errors=errors,
+        seconds=time.perf_counter() - began,
+    )  # fmt: skip
+
+
+def _check_formats(checkpoint: Checkpoint) -> None:
+    from .weights import check
+
+    for name in checkpoint.names:
+        kind = checkpoint.format(name)
+        if kind is not None:
+            check(name, kind)
+
+
+def _bring(checkpoint: Checkpoint, folder: Path, standalone: bool) -> None:
+    """Make a folder that is a checkpoint of its own: settings and tokenizer copied, weights linked or copied."""
+    for path in sorted(checkpoint.path.iterdir()):
+        skipped = path.name in _OUTDATED or (standalone and path.name == _INDEX)
+        if path.is_file() and path.suffix in _COPIED and not skipped:
+            shutil.copyfile(path, folder / path.name)
+    if standalone:
+        tensors = {}
+        for name in checkpoint.names:
+            tensors |= {stored: file.tensor(stored) for file, stored in checkpoint.parts(name).values()}
+        safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+        return
+    for file in checkpoint.files:
+        target = folder / file.path.name
+        target.unlink(missing_ok=True)
+        try:
+            os.link(file.path.resolve(), target)
+        except OSError as error:
+            raise DgemmaError(
+                f"{shown(target)}: the weights cannot be linked to ({error.strerror}); export into the checkpoint's "
+                "own folder, or with standalone, which copies them"
+            ) from None
+
+
+def _write(
+    checkpoint: Checkpoint, folder: Path, say: Callable[[str], None], opset: int, unified: bool, fp16: bool,
+    logits: bool, cpu: bool,
+) -> dict[str, Any]:  # fmt: skip
+    try:
+        import onnx_ir as ir
+    except ImportError:
+        raise DgemmaError("writing ONNX graphs needs onnx-ir: pip install 'dgemma[onnx]'") from None
+    from . import graphs
+    from .weights import from_checkpoint
+
+    options = graphs.Options(opset=opset, dtype="float16" if fp16 else "float32", logits=logits, cpu=cpu)
+    writers = {"encode": graphs.encode_graph, "denoise": graphs.denoise_graph}
+    if unified:
+        writers = {"unified": graphs.unified_graph}
+    made = {}
+    for name, write in writers.items():
+        say(f"writing {name}.onnx")
+        made[name] = write(checkpoint.config, from_checkpoint(checkpoint), options)
+        partial = folder / f"{name}.onnx.partial"
+        partial.write_bytes(ir.to_proto(made[name]).SerializeToString())
+        partial.replace(folder / f"{name}.onnx")
+    weights = [file.path.name for file in checkpoint.files]
+    tokenizer = [name for name in ("tokenizer.json", "chat_template.jinja") if (folder / name).exists()]
+    data = manifest.describe(checkpoint.config, checkpoint.generation, made, weights, tokenizer, options.dtype)
+    (folder / manifest.NAME).write_text(json.dumps(data, indent=1) + "\n")
+    return made
+
+
+def _nodes(model: Any) -> int:
+    return sum(1 for _ in model.graph.all_nodes()) + sum(1 for one in model.functions.values() for _ in one.all_nodes())

@@ -1,0 +1,167 @@
+"""Weights as a graph names them: external data, a place in a file of the checkpoint, and nothing more.
+
+Quantized words are read as the bytes they are: uint8, which is what MatMulNBits and GatherBlockQuantized call the
+same layout. Scales are bf16 in the file and cast in the graph; nothing is written a second time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import prod
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from ..core.errors import DgemmaError, quoted
+from ..core.quant import Format
+from ..core.safetensors import DTYPES
+from .arrays import Array
+from .graph import Value
+
+if TYPE_CHECKING:
+    from ..core.checkpoint import Checkpoint
+    from .primitives import PrimitiveOps
+
+WIDTHS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TYPES = {
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "U32": ir.DataType.UINT8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A tensor's bytes in a file beside the graph."""
+
+    name: str
+    file: str
+    start: int
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+    base: str = ""
+    """The folder, for who wants to read the bytes while the graph is in memory."""
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def rows(self, first: int, count: int) -> Place:
+        """Some of the rows of a matrix, as a tensor of their own."""
+        step = self.nbytes // self.shape[0]
+        return replace(
+            self, name=f"{self.name}[{first}]", start=self.start + first * step, shape=(count, *self.shape[1:])
+        )
+
+    def value(self, ops: PrimitiveOps, shape: tuple[int, ...] | None = None) -> Value:
+        """Put the bytes into the graph, words as uint8 in the shape that is asked for."""
+        shape = shape or self.shape
+        name = self.name if shape == self.shape else f"{self.name} as {'x'.join(map(str, shape))}"
+        tensor = ir.ExternalTensor(
+            self.file, self.start, self.nbytes, _TYPES[self.dtype], shape=ir.Shape(shape), name=name, base_dir=self.base
+        )
+        return ops.builder.initializer(name, tensor)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dense:
+    """A weight that is stored as numbers."""
+
+    where: Place
+
+    def pack(self, ops: PrimitiveOps) -> Array:
+        """Put it into the graph, with a cast where the file has another width; runtimes may fold that at load."""
+        return ops.cast(ops.array(self.where.value(ops), self.where.shape, WIDTHS[self.where.dtype]), ops.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """A weight that is stored as codes and scales, and, not symmetric, biases; see `core/quant.py`."""
+
+    format: Format
+    shape: tuple[int, ...]
+    words: Place
+    scales: Place
+    biases: Place | None
+
+    def pack(self, ops: PrimitiveOps) -> Packed:
+        """Ops take it as it is: which bytes they want depends on what they do."""
+        return self
+
+    def rows(self, first: int, count: int) -> Packed:
+        cut = {part: getattr(self, part).rows(first, count) for part in ("words", "scales")}
+        biases = None if self.biases is None else self.biases.rows(first, count)
+        return replace(self, shape=(count, *self.shape[1:]), biases=biases, **cut)
+
+
+Weight = Dense | Packed
+
+
+def check(name: str, kind: Format) -> None:
+    """Refuse what no operator of ONNX Runtime multiplies by exactly as stored.
+
+    Raises:
+        DgemmaError: the tensor's name, its format and what to convert to instead.
+    """
+    if kind.mode != "affine" or kind.bits not in (4, 8):
+        raise DgemmaError(
+            f"{quoted(name)} is {kind.bits}-bit {kind.mode}, which ONNX Runtime has no exact operator for; "
+            "convert the original checkpoint with --recipe 4bit or 8bit"
+        )
+
+
+def from_checkpoint(checkpoint: Checkpoint, *, resolved: bool = False) -> Callable[[str], Weight]:
+    """Return what `core.weights.build` asks for each weight: its place in the checkpoint's files.
+
+    With `resolved`, files have the names that links in the folder lead to, as in a Hugging Face cache.
+
+    Raises (when called):
+        DgemmaError: a format that `check` refuses, or bytes that do not lie at a multiple of their width.
+    """
+
+    def get(name: str) -> Weight:
+        places = {}
+        for part, (file, stored) in checkpoint.parts(name).items():
+            entry = file.entries[stored]
+            if entry.start % DTYPES[entry.dtype].itemsize:
+                raise DgemmaError(f"{quoted(name)} is not aligned in {file.path.name}; export with --standalone")
+            path = file.path.resolve() if resolved else file.path
+            places[part] = Place(
+                name=stored, file=path.name, start=entry.start, dtype=entry.dtype, shape=entry.shape,
+                base=str(path.parent),
+            )  # fmt: skip
+        return assemble(name, checkpoint.format(name), places)
+
+    return get
+
+
+def assemble(name: str, kind: Format | None, places: dict[str, Place]) -> Weight:
+    if kind is None:
+        return Dense(where=places["weight"])
+    check(name, kind)
+    words = places["weight"]
+    return Packed(
+        format=kind, shape=(*words.shape[:-1], words.shape[-1] * 32 // kind.bits), words=words,
+        scales=places["scales"], biases=places.get("biases"),
+    )  # fmt: skip
+
+
+def imagined(shapes: dict[str, tuple[int, ...]], formats: Callable[[str], Format | None]) -> Callable[[str], Weight]:
+    """Weights of a checkpoint that is not there, for a graph's structure alone: one file, all in bf16 or packed."""
+
+    def get(name: str) -> Weight:
+        shape, kind = shapes[name], formats(name.removesuffix(".weight"))
+        if kind is None:
+            return Dense(where=Place(name=name, file="model.safetensors", start=0, dtype="BF16", shape=shape))
+        module = name.removesuffix(".weight")
+        words, groups = kind.words_per_row(shape[-1]), kind.groups_per_row(shape[-1])
+        parts = {
+            "weight": Place(name=name, file="model.safetensors", start=0, dtype="U32", shape=(*shape[:-1], words)),
+        }
+        for part in ("scales", *(["biases"] if kind.stores_biases else [])):
+            parts[part] = Place(
+                name=f"{module}.{part}", file="model.safetensors", start=0, dtype="BF16", shape=(*shape[:-1], groups)
+            )
+        return assemble(name, kind, parts)
+
+    return get

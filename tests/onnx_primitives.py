@@ -1,0 +1,77 @@
+"""A whole denoising step written with ONNX primitives alone, and the same of NumPy's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from dgemma.backends.numpy import NumpyOps
+from dgemma.core import weights
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.model import Cache, encode, step
+from dgemma.core.ops import KV
+from dgemma.core.sampler import start
+from dgemma.export.graph import Builder
+from dgemma.export.primitives import PrimitiveOps
+from tiny import TEXT_CONFIG, tiny_weights
+
+LENGTH = 16
+
+
+class _Written(PrimitiveOps):
+    """Small arrays as they are, so that the graph needs no files."""
+
+    def pack(self, weight: Any) -> Any:
+        return self.array(self.builder.constant(np.asarray(weight, np.float32)), weight.shape, "float32")
+
+
+def plain_step() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return entropies, masks, tokens and caches of an encode pass and a step: those of the graph, and NumPy's."""
+    config = ModelConfig.from_hf(
+        {"model_type": "diffusion_gemma", "canvas_length": LENGTH, "text_config": TEXT_CONFIG, "eos_token_id": 1}
+    )
+    tensors = tiny_weights(config)
+    draw = np.random.default_rng(0)
+    feeds = {
+        "prompt": draw.integers(6, 200, (2, 20)), "canvas": draw.integers(6, 200, (2, LENGTH)),
+        "noise": draw.integers(6, 200, (2, LENGTH)), "uniform": draw.random((2, LENGTH)).astype(np.float32),
+    }  # fmt: skip
+
+    def run(ops: Any, given: dict[str, Any]) -> dict[str, Any]:
+        model = weights.build(ops, config, tensors.__getitem__)
+        empty = [np.zeros((2, one.kv_heads, 0, one.head_dim), np.float32) for one in config.layers]
+        cache = Cache(tuple(KV(ops.asarray(one, "float32"), ops.asarray(one, "float32")) for one in empty), 0)
+        cache = encode(ops, model, cache, given["prompt"])
+        state = start(ops, given["canvas"], config.hidden_size)
+        heat = ops.asarray(np.full((1, 1), 5.0), "float32")  # see test_onnx.check
+        for _ in range(2):
+            state = step(
+                ops, model, SamplerConfig(entropy_bound=3.0), cache, state, heat, given["uniform"], given["noise"]
+            )
+        kept = {
+            f"{part}{i}": array for i, one in enumerate(cache.layers) for part, array in zip("kv", one, strict=True)
+        }
+        return kept | {name: getattr(state, name) for name in ("canvas", "argmax", "entropy", "soft", "stable", "stop")}
+
+    ops = _Written(Builder())
+    kinds = {"prompt": "int32", "canvas": "int32", "noise": "int32", "uniform": "float32"}
+    made = run(ops, {name: ops.input(name, kinds[name], array.shape) for name, array in feeds.items()})
+    outputs = []
+    for name, array in made.items():
+        value = ops.builder.op("Cast", array.value, to=int(ir.DataType.FLOAT))
+        value.name, value.type = f"made {name}", ir.TensorType(ir.DataType.FLOAT)
+        outputs.append(value)
+    graph = ops.builder.graph(outputs, name="step", opset=23)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    proto = ir.to_proto(ir.Model(graph, ir_version=11))
+    session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    names = list(made)
+    got = dict(zip(names, session.run(None, feeds), strict=True))
+    plain = NumpyOps("float32")
+    given = {name: plain.asarray(array, kinds[name]) for name, array in feeds.items()}  # type: ignore[arg-type]
+    return got, {name: np.asarray(array, np.float32) for name, array in run(plain, given).items()}

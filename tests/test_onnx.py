@@ -1,0 +1,203 @@
+"""ONNX: exported graphs in plain onnxruntime against the torch backend, and backend `onnx` over whole generations."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import dgemma
+import hf
+from dgemma import DgemmaError, DiffusionGemma
+from dgemma.core import model as definition
+from dgemma.core import sampler
+from dgemma.core.config import SamplerConfig
+from dgemma.export.verify import Graphs
+from law import assert_close_f32
+from tiny import tiny_checkpoint
+
+CANVAS = 16
+SHAPES = {
+    name: {key: value for key, value in shape.items() if key != "layer_types"}
+    | {"layer_types": shape["layer_types"], "num_hidden_layers": len(shape["layer_types"])}
+    for name, shape in hf.SHAPES.items()
+}
+PREVIOUS = 0.3
+"""Scale of a random mean embedding, about that of a real one."""
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("onnx")
+
+
+@cache
+def folder_of(root: Path, shape: str, recipe: str, form: str) -> Path:
+    """Export a random model, graphs beside its weights."""
+    source = root / shape
+    if not source.exists():
+        tiny_checkpoint(root, name=shape, canvas_length=CANVAS, **sizes(shape))
+    if recipe != "float32":
+        dgemma.convert(source, root / f"{shape}-{recipe}-{form}", recipe=recipe, workers=1)
+        source = root / f"{shape}-{recipe}-{form}"
+    dgemma.export(source, logits=True, force=True, cpu=form == "cpu", unified=form == "unified")
+    return source
+
+
+def sizes(shape: str) -> dict[str, Any]:
+    """Sizes of a shape; where weights are quantized, such as groups of 64 divide."""
+    if shape == "even":
+        return SHAPES["top4"] | dict(hidden_size=128, intermediate_size=192, moe_intermediate_size=64, head_dim=32)
+    return SHAPES[shape]
+
+
+@cache
+def torch_model(folder: Path) -> DiffusionGemma:
+    return dgemma.load(folder, backend="torch", device="cpu", dtype="float32")
+
+
+def session_options() -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 2  # a shape that is not as declared is a warning, and should be seen
+    options.intra_op_num_threads = 1
+    return options
+
+
+def check(folder: Path, batch: int, prompt: int, canvases: int) -> None:
+    """Read a prompt and committed canvases, and take a first step and a later one behind each."""
+    graphs, loaded = Graphs(folder, session_options()), torch_model(folder)
+    ops, weights, config = loaded.ops, loaded.engine.model, loaded.config
+    draw = np.random.default_rng([batch, prompt, canvases])
+    tokens = [draw.integers(6, config.vocab_size, (batch, size)) for size in (prompt, *[CANVAS] * (canvases - 1))]
+    ours, at = graphs.empty(batch), 0
+    theirs = definition.new_cache(
+        ops, config, batch=batch, capacity=prompt + canvases * CANVAS, chunk=max(prompt, CANVAS)
+    )
+    for one in tokens:
+        ours = graphs.encode(ours, one, at)
+        theirs = definition.encode(ops, weights, theirs, ops.asarray(one, "int32"))
+        at += one.shape[1]
+    for i, (old, new) in enumerate(zip(graphs.about["layers"], theirs.layers, strict=True)):
+        window = config.layers[i].window
+        rows = at if window is None else min(at, window - 1)
+        for name, array in zip(old["past"], new, strict=True):
+            assert_close_f32(ours[name], ops.to_numpy(array)[:, :, :rows], name)
+    canvas = draw.integers(6, config.vocab_size, (batch, CANVAS))
+    for scale in (0.0, PREVIOUS):
+        soft = (scale * draw.normal(size=(batch, CANVAS, config.hidden_size))).astype(np.float32)
+        uniform = draw.random((batch, CANVAS)).astype(np.float32)
+        noise = draw.integers(6, config.vocab_size, (batch, CANVAS))
+        # Random logits reach the soft cap: a lower temperature makes more of their rounding than the law allows for.
+        heat = draw.uniform(4.0, 6.0, (batch, 1)).astype(np.float32)
+        got = graphs.denoise(
+            ours, canvas, at, soft_embedding=soft, temperature=heat, uniform=uniform, noise=noise.astype(np.int64),
+            entropy_bound=np.float32([3.0]),
+        )  # fmt: skip
+        state = sampler.start(ops, ops.asarray(canvas, "int32"), config.hidden_size)._replace(soft=ops.asarray(soft))
+        x = definition.denoise(ops, weights, theirs, state.canvas, state.soft)
+        logits = ops.to_numpy(ops.logits(x, weights.embed_tokens, config.softcap))
+        state = definition.step(
+            ops, weights, SamplerConfig(entropy_bound=3.0), theirs, state, ops.asarray(heat), ops.asarray(uniform),
+            ops.asarray(noise, "int32"),
+        )  # fmt: skip
+        assert_close_f32(got["logits"], logits, "logits")
+        assert_close_f32(got["next_soft_embedding"], ops.to_numpy(state.soft), "next_soft_embedding")
+        assert_close_f32(got["entropy"], ops.to_numpy(state.entropy), "entropy")
+        for name, array in {"argmax": state.argmax, "accepted": state.accepted, "next_canvas": state.canvas}.items():
+            np.testing.assert_array_equal(got[name], ops.to_numpy(array), name)
+        assert got["accepted"].any() and not got["accepted"].all()
+
+
+LENGTHS = {"one token": (0, 1), "window - 1": (1, -1), "window": (1, 0), "window + 1": (1, 1), "three": (3, 0)}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_graphs_agree_with_torch(root: Path, shape: str, case: str) -> None:
+    folder = folder_of(root, shape, "float32", "plain")
+    windows, more = LENGTHS[case]
+    for batch, canvases in ((1, 1), (3, 2), (1, 3)):
+        check(folder, batch, windows * SHAPES[shape]["sliding_window"] + more, canvases)
+
+
+@pytest.mark.parametrize("form", ["plain", "cpu", "unified"])
+@pytest.mark.parametrize("recipe", ["4bit", "8bit", "4bit-mlx"])
+def test_quantized_graphs_agree_with_torch(root: Path, recipe: str, form: str) -> None:
+    folder = folder_of(root, "even", recipe, form)
+    check(folder, 3, 19, 2)
+    check(folder, 1, 1, 1)
+
+
+def test_a_vocabulary_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dgemma.export import head
+
+    monkeypatch.setattr(head, "PART", 1 << 18)  # 512 tokens of the 600
+    for form in ("cpu", "plain"):
+        dgemma.convert(folder_of(root, "even", "float32", "plain"), root / f"parts-{form}", recipe="8bit", workers=1)
+        dgemma.export(root / f"parts-{form}", logits=True, cpu=form == "cpu")
+        check(root / f"parts-{form}", 1, 9, 1)
+
+
+def test_one_graph_of_both(root: Path) -> None:
+    folder = root / "one"
+    dgemma.export(folder_of(root, "top4", "float32", "plain"), folder, unified=True, standalone=True, logits=True)
+    check(folder, 3, 20, 2)
+
+
+@pytest.mark.parametrize("recipe", ["float", "4bit", "8bit"])
+def test_generations_of_nano_are_token_identical(tmp_path: Path, recipe: str) -> None:
+    source: Any = "nano"
+    if recipe != "float":
+        source = tmp_path / recipe
+        dgemma.convert("nano", source, recipe=recipe, workers=1)
+    want, got = (dgemma.load(source, backend=backend, dtype="float32") for backend in ("torch", "onnx"))
+    assert (got.backend, got.device, got.dtype) == ("onnx", "cpu", "float32")
+    draw = np.random.default_rng(0)
+    prompts = [want.tokenizer.render([{"role": "user", "content": "1..4\n..1.\n.1..\n4..1"}])]
+    prompts += [draw.integers(16, 200, size).tolist() for size in (7, 64, 150)]
+    for seed, prompt in enumerate(prompts):
+        one, two = (model.generate(prompt, 120, seed, eos=(), steps=10) for model in (want, got))
+        assert one.stats.canvases == 3 and one.stats.steps > 3
+        assert (two.token_ids, two.stats.steps) == (one.token_ids, one.stats.steps)
+
+
+def test_the_backend_makes_logits_and_runs_exported_graphs(root: Path) -> None:
+    folder = folder_of(root, "top4", "float32", "plain")
+    want, got = torch_model(folder), dgemma.load(folder, backend="onnx")
+    prompt, canvas = list(range(20, 40)), list(range(60, 76))
+    previous = np.random.default_rng(0).normal(0, 4, (CANVAS, 600)).astype(np.float32)
+    for given in (None, previous):
+        assert_close_f32(got.logits(prompt, canvas, given), want.logits(prompt, canvas, given), "logits")
+    (folder / "denoise.onnx").rename(folder / "away")
+    try:
+        with pytest.raises(DgemmaError, match=r"denoise\.onnx: no such file"):
+            dgemma.load(folder, backend="onnx")
+    finally:
+        (folder / "away").rename(folder / "denoise.onnx")
+
+
+def test_default_bodies_write_the_same_graph() -> None:
+    """The primitives alone carry the model: the fused ops' default bodies, written out and run."""
+    from onnx_primitives import plain_step
+
+    got, want = plain_step()
+    for name in want:
+        assert_close_f32(got[name], want[name], name)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(device="gpu"), "device 'gpu' is not one that onnx has"),
+        (dict(device="cuda"), "no CUDA provider"),
+        (dict(dtype="bfloat16"), "computes in float32 or float16, not in bfloat16"),
+    ],
+)
+def test_what_the_backend_cannot_do(options: dict[str, str], match: str) -> None:
+    with pytest.raises(DgemmaError, match=match):
+        dgemma.load("nano", backend="onnx", **options)
