@@ -4,10 +4,14 @@ BOARD ?= .3.1 .2.. .... ...4
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 
-.PHONY: solve test check format clean
+.PHONY: solve web test check format clean
 
 solve: $(VENV)/.installed  ## set up, and solve a board: make solve BOARD=".3.1 .2.. .... ...4"
 	@$(BIN)/python examples/sudoku/solve.py "$(BOARD)"
+
+web: $(VENV)/.installed  ## build the page that runs nano in a browser: examples/web/dist
+	PIP_CONSTRAINT=constraints.txt $(PIP) install -e ".[onnx]"
+	@$(BIN)/python examples/web/build.py
 
 test: check  ## set up, and run every test
 	$(BIN)/python -m pytest
