@@ -158,7 +158,7 @@ def main(
                 }
                 for name in recipes
             ]  # fmt: skip
-    common = {"benchmark": "quant_step", "dtype": dtype, "threads": threads}
+    common = {"benchmark": "quant_step_memory" if memory else "quant_step", "dtype": dtype, "threads": threads}
     shape = {"parameters": parameters, "canvas": CANVAS, "prompt": PROMPT}
     click.echo(json.dumps([rows.append("quant_step", shape | common | row, "torch") for row in taken]))
 
