@@ -36,9 +36,12 @@ def circumstances() -> dict[str, Any]:
 def commit() -> str:
     """Return the commit of this tree, with a + if tracked files differ from it; rows written so far do not count."""
     git = ["git", "-C", str(HERE)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     state = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]
-    changed = subprocess.run(state, capture_output=True, text=True).stdout.strip()
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        changed = subprocess.run(state, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # a bare machine that was lent, with a copy of the tree
+        return "unknown"
     return f"{head or 'unknown'}{'+' if changed else ''}"
 
 

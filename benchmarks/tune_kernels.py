@@ -83,7 +83,7 @@ class Bench:
                 self.times.append((timed() if timed else median_us(run), cut))
             else:
                 print(f"  {self.name}: WRONG by {error:.3g}: {cut}")
-        except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError, RuntimeError) as failed:
+        except (triton.errors.TritonError, RuntimeError) as failed:  # the compiler's, the assembler's, or the card's
             print(f"  {self.name}: {type(failed).__name__}: {cut}")
 
     def table(self, most: int = 6) -> None:

@@ -45,7 +45,7 @@ def bench(
     """Measure how fast this machine denoises, with random weights of a real model's shapes.
 
     Every canvas takes exactly --steps passes and one that reads it; tokens per second are its 256 tokens over that
-    time. The prompt comes before and does not count.
+    time. The prompt comes before and does not count. What is not quantized is bfloat16, unless --dtype says otherwise.
 
     \b
     dgemma bench --random 26b --recipe 4bit --steps 16
@@ -57,6 +57,8 @@ def bench(
 
     plan = Plan(recipe=recipe, **options)
     chosen = choose(backend)
+    if chosen == "onnx":
+        raise click.UsageError("--backend onnx runs graphs written out of a checkpoint, and here there is none")
     ops = make(chosen, device=device, dtype="bfloat16" if dtype == "auto" else dtype)  # type: ignore[arg-type]
     if check and not ops.lookahead:
         raise click.UsageError("--check compares captured passes, and this backend and device capture none")
@@ -121,16 +123,29 @@ def _on_torch(ops: Ops) -> bool:
 
 
 def _model(ops: Ops, config: Any, plan: Plan) -> Model:
-    from ..core.bench import random_model
+    """Make the weights.
 
+    Raises:
+        DgemmaError: there is no room for them.
+    """
+    from ..core.bench import random_model
+    from ..core.convert import recipes
+    from ..core.errors import DgemmaError
+    from ..core.inspect import inspect_config
+    from . import machine
+
+    held = inspect_config(config, recipes.find(plan.recipe)).held(ops.name, ops.dtype)
     if _on_torch(ops) and ops.device.type == "cuda":
         from ..backends.cuda.bench import maker
-        from ..core.convert import recipes
-        from ..core.inspect import inspect_config
 
-        held = inspect_config(config, recipes.find(plan.recipe)).held("torch", ops.dtype)  # type: ignore[arg-type]
         ops.admit(config, lambda: int(held))
         return random_model(ops, config, plan.recipe, maker(ops.device))
+    free = machine.system()["free_memory_bytes"]
+    if held > free:
+        raise DgemmaError(
+            f"{plan.shape} in {plan.recipe} takes {held / 1e9:.2f} GB of weights, and {free / 1e9:.2f} GB of memory "
+            "are free; take a smaller recipe, or --random 110m"
+        )
     return random_model(ops, config, plan.recipe)
 
 
@@ -193,10 +208,10 @@ def _show(out: Console, row: dict[str, Any]) -> None:
         ("denoising pass, commit", f"{row['denoise_ms']:.2f} ms, {row['commit_ms']:.2f} ms"),
         (f"prompt of {row['context']:,} read", f"{row['prefill_ms']:.1f} ms"),
         ("first draft after", f"{row['first_draft_ms']:.1f} ms"),
-        ("a pass reads", f"{row['forward_gb']:.2f} GB, {row['gb_per_second']:,.0f} GB/s"),
-        ("of a copy's bandwidth", "not measured" if share is None else f"{100 * share:.0f} %"),
-        ("weights", f"{row['weights_gb']:.2f} GB"),
-        ("peak memory", "the process's" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB"),
+        ("a pass reads", f"{row['forward_gb']:.3g} GB, {row['gb_per_second']:,.4g} GB/s"),
+        ("of a copy's bandwidth", "not measured" if share is None else f"{100 * share:.3g} %"),
+        ("weights", f"{row['weights_gb']:.3g} GB"),
+        ("peak memory", "not counted" if row["peak_gb"] is None else f"{row['peak_gb']:.2f} GB"),
         ("batch, passes captured", f"{row['batch']}, {'yes' if row['captured'] else 'no'}"),
     ]
     for name, value in lines:

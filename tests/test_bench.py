@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from dgemma.backends.cuda.inference import InferenceOps
 from dgemma.backends.cuda.packed import QuantizedTensor
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.cli import bench as command
-from dgemma.cli import main
+from dgemma.cli import machine, main
 from dgemma.core import bench, weights
 from dgemma.core.config import ModelConfig, read_json
 from dgemma.core.convert import recipes
@@ -158,12 +159,20 @@ def test_captured_drafts_are_compared_with_plain_ones(monkeypatch: pytest.Monkey
         (["--context", "99999999"], "exceed the model's"),
         (["--device", "cuda"], "not usable"),
         (["--check"], "capture none"),
+        (["--backend", "onnx"], "out of a checkpoint"),
     ],
 )
 def test_what_cannot_be_is_one_line(arguments: list[str], message: str) -> None:
     result = run(*SHORT, *arguments)
     assert result.exit_code != 0 and message in result.stderr
     assert result.stderr.startswith("dgemma: error: ") and result.stderr.count("\n") == 1, result.stderr
+
+
+def test_weights_that_no_memory_holds_are_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "system", lambda: {"free_memory_bytes": 8 * 10**9})
+    result = run("--random", "26b", "--recipe", "4bit", "--backend", "torch", "--device", "cpu")
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1
+    assert re.search(r"26b in 4bit takes 15\.\d\d GB of weights, and 8\.00 GB of memory are free", result.stderr)
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -129,6 +129,13 @@ def test_what_was_fetched_stays_when_the_buffers_are_overwritten() -> None:
     assert read()[0].tolist() == [0, 1, 2]
 
 
+def test_no_buffer_is_kept_from_call_to_call() -> None:
+    """A captured pass writes where it was captured for good, so nobody may replace a buffer by a larger one."""
+    scratch = device_ops()._scratch
+    first, second = (scratch.take("block", (4,), torch.float32, CPU) for _ in range(2))
+    assert first.data_ptr() != second.data_ptr()
+
+
 # ---- Graphs -----------------------------------------------------------------------------------------------------
 
 

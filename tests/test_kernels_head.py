@@ -220,3 +220,13 @@ def test_head_compiles_without_spills(bits: int, arch: str) -> None:
     results = built(lambda: vocab_head(x, table, 30.0, meta(1, 1, dtype=torch.float32), wide, arch=arch), arch, only)
     if arch == "sm_90":
         assert all("wgmma" in results[name].ptx for name in ("_score", "_mean"))
+
+
+def test_a_table_with_one_group_to_a_row_compiles() -> None:
+    """What small models have: Triton 3.6 lays out no operand for a program that is wider than such a row."""
+    table = QuantizedTensor(
+        words=meta(272, 8, dtype=torch.int32), scales=meta(272, 1), biases=None, global_scale=None,
+        format=Format(bits=8, group_size=32, symmetric=True),
+    )  # fmt: skip
+    heat, u = meta(1, 1, dtype=torch.float32), meta(1, 8, dtype=torch.float32)
+    assert built(lambda: vocab_head(meta(1, 8, 32), table, 30.0, heat, u), "sm_90", ("_score", "_mean"))

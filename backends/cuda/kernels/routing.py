@@ -165,6 +165,7 @@ def choose_kernel(
     mass = tl.zeros((ROWS, SLOTS), tl.float32)
     for j in tl.static_range(K):
         best, at = tl.max(score, 1, return_indices=True, return_indices_tie_break_left=True)
+        at = tl.minimum(at, EXPERTS - 1)  # of a row of NaN any index may come, and an expert it has to be
         here = slot[None, :] == j
         chosen = tl.where(here, at[:, None], chosen)
         mass = tl.where(here, tl.exp(best - top)[:, None], mass)

@@ -1,0 +1,131 @@
+"""Time one denoising pass of the 26B's shapes with what is written and off (docs/cuda.md), in one process.
+
+    python benchmarks/pass_options.py                                      # on the first card: a minute
+    python benchmarks/pass_options.py --device cpu --shape nano-like       # on the CPU, where options change nothing
+
+Each option's passes are captured, and their drafts compared with those of the passes as shipped. Then all are replayed
+in turn, so that whatever else the machine does slows all of them; figures are medians and medians of ratios. Rows are
+appended to results/gpu.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import copy
+from unittest import mock
+
+import click
+import numpy as np
+import rows
+import torch
+
+from dgemma.backends.cuda.bench import describe, maker
+from dgemma.backends.cuda.card import CardOps
+from dgemma.backends.cuda.graph import CudaCapture, rerun
+from dgemma.backends.cuda.kernels import configs
+from dgemma.core import bench
+from dgemma.core.model import Cache, Model
+
+OPTIONS = {"shipped": (), "beside": ("beside",), "early": ("early",), "early, beside": ("early", "beside")}
+
+
+@contextmanager
+def switched(early: bool) -> Iterator[None]:
+    """Within, what is captured launches early or not; `configs.card` remembers, and is made to forget."""
+    with mock.patch.object(configs, "EARLY", early):
+        configs.card.cache_clear()
+        try:
+            yield
+        finally:
+            configs.card.cache_clear()
+
+
+def variant(ops: CardOps, options: tuple[str, ...]) -> CardOps:
+    """Return the same ops over the same weights with an option on."""
+    twin = copy(ops)
+    if "beside" in options and ops.device.type == "cuda":
+        from dgemma.backends.cuda.ops import CudaOps
+
+        assert isinstance(twin, CudaOps)
+        twin._side = torch.cuda.Stream(ops.device)
+    return twin
+
+
+def timed(device: torch.device, run: Callable[[], None]) -> float:
+    """Return the seconds of a run."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def captured(ops: CardOps, model: Model, plan: bench.Plan) -> tuple[Callable[[], None], list[np.ndarray]]:
+    """Capture a pass; return what replays `plan.steps` of them, and the drafts of one canvas."""
+    passes = bench.Loop(ops, model, plan)
+    drafts: list[np.ndarray] = []
+    cache = passes.canvas(passes.prompt(room=3 * model.config.canvas_length), 0, drafts.append)
+    inside = Cache(cache.layers, ops.extent(int(cache.length)))
+    state = passes.state(1)
+
+    def run() -> None:
+        nonlocal state
+        for i in range(plan.steps):
+            state = passes.step(inside, state, i, 1)
+
+    return run, drafts
+
+
+@click.command(help=__doc__)
+@click.option("--device", default="cuda", show_default=True)
+@click.option("--shape", type=click.Choice(list(bench.SIZES)), default="26b", show_default=True)
+@click.option("--recipe", default="4bit", show_default=True)
+@click.option("--context", default=1024, show_default=True)
+@click.option("--repeats", default=7, show_default=True)
+def main(device: str, shape: bench.Shape, recipe: str, context: int, repeats: int) -> None:
+    where = torch.device(device)
+    if where.type == "cuda":
+        from dgemma.backends.cuda.ops import CudaOps
+
+        ops: CardOps = CudaOps("bfloat16", device, capture=CudaCapture(where))
+    else:
+        ops = CardOps("bfloat16", device, capture=rerun)
+    model = bench.random_model(ops, bench.config_of(shape), recipe, maker(where))
+    plan = bench.Plan(shape=shape, recipe=recipe, context=context, steps=8)
+    ready: dict[str, Callable[[], None]] = {}
+    same: dict[str, bool] = {}
+    want: list[np.ndarray] = []
+    for name, options in OPTIONS.items():
+        try:
+            with switched("early" in options):
+                ready[name], drafts = captured(variant(ops, options), model, plan)
+        except RuntimeError as error:  # an option that this card or this Triton does not take
+            click.echo(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", err=True)
+            continue
+        want = want or drafts
+        same[name] = all((a == b).all() for a, b in zip(drafts, want, strict=True))
+    times: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(repeats):
+        for name, run in ready.items():
+            times[name].append(timed(where, run) / plan.steps)
+    for name, found in times.items():
+        ratios = [one / base for one, base in zip(found, times["shipped"], strict=True)]
+        row = {
+            "benchmark": "pass_options", "option": name, "shape": shape, "recipe": recipe, "context": context,
+            "denoise_ms": round(1e3 * statistics.median(found), 3), "of_shipped": round(statistics.median(ratios), 4),
+            "same_tokens": same[name],
+        }  # fmt: skip
+        click.echo(json.dumps(rows.append("gpu", row | describe(where)) if where.type == "cuda" else row))
+
+
+if __name__ == "__main__":
+    main()
