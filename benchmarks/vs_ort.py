@@ -2,7 +2,7 @@
 
     python benchmarks/vs_ort.py                       # 110 M parameters, float32 and 4bit, 2 threads
     python benchmarks/vs_ort.py --context 4096        # behind a longer prompt
-    python benchmarks/vs_ort.py --memory              # peak memory of a running model against its file, prepacked or not
+    python benchmarks/vs_ort.py --memory --layers 48  # peak memory of a running model against its file
 
 The model is random, float32 in its file; `dgemma convert` writes the recipe's folder, and both backends read the
 folders as users' are read. A pass is the whole of it: layers, head, acceptance, and what comes back to the host.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,22 +26,31 @@ from typing import Any
 
 import click
 import numpy as np
-from quant_step import CANVAS, HERE, commit, settings
+import rows
+from quant_step import CANVAS, settings
 
 from dgemma.core import safetensors, weights
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.convert import convert
 
-RESULTS = HERE / "results" / "vs_ort.jsonl"
 
-
-def write(folder: Path, experts: int = 32) -> int:
-    """Write the random float32 checkpoint; returns its parameters."""
+def write(folder: Path, layers: int = 6) -> int:
+    """Write the random float32 checkpoint, by default that of vs_transformers.py; returns its parameters."""
     folder.mkdir()
-    data = settings(experts) | {"dtype": "float32"}
-    data["text_config"]["max_position_embeddings"] = 65_536
+    data = settings(32) | {"dtype": "float32"}
+    text = data["text_config"]
+    text |= {
+        "max_position_embeddings": 65_536, "num_hidden_layers": layers,
+        "layer_types": text["layer_types"] * (layers // 6),
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(data))
-    tensors = weights.random_weights(ModelConfig.from_hf(data))
+    noise = 0.02 * np.random.default_rng(0).standard_normal(1 << 22, np.float32)
+    tensors = {}
+    for i, (name, shape) in enumerate(weights.shapes(ModelConfig.from_hf(data)).items()):
+        size = int(np.prod(shape))
+        # One block of noise, again and again from another place: fast, and no two tensors are alike.
+        flat = np.ones(size, np.float32) if len(shape) == 1 else np.resize(np.roll(noise, 997 * i), size)
+        tensors[name] = flat.reshape(shape)
     safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
     return sum(one.size for one in tensors.values())
 
@@ -133,35 +141,27 @@ def memory(name: str, folder: Path, how: str) -> dict[str, Any]:
 @click.option("--context", default=128, show_default=True, help="Tokens in the cache.")
 @click.option("--repeats", default=15, show_default=True)
 @click.option("--memory", "of_memory", is_flag=True, help="Peak memory of a running model instead.")
-@click.option("--experts", default=32, show_default=True, help="32 make 108.5 M parameters.")
+@click.option("--layers", default=6, show_default=True, help="6 make 108.5 M parameters; a multiple of 6.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary folder.")
 def main(
-    recipes: tuple[str, ...], context: int, repeats: int, of_memory: bool, experts: int, folder: Path | None
+    recipes: tuple[str, ...], context: int, repeats: int, of_memory: bool, layers: int, folder: Path | None
 ) -> None:
-    import onnxruntime
     import torch
 
-    torch.set_num_threads(os.cpu_count() or 1)  # as many as ONNX Runtime takes
+    threads = os.cpu_count() or 1  # as many as ONNX Runtime takes
+    torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dgemma-ort-", dir=folder) as work:
         folders = {"float32": Path(work) / "float32"}
-        parameters = write(folders["float32"], experts)
+        parameters = write(folders["float32"], layers)
         for recipe in recipes:
             folders[recipe] = Path(work) / recipe
             convert(folders["float32"], folders[recipe], recipe)
         if of_memory:
-            rows = [memory(name, one, how) for name, one in folders.items() for how in ("mapped", "prepacked")]
+            taken = [memory(name, one, how) for name, one in folders.items() for how in ("mapped", "prepacked")]
         else:
-            rows = compare(folders, context, repeats)
-    with RESULTS.open("a") as file:
-        for row in rows:
-            row |= {
-                "dtype": "float32", "parameters": parameters, "canvas": CANVAS, "threads": os.cpu_count(),
-                "onnxruntime": onnxruntime.__version__, "torch": torch.__version__, "commit": commit(),
-                "date": time.strftime("%Y-%m-%d"),
-                "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
-            }  # fmt: skip
-            file.write(json.dumps(row) + "\n")
-    click.echo(json.dumps(rows))
+            taken = compare(folders, context, repeats)
+    common = {"dtype": "float32", "layers": layers, "parameters": parameters, "canvas": CANVAS, "threads": threads}
+    click.echo(json.dumps([rows.append("vs_ort", row | common, "onnxruntime", "torch") for row in taken]))
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def _fit(
     from .fit import describe, judge
 
     described = describe(model)
-    width = described.auto_dtype if dtype == "auto" else cast("DType", dtype)
+    width = described.auto_dtype(backend) if dtype == "auto" else cast("DType", dtype)
     free = gpu["free"] if gpu else free_memory
     result = judge(described, dtype=width, gpu=gpu is not None, backend=backend, free=free, context=context)
     return {"name": model} | result

@@ -16,7 +16,7 @@ from ..core.inspect import WIDTH, Inspection, cache_size, inspect_config, inspec
 from ..core.ops import DType, Ops
 from ..core.runtime import auto_dtype
 
-RUNTIME_BYTES = {"torch": 500 << 20, "mlx": 200 << 20, "numpy": 100 << 20}
+RUNTIME_BYTES = {"torch": 500 << 20, "mlx": 200 << 20, "onnx": 120 << 20, "numpy": 100 << 20}
 """Python, the framework's libraries and their threads, measured after import; only where memory is the CPU's own."""
 
 
@@ -37,15 +37,15 @@ class Described:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in weights.shapes(self.config).values())
 
-    @property
-    def auto_dtype(self) -> DType:
-        return auto_dtype(self.config, self.stored)
+    def auto_dtype(self, backend: str) -> DType:
+        return auto_dtype(self.config, self.stored, backend)
 
     def held(self, backend: str, dtype: DType) -> int:
         """Bytes of weights in a backend's memory."""
         if self.quantized is not None:
             return int(self.quantized.held(backend, dtype))
-        return self.parameters * WIDTH[dtype]
+        copies = 2 if backend == "onnx" and dtype != self.stored else 1  # see Inspection.held
+        return copies * self.parameters * WIDTH[dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +118,9 @@ def need(described: Described, *, dtype: DType, gpu: bool, backend: str) -> Need
     """Count the bytes."""
     config, width = described.config, WIDTH[dtype]
     length, chunk = config.canvas_length, max(Ops.prefill_chunk, config.canvas_length)
-    # One [L, V] buffer of logits. On the CPU it is worked through in blocks, on a GPU with float32 copies.
-    head = length * config.vocab_size * (width + (12 if gpu else 0))
+    # One [L, V] buffer of logits. On the CPU it is worked through in blocks, on a GPU and by ONNX Runtime with float32
+    # copies.
+    head = length * config.vocab_size * (width + (12 if gpu or backend == "onnx" else 0))
     widest = max(layer.heads * layer.head_dim for layer in config.layers)
     expert = config.experts_per_token * (3 * config.expert_size + 2 * config.hidden_size)
     layer = chunk * 4 * (expert + 3 * config.intermediate_size + 8 * config.hidden_size + 4 * widest)
@@ -149,7 +150,7 @@ def judge(described: Described, *, dtype: DType, gpu: bool, backend: str, free: 
         if largest > config.canvas_length:
             remedies.append({"what": "a shorter context", "tokens": int(largest)})
         narrow = need(described, dtype="bfloat16", gpu=gpu, backend=backend).total(context)
-        if WIDTH[dtype] > 2 and narrow <= free:
+        if WIDTH[dtype] > 2 and narrow <= free and backend != "onnx":
             remedies.append({"what": "--dtype bfloat16", "bytes": narrow})
         four_bit = inspect_config(config, recipes.find("4bit")).held(backend, dtype)
         converted = int(total - needed.weights + four_bit)

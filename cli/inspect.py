@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from .convert import amount
 if TYPE_CHECKING:
     from ..core.inspect import Inspection
 
-BACKENDS = ("torch", "mlx", "numpy")
+BACKENDS = ("torch", "mlx", "onnx", "numpy")
 
 
 @click.command(short_help="Show what a checkpoint holds and needs.")
@@ -92,8 +93,15 @@ def needed(found: Inspection, context: int) -> dict[str, int]:
 
     described = Described(where=Path(), config=found.config, stored=found.stored, file_bytes=None, quantized=found)
     return {
-        name: need(described, dtype=described.auto_dtype, gpu=False, backend=name).total(context) for name in BACKENDS
+        name: need(described, dtype=described.auto_dtype(name), gpu=False, backend=name).total(context)
+        for name in BACKENDS
     }
+
+
+def not_on_onnx(found: Inspection) -> list[str]:
+    """The formats that ONNX Runtime refuses; see `export.weights.check`."""
+    formats = dict.fromkeys(one for part in found.parts for one in part.formats)
+    return [one for one in formats if re.match("mxfp|nvfp|(affine|symmetric)[^48]", one)]
 
 
 def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str, object]:
@@ -108,7 +116,10 @@ def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str
         "bits_per_weight": found.bits_per_weight,
         "parts": [asdict(part) | {"bits_per_weight": part.bits_per_weight} for part in found.parts],
         "dtype": dtype, "cache_bytes_fixed": cache.fixed, "cache_bytes_per_1000_tokens": 1000 * cache.per_token,
-        "weights_bytes": {name: round(found.held(name, dtype)) for name in BACKENDS}, "needed_bytes": need,
+        "weights_bytes": {
+            name: round(found.held(name, auto_dtype(found.config, found.stored, name))) for name in BACKENDS
+        },
+        "needed_bytes": need,
         "context": context, "memory_bytes": memory["total"], "free_bytes": memory["free"],
         "fits": {name: size <= memory["free"] for name, size in need.items()},
     }  # fmt: skip
@@ -135,7 +146,6 @@ def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[st
     if found.layout in ("modelopt", "compressed-tensors"):
         lines.append("  this layout does not run as it is; `dgemma convert` makes a folder that does")
     dtype, need = auto_dtype(found.config, found.stored), needed(found, context)
-    cache = cache_size(found.config, dtype)
     lines += [
         "",
         f"  to compute in {dtype}, with {context:,} tokens of context, on the CPU; {amount(memory['free'])} of "
@@ -143,9 +153,13 @@ def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[st
         f"    {'':<6} {'weights':>10} {'cache':>10} {'in all':>10}",
     ]
     for name, size in need.items():
-        held, kept = found.held(name, dtype), cache.fixed + cache.per_token * context
-        how = ", weights unpacked" if found.quantized and name == "numpy" else ""
+        own = auto_dtype(found.config, found.stored, name)
+        held, cache = found.held(name, own), cache_size(found.config, own)
+        kept = cache.fixed + cache.per_token * context
+        how = ", weights unpacked" if found.quantized and name == "numpy" else f", in {own}" if own != dtype else ""
         fits = "fits" if size <= memory["free"] else "does not fit"
+        if name == "onnx" and not_on_onnx(found):
+            fits, how = f"has no exact operators for {', '.join(not_on_onnx(found))}", ""
         lines.append(f"    {name:<6} {amount(held):>10} {amount(kept):>10} {amount(size):>10}  {fits}{how}")
     lines.append("  (`dgemma doctor` looks at GPUs, and takes --dtype)")
     return lines

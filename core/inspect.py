@@ -93,10 +93,13 @@ class Inspection:
     def held(self, backend: str, dtype: DType) -> float:
         """Return the bytes of weights that a backend holds when it computes in a dtype.
 
-        Quantized weights stay packed, as they are stored; NumPy, the oracle, unpacks them.
+        Quantized weights stay packed, as they are stored; NumPy, the oracle, unpacks them. ONNX Runtime's sessions, one
+        for each kind of pass, share what they map from a file; of weights in another width each makes a copy.
         """
         if backend == "numpy":
             return self.parameters * WIDTH[dtype]
+        if backend == "onnx" and not self.quantized and dtype != self.stored:
+            return 2 * self.parameters * WIDTH[dtype]
         return self.floats * WIDTH[dtype] + self.packed + (self.derived if backend == "mlx" else 0)
 
 

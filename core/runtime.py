@@ -30,10 +30,14 @@ FLOAT32_LIMIT = 2 << 30
 """Bytes of weights in float32; see `auto_dtype`."""
 
 
-def auto_dtype(config: ModelConfig, stored: DType) -> DType:
-    """Return what `dtype="auto"` computes in: float32 for a small model, the width it is stored in for a larger one."""
+def auto_dtype(config: ModelConfig, stored: DType, backend: str = "") -> DType:
+    """Return what `dtype="auto"` computes in: float32 for a small model, the width it is stored in for a larger one.
+
+    ONNX Runtime multiplies bfloat16 nowhere but on CUDA: there it is float32 again.
+    """
     size = 4 * sum(math.prod(shape) for shape in weights.shapes(config).values())
-    return "float32" if size <= FLOAT32_LIMIT else stored
+    dtype = "float32" if size <= FLOAT32_LIMIT else stored
+    return "float32" if backend == "onnx" and dtype == "bfloat16" else dtype
 
 
 def load(
@@ -66,9 +70,7 @@ def load(
     checkpoint = Checkpoint.open(resolve(str(name)))
     checkpoint.check()
     if dtype == "auto":
-        dtype = auto_dtype(checkpoint.config, checkpoint.stored_dtype)
-        if chosen == "onnx" and dtype == "bfloat16":  # which ONNX Runtime multiplies nowhere but on CUDA
-            dtype = "float32"
+        dtype = auto_dtype(checkpoint.config, checkpoint.stored_dtype, chosen)
     ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
     total = checkpoint.nbytes
     done = 0

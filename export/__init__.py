@@ -24,7 +24,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Callable(ModuleType):
-    """The package as Python binds it to `dgemma.export` when any of its files is imported: the function all the same."""
+    """The package, which importing any of its files binds to `dgemma.export`: the function all the same."""
 
     def __call__(self, *args: Any, **options: Any) -> Report:
         from .exporter import export

@@ -21,14 +21,12 @@ import onnx_ir as ir
 from ..core.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value, function
-from .packed import EXACT, group_sums
+from .packed import EXACT, group_sums, scaled
 from .weights import Packed
 
 if TYPE_CHECKING:
     from ..core.model import Experts, Router
     from .ops import OnnxOps
-
-_END = np.iinfo(np.int64).max
 
 
 def geglu_moe(ops: OnnxOps, h: Array, r: Array, router: Router, experts: Experts) -> Array:
@@ -90,18 +88,7 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
         both = b.op("FusedMatMul", laid, *first, domain=MICROSOFT, transB=1)  # [E, room, 2F]
         out = b.op("FusedMatMul", _bent(b, both), *second, domain=MICROSOFT, transB=1)  # [E, room, D]
     else:
-        loop = Builder(outer=b)
-        turn = loop.input("expert", ir.DataType.INT64, ())
-        going = loop.input("going", ir.DataType.BOOL, ())
-        rows = loop.op("Gather", laid, turn)  # [room, D]
-        both = _product(loop, ops, rows, turn, first, matrices[0])
-        one = _product(loop, ops, _bent(loop, both), turn, second, matrices[1])
-        on = loop.op("Identity", going)
-        on.type, one.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ops.float_type)
-        out = b.op(
-            "Loop", b.constant(count, np.int64), b.constant(True, np.bool_),
-            body=loop.graph([on, one], name="one_expert", opset=None),
-        )  # fmt: skip
+        out = _looped(b, ops, laid, (first, second), matrices)
     back = b.op("Gather", b.op("Reshape", out, b.op("Concat", b.ints(-1), width, axis=0)), place)
     back = b.op("Reshape", back, b.op("Concat", b.op("Shape", index), width, axis=0))  # [N, k, D]
     mixed = b.op("MatMul", b.op("Unsqueeze", weights, b.ints(1)), back)  # [N, 1, D]
@@ -129,42 +116,56 @@ def _bent(b: Builder, both: Value) -> Value:
     return b.op("Mul", b.op("Gelu", gate, approximate="tanh"), up)
 
 
-def _product(b: Builder, ops: OnnxOps, x: Value, turn: Value, stored: list[Value], matrix: _Matrix) -> Value:
-    """Multiply by one expert's matrix: x [room, K] → [room, R]."""
-    (_, out, width), kind = matrix.shape, matrix.format
-    if kind is None:
-        return b.op("Gemm", x, b.op("Gather", stored[0], turn), transB=1)
-    words, scales, *biases = (b.op("Gather", one, turn) for one in stored)  # [R, K·bits/8], [R, K/g]
-    scales = b.op("Cast", scales, to=int(ops.float_type))
-    size, groups = kind.group_size, width // kind.group_size
-    if not ops.cpu:
-        made = b.op(
-            "MatMulNBits", x, b.op("Reshape", words, b.ints(out, groups, size * kind.bits // 8)),
-            b.op("Reshape", scales, b.ints(-1)), domain=MICROSOFT, K=width, N=out, bits=kind.bits, block_size=size,
-            accuracy_level=EXACT,
-        )  # fmt: skip
-    elif kind.bits == 8:
-        made = b.op("Gemm", x, _values(b, words, scales, out, size), transB=1)
-    else:
-        # Codes of 4 bits are unpacked slowly. Taken as codes of 8, the low half of each byte with zero point 8 and the
-        # high half, 16 times too large, with the 128 that goes without saying, they are not unpacked at all; even
-        # columns of x meet the one, odd columns the other.
-        low, high = (b.op("BitwiseAnd", words, b.constant(mask, np.uint8)) for mask in (0x0F, 0xF0))
-        even, odd = (b.op("Slice", x, b.ints(at), b.ints(_END), b.ints(1), b.ints(2)) for at in (0, 1))
-        eight = b.constant(np.full((out, groups), 8), np.uint8)
-        made = b.op("Gemm", even, _values(b, low, scales, out, size // 2, eight), transB=1)
-        made = b.op("Gemm", odd, _values(b, high, scales, out, size // 2), made, transB=1, alpha=1 / 16)
-    if biases:
-        rest = b.op("Cast", biases[0], to=int(ops.float_type))
-        zero = b.constant(float(1 << (kind.bits - 1)), ops.numpy_type)
-        rest = b.op("Add", rest, b.op("Mul", scales, zero))
-        made = b.op("Gemm", group_sums(b, x, width, size), rest, made, transB=1)
-    return made
-
-
-def _values(b: Builder, codes: Value, scales: Value, rows: int, size: int, zeros: Value | None = None) -> Value:
-    """Dequantize bytes [R, K] in groups of `size`."""
+def _looped(
+    b: Builder, ops: OnnxOps, laid: Value, stored: tuple[list[Value], list[Value]], matrices: list[_Matrix]
+) -> Value:
+    """Both products, one expert after another: laid [E, room, D] → [E, room, D]."""
+    loop = Builder(outer=b)
+    turn = loop.input("expert", ir.DataType.INT64, ())
+    going = loop.input("going", ir.DataType.BOOL, ())
+    both = _product(b, loop, ops, loop.op("Gather", laid, turn), turn, stored[0], matrices[0])
+    one = _product(b, loop, ops, _bent(loop, both), turn, stored[1], matrices[1])
+    on = loop.op("Identity", going)
+    on.type, one.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ops.float_type)
     return b.op(
-        "GatherBlockQuantized", codes, b.constant(np.arange(rows), np.int64), scales, zeros, domain=MICROSOFT, bits=8,
-        block_size=size, gather_axis=0, quantize_axis=1,
+        "Loop", b.constant(matrices[0].shape[0], np.int64), b.constant(True, np.bool_),
+        body=loop.graph([on, one], name="one_expert", opset=None),
     )  # fmt: skip
+
+
+def _product(
+    b: Builder, loop: Builder, ops: OnnxOps, x: Value, turn: Value, stored: list[Value], matrix: _Matrix
+) -> Value:
+    """Multiply by one expert's matrix: x [room, K] → [room, R]. Scales are cast before the loop."""
+    (_, out, width), kind = matrix.shape, matrix.format
+    words, *floats = stored
+    if kind is None:
+        return loop.op("FusedMatMul", x, loop.op("Gather", words, turn), domain=MICROSOFT, transB=1)
+    size, groups = kind.group_size, width // kind.group_size
+    wide, *rest = (b.op("Cast", one, to=int(ops.float_type)) for one in floats)  # [E, R, K/g]
+    scales = loop.op("Gather", wide, turn)
+    if not ops.cpu:
+        codes = loop.op("Reshape", loop.op("Gather", words, turn), b.ints(out, groups, size * kind.bits // 8))
+        made = loop.op(
+            "MatMulNBits", x, codes, loop.op("Reshape", scales, b.ints(-1)), domain=MICROSOFT, K=width, N=out,
+            bits=kind.bits, block_size=size, accuracy_level=EXACT,
+        )  # fmt: skip
+    else:
+        if kind.bits == 8:
+            codes = loop.op("Reshape", loop.op("Gather", words, turn), b.ints(-1, size))
+            values = scaled(loop, codes, loop.op("Reshape", scales, b.ints(-1)))
+        else:
+            # Row by row, which is what the operator spreads over threads.
+            ids = loop.op("Add", loop.op("Mul", turn, b.constant(out, np.int64)), b.constant(np.arange(out), np.int64))
+            values = loop.op(
+                "GatherBlockQuantized", b.op("Reshape", words, b.ints(-1, width * kind.bits // 8)), ids,
+                b.op("Reshape", wide, b.ints(-1, groups)), domain=MICROSOFT, bits=kind.bits, block_size=size,
+                gather_axis=0, quantize_axis=1,
+            )  # fmt: skip
+        values = loop.op("Reshape", values, b.ints(out, width))
+        made = loop.op("FusedMatMul", x, values, domain=MICROSOFT, transB=1)
+    if rest:
+        zero = b.constant(float(1 << (kind.bits - 1)), ops.numpy_type)
+        more = loop.op("Add", loop.op("Gather", rest[0], turn), loop.op("Mul", scales, zero))
+        made = loop.op("Gemm", group_sums(loop, x, width, size), more, made, transB=1)
+    return made

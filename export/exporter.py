@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,10 @@ def export(
     say = progress or (lambda line: None)
     if opset not in OPSETS:
         raise DgemmaError(f"opset is {quoted(opset, 20)}, expected one of {', '.join(map(str, OPSETS))}")
+    if find_spec("onnx_ir") is None:
+        raise DgemmaError("writing ONNX graphs needs onnx-ir: pip install 'dgemma[onnx]'")
+    if verify and find_spec("onnxruntime") is None:
+        raise DgemmaError("verifying ONNX graphs needs onnxruntime: pip install 'dgemma[onnx]'")
     say("reading headers")
     original = Checkpoint.open(resolve(source, revision=revision))
     original.check()
@@ -88,6 +93,8 @@ def export(
     inside = folder.exists() and folder.resolve() == original.path.resolve()
     if inside and standalone:
         raise DgemmaError("standalone makes a folder of its own; give another out than the source")
+    if folder.exists() and not folder.is_dir():
+        raise DgemmaError(f"{shown(folder)}: is a file, and graphs are put into a folder")
     where = folder / manifest.NAME
     if not force and (where.exists() or (not inside and folder.exists() and any(folder.iterdir()))):
         raise DgemmaError(f"{shown(folder)}: is not empty; give another folder, or force to write over it")
@@ -101,14 +108,15 @@ def export(
         made = _write(Checkpoint.open(folder), folder, say, opset, unified, fp16, logits, cpu)
     except OSError as error:
         raise DgemmaError(f"{shown(error.filename or folder)}: {error.strerror or error}") from None
+    from .probe import has_fused_experts, lacking, require
+
     errors: dict[str, float] = {}
     if verify:
         from .verify import verify as compare
 
         say("verifying")
+        require(made.values())
         errors = compare(folder, original.path)
-    from .probe import has_fused_experts, lacking
-
     files = Checkpoint.open(folder).files
     return Report(
         path=folder, graphs={name: _nodes(model) for name, model in made.items()},
@@ -156,10 +164,8 @@ def _write(
     checkpoint: Checkpoint, folder: Path, say: Callable[[str], None], opset: int, unified: bool, fp16: bool,
     logits: bool, cpu: bool,
 ) -> dict[str, Any]:  # fmt: skip
-    try:
-        import onnx_ir as ir
-    except ImportError:
-        raise DgemmaError("writing ONNX graphs needs onnx-ir: pip install 'dgemma[onnx]'") from None
+    import onnx_ir as ir
+
     from . import graphs
     from .weights import from_checkpoint
 

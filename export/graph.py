@@ -122,7 +122,7 @@ class Builder:
         return ir.Graph(self.inputs, outputs, nodes=nodes, initializers=values, opset_imports=imports, name=name)
 
     def _needed(self, outputs: Sequence[Value]) -> tuple[list[ir.Node], list[Value]]:
-        """What the outputs depend on: nodes and initializers. All outputs of a node stay: Attention's are not optional."""
+        """What outputs depend on: nodes and initializers. All outputs of a node stay: Attention's are not optional."""
         wanted, nodes = {*outputs}, []
         for node in reversed(self.nodes):
             if wanted.isdisjoint(node.outputs):

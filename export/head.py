@@ -39,15 +39,18 @@ class Table:
             self.parts = [table.rows(at, min(most, self.rows - at)) for at in range(0, self.rows, most)]
         self._values: dict[int, Value] = {}
 
-    def part(self, i: int) -> Value:
-        """The values of a part [v, D]. One that is the whole table is made once for both of its products."""
+    def part(self, i: int, after: Value) -> Value:
+        """The values of a part [v, D], made behind `after`: parts that are there one at a time take no more memory.
+
+        One that is the whole table is made once for both of its products.
+        """
         one = self.parts[i]
         if not isinstance(one, Packed):
             return one.value
         if len(self.parts) > 1:
-            return packed.whole(self._ops, one).value
+            return packed.whole(self._ops, one, after).value
         if i not in self._values:
-            self._values[i] = packed.whole(self._ops, one).value
+            self._values[i] = packed.whole(self._ops, one, after).value
         return self._values[i]
 
 
@@ -59,7 +62,8 @@ def scores(ops: OnnxOps, x: Array, table: Array | Packed, softcap: float, shared
         if isinstance(one, Packed) and not ops.cpu:
             made = b.op("Mul", packed.linear(ops, x, one).rows(), b.constant(1.0 / softcap, ops.numpy_type))
         else:
-            made = b.op("Gemm", x.rows(), shared.part(i), transB=1, alpha=1.0 / softcap)
+            before = parts[-1] if parts else x.rows()
+            made = b.op("Gemm", x.rows(), shared.part(i, before), transB=1, alpha=1.0 / softcap)
         parts.append(made)
     made = parts[0] if len(parts) == 1 else b.op("Concat", *parts, axis=1)
     if ops.dtype != "float32":
@@ -85,11 +89,11 @@ def vocab_head(
     near = b.op("Reshape", flat, b.ints(-1, blocks, DRAW_BLOCK))  # [rows, blocks, 512]
     peaks = b.op("ReduceMax", near, b.ints(2), keepdims=0)  # [rows, blocks]
     block = b.op("ArgMax", peaks, axis=1, keepdims=1)  # the first of equals, and so is the one inside it
-    argmax = b.op("ArgMax", b.op("GatherND", near, block, batch_dims=1), axis=1, keepdims=0)
-    argmax = b.op("Add", b.op("Mul", b.op("Reshape", block, b.ints(-1)), b.ints(DRAW_BLOCK)), argmax)
-
     top = b.op("ReduceMax", peaks, b.ints(1), keepdims=1)
+    # Nothing reads the scores behind this, so that it is written over them.
     shifted = b.op("Mul", b.op("Sub", near, b.op("Unsqueeze", top, b.ints(2))), sharpness)
+    argmax = b.op("ArgMax", b.op("GatherND", shifted, block, batch_dims=1), axis=1, keepdims=0)
+    argmax = b.op("Add", b.op("Mul", b.op("Reshape", block, b.ints(-1)), b.ints(DRAW_BLOCK)), argmax)
     mass = b.op("Exp", shifted)
     sums = b.op("ReduceSum", mass, b.ints(2), keepdims=0)  # [rows, blocks]
     ends = b.op("CumSum", sums, last)
@@ -119,7 +123,9 @@ def _mean(ops: OnnxOps, mass: Value, table: Table, padding: int) -> Value:
     cuts = [flat]
     if len(sizes) > 1:
         cuts = list(b.ops("Split", flat, b.ints(*sizes), outputs=len(sizes), axis=1))
-    products = [b.op("MatMul", cut, table.part(i)) for i, cut in enumerate(cuts)]
+    products: list[Value] = []
+    for i, cut in enumerate(cuts):
+        products.append(b.op("MatMul", cut, table.part(i, products[-1] if products else cut)))
     if ops.dtype != "float32":
         products = [b.op("Cast", one, to=int(ir.DataType.FLOAT)) for one in products]
     return products[0] if len(products) == 1 else b.op("Sum", *products)

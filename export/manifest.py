@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, Any
 
 from ..core.checkpoint import inside
 from ..core.config import GenerationConfig, ModelConfig
 from ..core.errors import DgemmaError, quoted, shown
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 NAME = "dgemma-onnx.json"
 VERSION = 1
@@ -54,15 +55,10 @@ def describe(
 
 
 def _signature(values: Any) -> dict[str, Any]:
-    kinds = {
-        ir.DataType.INT64: "int64",
-        ir.DataType.FLOAT: "float32",
-        ir.DataType.FLOAT16: "float16",
-        ir.DataType.BOOL: "bool",
-    }
+    kinds = {"INT64": "int64", "FLOAT": "float32", "FLOAT16": "float16", "BOOL": "bool"}
     return {
         one.name: {
-            "dtype": kinds[one.dtype],
+            "dtype": kinds[one.dtype.name],
             "shape": [size if isinstance(size, int) else str(size.value) for size in one.shape],
         }
         for one in values

@@ -31,6 +31,7 @@ class PrimitiveOps(Ops):
         self.wide = "float32"
         self._dims: dict[str, tuple[Value, int]] = {}
         self._sizes: dict[Size, Value] = {}
+        self._zeros: dict[Value, Value] = {}
 
     @property
     def float_type(self) -> ir.DataType:
@@ -40,17 +41,21 @@ class PrimitiveOps(Ops):
     def numpy_type(self) -> Any:
         return NUMPY[self.dtype]
 
-    def fresh_zero(self) -> Value:
-        """Return a zero, int64 [1], that no runtime knows before it runs.
+    def zero_behind(self, value: Value) -> Value:
+        """Return a zero, int64 [1], that no runtime knows before it has computed `value`.
 
-        What depends on it is not folded into the graph when that is loaded: a dequantized table would then take the
-        memory that quantization was to save.
+        What depends on it is neither folded into the graph when that is loaded nor computed ahead of its turn: the
+        dequantized matrices of all layers would then lie in memory at once, which quantization was to save.
         """
-        name = next(iter(self._dims))
-        key = Size.named(f"0·{name}")
-        if key not in self._sizes:
-            self._sizes[key] = self.builder.op("Mul", self.size(Size.named(name)), self.builder.ints(0))
-        return self._sizes[key]
+        if value not in self._zeros:
+            size = self.builder.op("Shape", value, start=0, end=1)
+            self._zeros[value] = self.builder.op("Mul", size, self.builder.ints(0))
+        return self._zeros[value]
+
+    def bytes_behind(self, value: Value, number: int, count: int) -> Value:
+        """Return uint8 [count] of one number, made when `value` is there; see `zero_behind`."""
+        size = self.builder.op("Add", self.builder.ints(count), self.zero_behind(value))
+        return self.builder.op("Expand", self.builder.constant(number, np.uint8), size)
 
     # ---- Graph inputs and sizes -------------------------------------------------------------------------------
 

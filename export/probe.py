@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
+from ..core.errors import DgemmaError
 from .graph import MICROSOFT, OWN
 
+CPU = "CPUExecutionProvider"
 
-def lacking(models: Iterable[ir.Model], provider: str = "CPUExecutionProvider") -> tuple[str, ...]:
+
+def lacking(models: Iterable[ir.Model], providers: Collection[str] = (CPU,)) -> tuple[str, ...]:
     """Return the operators of graphs that the installed onnxruntime has no kernel for; none where none is installed.
 
-    Control flow is the runtime's own, and what is called a function is written out in other operators.
+    What is called a function is written out in other operators.
     """
     try:
         from onnxruntime.capi import onnxruntime_pybind11_state as runtime  # pyright: ignore[reportAttributeAccessIssue]
@@ -22,7 +25,7 @@ def lacking(models: Iterable[ir.Model], provider: str = "CPUExecutionProvider") 
         return ()
     known: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for kernel in runtime.get_all_opkernel_def():
-        if kernel.provider == provider:
+        if kernel.provider in providers:
             known.setdefault((kernel.domain, kernel.op_name), []).append(kernel.version_range)
     missing = set()
     for model in models:
@@ -33,6 +36,20 @@ def lacking(models: Iterable[ir.Model], provider: str = "CPUExecutionProvider") 
                 if node.domain != OWN and node.op_type != "Constant" and not any(a <= version <= b for a, b in ranges):
                     missing.add(f"{node.domain or 'ai.onnx'}::{node.op_type}-{version}")
     return tuple(sorted(missing))
+
+
+def require(models: Iterable[ir.Model], providers: Collection[str] = (CPU,)) -> None:
+    """Refuse graphs that the installed onnxruntime cannot run.
+
+    Raises:
+        DgemmaError: the operators it lacks, and its version.
+    """
+    if missing := lacking(models, providers):
+        import onnxruntime
+
+        raise DgemmaError(
+            f"onnxruntime {onnxruntime.__version__} has no kernel for {', '.join(missing)}; install 1.24 or newer"
+        )
 
 
 def has_fused_experts() -> bool:

@@ -69,9 +69,10 @@ class Dense:
 
     where: Place
 
-    def pack(self, ops: PrimitiveOps) -> Array:
+    def pack(self, ops: PrimitiveOps, shape: tuple[int, ...] | None = None) -> Array:
         """Put it into the graph, with a cast where the file has another width; runtimes may fold that at load."""
-        return ops.cast(ops.array(self.where.value(ops), self.where.shape, WIDTHS[self.where.dtype]), ops.dtype)
+        shape = shape or self.where.shape
+        return ops.cast(ops.array(self.where.value(ops, shape), shape, WIDTHS[self.where.dtype]), ops.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

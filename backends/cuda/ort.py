@@ -21,7 +21,7 @@ from ...core.model import Cache
 from ...core.ops import KV, Array, DType, Passes, dense
 from ...core.sampler import StepState
 from ..numpy import NumpyOps
-from .ort_session import Session, open_session, provider_of
+from .ort_session import Session, Weights, open_session, provider_of
 
 _WIDTHS = {"float32": np.float32, "float16": np.float16}
 
@@ -47,6 +47,7 @@ class OrtOps(NumpyOps, Passes):
     def __init__(self, dtype: DType, device: str) -> None:
         super().__init__(dtype)
         self.device = device
+        self._weights = Weights()
         self._sessions: dict[str, Session] = {}
         self._checkpoint: Checkpoint | None = None
         self._graphs: dict[str, Path] = {}
@@ -74,7 +75,7 @@ class OrtOps(NumpyOps, Passes):
         if name not in self._sessions:
             assert self._checkpoint is not None, "open() comes before anything runs"
             self._sessions[name] = open_session(
-                name, self._checkpoint, self._graphs.get(name), self.dtype, str(self.device)
+                name, self._checkpoint, self._graphs.get(name), self.dtype, str(self.device), self._weights
             )
         return self._sessions[name]
 

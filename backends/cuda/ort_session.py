@@ -7,21 +7,26 @@ Session options, and what they are for:
     ConstantFolding off  where weights are quantized: scales are cast in every pass instead of being kept in float32
     allow_spinning off   threads that wait give the processor up; beside torch's or another session's they would take
                          it from those
+    enable_mem_pattern   off: a plan of all buffers at once took up to 0.2 GB more, and no pass was faster for it
     log_severity_level   errors only
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime as ort
 
 from ...core.checkpoint import Checkpoint
-from ...core.errors import DgemmaError, quoted
+from ...core.errors import DgemmaError, quoted, shown
 from ...core.ops import DType
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 _EXTERNAL = "session.model_external_initializers_file_folder_path"
 
@@ -88,41 +93,97 @@ class Session:
         return dict(zip(places, binding.get_outputs(), strict=True))
 
 
-def open_session(name: str, checkpoint: Checkpoint, graph: Path | None, dtype: DType, device: str) -> Session:
+class Weights:
+    """The files that graphs refer to, mapped once for all sessions of a model.
+
+    Left to themselves sessions map a file each, and a process that has run both kinds of pass counts it twice.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, np.ndarray] = {}
+        self._values: dict[tuple[Any, ...], ort.OrtValue] = {}
+
+    def lend(self, model: ir.Model, options: ort.SessionOptions) -> None:
+        """Give a session of a graph its weights. What is lent has to outlive the session."""
+        import onnx_ir as ir
+
+        for name, value in model.graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                options.add_initializer(name, self._value(value.const_value))
+
+    def _value(self, tensor: ir.ExternalTensor) -> ort.OrtValue:
+        path, start, size = str(tensor.path), tensor.offset or 0, tensor.nbytes
+        shape = tensor.shape.numpy()
+        key = (path, start, tensor.dtype, shape)
+        if key not in self._values:
+            if path not in self._files:
+                self._files[path] = np.memmap(path, np.uint8, "r")
+            raw = self._files[path][start : start + size]
+            if tensor.dtype.name == "BFLOAT16":  # which NumPy has not
+                array = raw.view(np.uint16).reshape(shape)
+                self._values[key] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
+            else:
+                array = raw.view(tensor.dtype.numpy()).reshape(shape)
+                self._values[key] = ort.OrtValue.ortvalue_from_numpy(array)
+        return self._values[key]
+
+
+def open_session(
+    name: str, checkpoint: Checkpoint, graph: Path | None, dtype: DType, device: str, weights: Weights
+) -> Session:
     """Load a graph, from its file or, where there is none, written on the spot.
 
     Raises:
-        DgemmaError: onnx-ir is not installed, or onnxruntime does not take the graph.
+        DgemmaError: onnx-ir is not installed, onnxruntime lacks an operator, or it does not take the graph.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    options.enable_mem_pattern = False
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    cpu = device == "cpu"
-    if cpu:
+    providers: dict[str, dict[str, str]] = {"CPUExecutionProvider": {}}
+    if device == "cpu":
         options.add_session_config_entry("session.disable_prepacking", "1")
+    else:
+        providers = {"CUDAExecutionProvider": {"device_id": device.partition(":")[2] or "0"}, **providers}
+    model = _written(name, checkpoint, dtype, cpu=device == "cpu") if graph is None else _read(graph)
     source: str | bytes = str(graph)
-    if graph is None:
-        source, folder = written(name, checkpoint, dtype, cpu=cpu)
-        options.add_session_config_entry(_EXTERNAL, folder)
+    if model is not None:
+        from ...export import probe
+
+        probe.require([model], providers)
+        if device == "cpu":
+            weights.lend(model, options)
+    if graph is None and model is not None:
+        import onnx_ir as ir
+
+        source = ir.to_proto(model).SerializeToString()
+        options.add_session_config_entry(_EXTERNAL, str(checkpoint.files[0].path.resolve().parent))
     off = ["ConstantFolding"] if checkpoint.quantization is not None else []
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if not cpu:
-        providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(device.partition(":")[2] or 0)}))
     try:
-        inner = ort.InferenceSession(source, options, providers=providers, disabled_optimizers=off)
+        inner = ort.InferenceSession(source, options, providers=list(providers.items()), disabled_optimizers=off)
     except Exception as error:  # as above
         raise DgemmaError(f"onnxruntime {ort.__version__} does not take {name}: {_first_line(error)}") from None
     return Session(inner, device)
 
 
-def written(name: str, checkpoint: Checkpoint, dtype: DType, *, cpu: bool) -> tuple[bytes, str]:
-    """Write a graph in memory; return it and the folder that its weights are in."""
+def _read(graph: Path) -> ir.Model | None:
+    """Read an exported graph, where onnx-ir is installed; without it the runtime reads it, and maps the weights."""
+    if find_spec("onnx_ir") is None:
+        return None
+    import onnx_ir as ir
+
     try:
-        import onnx_ir as ir
-    except ImportError:
+        return ir.load(graph)  # weights stay in their files
+    except Exception as error:  # protobuf's and onnx-ir's own
+        raise DgemmaError(f"{shown(graph)}: not an ONNX graph: {_first_line(error)}") from None
+
+
+def _written(name: str, checkpoint: Checkpoint, dtype: DType, *, cpu: bool) -> ir.Model:
+    """Write a graph in memory."""
+    if find_spec("onnx_ir") is None:
         raise DgemmaError(
             "writing ONNX graphs needs onnx-ir: pip install 'dgemma[onnx]', or export the folder elsewhere"
-        ) from None
+        )
     from ...export import graphs
     from ...export.weights import from_checkpoint
 
@@ -130,8 +191,7 @@ def written(name: str, checkpoint: Checkpoint, dtype: DType, *, cpu: bool) -> tu
         "encode": graphs.encode_graph, "denoise": graphs.denoise_graph, "states": graphs.states_graph,
         "logits": graphs.logits_graph,
     }[name]  # fmt: skip
-    model = write(checkpoint.config, from_checkpoint(checkpoint, resolved=True), graphs.Options(dtype=dtype, cpu=cpu))
-    return ir.to_proto(model).SerializeToString(), str(checkpoint.files[0].path.resolve().parent)
+    return write(checkpoint.config, from_checkpoint(checkpoint, resolved=True), graphs.Options(dtype=dtype, cpu=cpu))
 
 
 def _first_line(error: Exception) -> str:
