@@ -34,10 +34,10 @@ from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.convert import convert
 
 
-def write(folder: Path, layers: int = 6) -> int:
+def write(folder: Path, layers: int = 6, experts: int = 32) -> int:
     """Write the random float32 checkpoint, by default that of vs_transformers.py; returns its parameters."""
     folder.mkdir()
-    data = settings(32) | {"dtype": "float32"}
+    data = settings(experts) | {"dtype": "float32"}
     text = data["text_config"]
     text |= {
         "max_position_embeddings": 65_536, "num_hidden_layers": layers,
@@ -142,17 +142,19 @@ def memory(name: str, folder: Path, how: str) -> dict[str, Any]:
 @click.option("--repeats", default=15, show_default=True)
 @click.option("--memory", "of_memory", is_flag=True, help="Peak memory of a running model instead.")
 @click.option("--layers", default=6, show_default=True, help="6 make 108.5 M parameters; a multiple of 6.")
+@click.option("--experts", default=32, show_default=True, help="In a layer.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary folder.")
 def main(
-    recipes: tuple[str, ...], context: int, repeats: int, of_memory: bool, layers: int, folder: Path | None
-) -> None:
+    recipes: tuple[str, ...], context: int, repeats: int, of_memory: bool, layers: int, experts: int,
+    folder: Path | None,
+) -> None:  # fmt: skip
     import torch
 
     threads = os.cpu_count() or 1  # as many as ONNX Runtime takes
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dgemma-ort-", dir=folder) as work:
         folders = {"float32": Path(work) / "float32"}
-        parameters = write(folders["float32"], layers)
+        parameters = write(folders["float32"], layers, experts)
         for recipe in recipes:
             folders[recipe] = Path(work) / recipe
             convert(folders["float32"], folders[recipe], recipe)
@@ -160,7 +162,10 @@ def main(
             taken = [memory(name, one, how) for name, one in folders.items() for how in ("mapped", "prepacked")]
         else:
             taken = compare(folders, context, repeats)
-    common = {"dtype": "float32", "layers": layers, "parameters": parameters, "canvas": CANVAS, "threads": threads}
+    common = {
+        "dtype": "float32", "layers": layers, "experts": experts, "parameters": parameters, "canvas": CANVAS,
+        "threads": threads,
+    }  # fmt: skip
     click.echo(json.dumps([rows.append("vs_ort", row | common, "onnxruntime", "torch") for row in taken]))
 
 

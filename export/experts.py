@@ -7,7 +7,7 @@ gather, two batched products follow, and another gather brings the results back.
 whose result nobody reads.
 
 Quantized, words, scales and, where there are any, biases stand in for gate_up and for down, and the products are a loop
-over the experts, each dequantized into a buffer that stays in the processor's cache.
+over the experts, each dequantized into a buffer that stays in the processor's cache and multiplied by its own rows only.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
         )
     b.inputs = [ir.Value(name=one) for one in names]
     x, index, weights, *stored = b.inputs
-    place, row, room = _placed(b, index, count)
+    place, row, counts, room = _placed(b, index, count)
     width = b.op("Shape", x, start=1, end=2)
     empty = b.op("Expand", b.ints(0), b.op("Mul", room, b.ints(count)))
     source = b.op("ScatterElements", empty, place, row, axis=0)  # which row each place holds
@@ -88,26 +88,30 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
         both = b.op("FusedMatMul", laid, *first, domain=MICROSOFT, transB=1)  # [E, room, 2F]
         out = b.op("FusedMatMul", _bent(b, both), *second, domain=MICROSOFT, transB=1)  # [E, room, D]
     else:
-        out = _looped(b, ops, laid, (first, second), matrices)
+        out = _looped(b, ops, laid, (counts, room), (first, second), matrices)
     back = b.op("Gather", b.op("Reshape", out, b.op("Concat", b.ints(-1), width, axis=0)), place)
     back = b.op("Reshape", back, b.op("Concat", b.op("Shape", index), width, axis=0))  # [N, k, D]
     mixed = b.op("MatMul", b.op("Unsqueeze", weights, b.ints(1)), back)  # [N, 1, D]
     return function(name, b, [b.op("Squeeze", mixed, b.ints(1))], opset=ops.opset)
 
 
-def _placed(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value]:
-    """Give each (row, choice) pair a place: index [N, k] → place = expert·room + i and row, [N·k], and room [1]."""
+def _placed(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value, Value]:
+    """Give each (row, choice) pair a place: index [N, k] → place = expert·room + i and row, [N·k].
+
+    Also returns how many rows each expert has [E], and room [1], the most that one has.
+    """
     flat = b.op("Reshape", index, b.ints(-1))
     column = b.op("Unsqueeze", flat, b.ints(1))
     hit = b.op("Equal", column, b.constant(np.arange(count)[None], np.int64))
     ranks = b.op("CumSum", b.op("Cast", hit, to=int(ir.DataType.INT32)), b.constant(0, np.int64))  # [N·k, E]
-    # Ranks count from 1, and an expert's last is how many rows it has; the largest of all is the busiest one's.
-    room = b.op("Reshape", b.op("Cast", b.op("ReduceMax", ranks, keepdims=0), to=int(ir.DataType.INT64)), b.ints(1))
+    # Ranks count from 1, and an expert's last is how many rows it has.
+    counts = b.op("Cast", b.op("ReduceMax", ranks, b.ints(0), keepdims=0), to=int(ir.DataType.INT64))
+    room = b.op("ReduceMax", counts, b.ints(0), keepdims=1)
     own = b.op("Squeeze", b.op("GatherElements", ranks, column, axis=1), b.ints(1))
     rank = b.op("Sub", b.op("Cast", own, to=int(ir.DataType.INT64)), b.ints(1))
     place = b.op("Add", b.op("Mul", flat, room), rank)
     pairs = b.op("Range", b.constant(0, np.int64), b.op("Size", flat), b.constant(1, np.int64))
-    return place, b.op("Div", pairs, b.op("Shape", index, start=1, end=2)), room
+    return place, b.op("Div", pairs, b.op("Shape", index, start=1, end=2)), counts, room
 
 
 def _bent(b: Builder, both: Value) -> Value:
@@ -117,14 +121,23 @@ def _bent(b: Builder, both: Value) -> Value:
 
 
 def _looped(
-    b: Builder, ops: OnnxOps, laid: Value, stored: tuple[list[Value], list[Value]], matrices: list[_Matrix]
-) -> Value:
-    """Both products, one expert after another: laid [E, room, D] → [E, room, D]."""
+    b: Builder, ops: OnnxOps, laid: Value, sizes: tuple[Value, Value], stored: tuple[list[Value], list[Value]],
+    matrices: list[_Matrix],
+) -> Value:  # fmt: skip
+    """Both products, one expert after another, on the rows that it has: laid [E, room, D] → [E, room, D]."""
+    counts, room = sizes
+    # An expert without rows computes one that nobody reads: no operator meets an empty array.
+    some = b.op("Max", counts, b.ints(1))
+    free = b.op("Sub", room, some)  # [E]
     loop = Builder(outer=b)
     turn = loop.input("expert", ir.DataType.INT64, ())
     going = loop.input("going", ir.DataType.BOOL, ())
-    both = _product(b, loop, ops, loop.op("Gather", laid, turn), turn, stored[0], matrices[0])
+    at = loop.op("Reshape", turn, b.ints(1))
+    rows = loop.op("Slice", loop.op("Gather", laid, turn), b.ints(0), loop.op("Gather", some, at), b.ints(0))
+    both = _product(b, loop, ops, rows, turn, stored[0], matrices[0])
     one = _product(b, loop, ops, _bent(loop, both), turn, stored[1], matrices[1])
+    # What a loop hands out is of one shape.
+    one = loop.op("Pad", one, loop.op("Concat", b.ints(0, 0), loop.op("Gather", free, at), b.ints(0), axis=0))
     on = loop.op("Identity", going)
     on.type, one.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ops.float_type)
     return b.op(
