@@ -7,7 +7,7 @@ gather, two batched products follow, and another gather brings the results back.
 whose result nobody reads.
 
 Quantized, words, scales and, where there are any, biases stand in for gate_up and for down, and the products are a loop
-over the experts, each dequantized into a buffer that stays in the processor's cache and multiplied by its own rows only.
+over the experts, each dequantized into a buffer that stays in the processor's cache and multiplied by its rows alone.
 """
 
 from __future__ import annotations
