@@ -79,14 +79,17 @@ def cast(x: np.ndarray, ops: NumpyOps) -> np.ndarray:
     return ops.asarray(x.astype(ml_dtypes.bfloat16).astype(np.float32), ops.dtype)
 
 
-def built(run: Callable[[], Any], arch: str, only: Sequence[str] | None = None) -> dict[str, Built]:
-    """Compile what a call on meta tensors launches, each kernel once; none may spill or need too much memory."""
+def built(run: Callable[[], Any], arch: str, only: Sequence[str] | None = None, *, spills: int = 0) -> dict[str, Built]:
+    """Compile what a call on meta tensors launches, each kernel once; none may spill or need too much memory.
+
+    spills: bytes a thread may, stores and loads together.
+    """
     results: dict[str, Built] = {}
     for launch in launched(run):
         if launch.name in results or (only is not None and launch.name not in only):
             continue
         result = results[launch.name] = compile_ahead_launch(launch, arch)
-        assert not result.spills and not result.stack, f"{launch.name} on {arch} spills: {result}"
+        assert max(result.spills, result.stack) <= spills, f"{launch.name} on {arch} spills: {result}"
         assert result.shared <= SHARED[arch], f"{launch.name} on {arch} needs {result.shared} bytes of shared memory"
     return results
 

@@ -94,14 +94,20 @@ def _cast(self: Any, source: Any, dtype: Any, *_: Any) -> Any:
 
 
 def _operation(name: str, result: int) -> Callable[..., Any]:
-    """Wrap `unary_op`, `binary_op` or `ternary_op`; the result has the dtype of the operand at `result`."""
+    """Wrap `unary_op`, `binary_op` or `ternary_op`; the result has the dtype of the operand at `result`.
+
+    But what a comparison gives is int1. The interpreter leaves it the operands' dtype, and makes integers of it when a
+    scalar is spread over a block, which Triton 3.9 does not take for a mask.
+    """
     plain = getattr(interpreter.InterpreterBuilder, name)
 
     def run(self: Any, *given: Any) -> Any:
         *handles, operation = given
-        if not any(handle.dtype.scalar in _NARROW for handle in handles):
-            return plain(self, *given)
-        return _encode(operation(*map(_decode, handles)), handles[result].dtype)
+        if any(handle.dtype.scalar in _NARROW for handle in handles):
+            out = _encode(operation(*map(_decode, handles)), handles[result].dtype)
+        else:
+            out = plain(self, *given)
+        return interpreter.TensorHandle(out.data, triton.language.int1) if out.data.dtype == np.bool_ else out
 
     return run
 

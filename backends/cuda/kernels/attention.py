@@ -150,7 +150,12 @@ def _attend(
     if SPLITS == 1:
         out += (batch.to(tl.int64) * length * kv_heads + head) * GROUP * WIDTH
         at = place * (kv_heads * GROUP) + row % GROUP
-        tl.store(out + at[:, None] * WIDTH + placed(own, BITS)[None, :], acc.to(out.dtype.element_ty), mask=inside)
+        result = acc.to(out.dtype.element_ty)
+        if BITS != 16:  # as `unpack.place` has them, moved here: stores to scattered places spill behind newer Tritons
+            HALF: tl.constexpr = 16 // BITS
+            result = tl.permute(tl.reshape(result, (ROWS, COLUMNS // (8 * HALF), 4, 2, HALF)), (0, 1, 4, 2, 3))
+            result = tl.reshape(result, (ROWS, COLUMNS))
+        tl.store(out + at[:, None] * WIDTH + own[None, :], result, mask=inside)
     else:
         start = (part * tl.num_programs(1) + tl.program_id(1)).to(tl.int64) * (length * GROUP)
         out += start * WIDTH

@@ -230,7 +230,8 @@ def _settle(
     mass = tl.load(sums + tile, mask=known, other=0.0) * fade
     total = tl.sum(mass, 0)
     moment = tl.sum(tl.load(moments + tile, mask=known, other=0.0) * fade + mass * (peak - top), 0)
-    tl.store(entropy + row, LN2 * (tl.log2(total) - moment / total))
+    # The tensor first: in the interpreter constant · tensor is a constant, which Triton 3.7 and later do not store.
+    tl.store(entropy + row, (tl.log2(total) - moment / total) * LN2)
     tl.store(wanted + tile, 1, mask=known & (mass > total * negligible))  # rows write the same, so no atomic is needed
     tl.store(ceiling + row, tl.ceil(top))
     held = tl.load(places + rows * tiles + tile, mask=known, other=0.0)
