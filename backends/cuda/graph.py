@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 from ...core.ops import KV
+from .. import trees
 
 Tensor = torch.Tensor
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -172,36 +173,24 @@ def _alias(x: Tensor) -> Tensor:
 
 
 def _flatten(tree: Any, leaves: list[Any], caches: list[Tensor]) -> Any:
-    """Append a tree's arrays and integers to `leaves`, its caches to `caches`; return what is left of it, hashable."""
-    if isinstance(tree, KV):
-        caches.extend(tree)
-        return "kv"
-    if isinstance(tree, Tensor) or (isinstance(tree, int) and not isinstance(tree, bool)):
-        leaves.append(tree)
-        return "array"
-    if isinstance(tree, tuple):
-        return (type(tree), *(_flatten(child, leaves, caches) for child in tree))
-    if tree is None:
+    """Append a tree's arrays and integers to `leaves`, its caches to `caches`; return the pattern of the rest."""
+
+    def take(x: Any) -> str | None:
+        if isinstance(x, KV):
+            caches.extend(x)
+            return "kv"
+        if isinstance(x, Tensor) or (isinstance(x, int) and not isinstance(x, bool)):
+            leaves.append(x)
+            return "array"
         return None
-    raise TypeError(f"a captured function takes arrays, integers and tuples of them, not {type(tree).__name__}")
+
+    return trees.flatten(tree, take)
 
 
 def _rebuild(pattern: Any, leaves: Sequence[Any], caches: Sequence[Tensor]) -> Any:
     """Undo `_flatten`."""
-    rest, kept = iter(leaves), iter(caches)
-
-    def build(part: Any) -> Any:
-        if part is None:
-            return None
-        if part == "kv":
-            return KV(next(kept), next(kept))
-        if part == "array":
-            return next(rest)
-        kind, *children = part
-        values = [build(child) for child in children]
-        return tuple(values) if kind is tuple else kind(*values)
-
-    return build(pattern)
+    kept = iter(caches)
+    return trees.rebuild(pattern, {"array": iter(leaves), "kv": map(KV, kept, kept)})
 
 
 def _kind(x: Tensor | int) -> tuple[Any, ...]:

@@ -12,36 +12,27 @@ from typing import Any
 
 import mlx.core as mx
 
+from .. import trees
+
 
 def flatten(tree: Any, leaves: list[mx.array]) -> Any:
-    """Append a tree's arrays to `leaves` and return what is left of it, hashable: `rebuild`'s pattern."""
-    if isinstance(tree, mx.array):
-        leaves.append(tree)
+    """Append a tree's arrays and integers to `leaves`; return the pattern of the rest."""
+
+    def take(x: Any) -> str | None:
+        if isinstance(x, mx.array):
+            leaves.append(x)
+        elif isinstance(x, int) and not isinstance(x, bool):
+            leaves.append(mx.array([x], mx.int32))
+        else:
+            return None
         return "array"
-    if isinstance(tree, int) and not isinstance(tree, bool):
-        leaves.append(mx.array([tree], mx.int32))
-        return "array"
-    if isinstance(tree, tuple):
-        return (type(tree), *(flatten(child, leaves) for child in tree))
-    if tree is None:
-        return None
-    raise TypeError(f"a compiled function takes arrays, integers and tuples of them, not {type(tree).__name__}")
+
+    return trees.flatten(tree, take)
 
 
 def rebuild(pattern: Any, leaves: Sequence[mx.array]) -> Any:
     """Undo `flatten`; integers come back as int32 [1]."""
-    rest = iter(leaves)
-
-    def build(part: Any) -> Any:
-        if part is None:
-            return None
-        if part == "array":
-            return next(rest)
-        kind, *children = part
-        values = [build(child) for child in children]
-        return tuple(values) if kind is tuple else kind(*values)
-
-    return build(pattern)
+    return trees.rebuild(pattern, {"array": iter(leaves)})
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
