@@ -109,9 +109,8 @@ class Stager:
         self._pool.shutdown()
 
     def _fill(self, buffer: np.ndarray, part: np.ndarray) -> None:
-        size = -(-len(part) // self._threads)
-        starts = range(0, len(part), max(size, 1 << 20))
-        step = max(size, 1 << 20)
+        step = max(-(-len(part) // self._threads), 1 << 20)
+        starts = range(0, len(part), step)
 
         def copy(start: int) -> None:  # NumPy gives up the GIL in it
             buffer[start : min(start + step, len(part))] = part[start : start + step]
