@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -23,7 +22,7 @@ import numpy as np
 import rows
 import torch
 
-from dgemma.backends.cuda.bench import describe, maker
+from dgemma.backends.cuda.bench import describe, maker, timed
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import CudaCapture, rerun
 from dgemma.backends.cuda.kernels import configs
@@ -53,20 +52,6 @@ def variant(ops: CardOps, options: tuple[str, ...]) -> CardOps:
         assert isinstance(twin, CudaOps)
         twin._side = torch.cuda.Stream(ops.device)
     return twin
-
-
-def timed(device: torch.device, run: Callable[[], None]) -> float:
-    """Return the seconds of a run."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        run()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
 
 
 def captured(ops: CardOps, model: Model, plan: bench.Plan) -> tuple[Callable[[], None], list[np.ndarray]]:
@@ -116,7 +101,7 @@ def main(device: str, shape: bench.Shape, recipe: str, context: int, repeats: in
     times: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(repeats):
         for name, run in ready.items():
-            times[name].append(timed(where, run) / plan.steps)
+            times[name].append(timed(run, where) / plan.steps)
     for name, found in times.items():
         ratios = [one / base for one, base in zip(found, times["shipped"], strict=True)]
         row = {

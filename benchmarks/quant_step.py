@@ -23,51 +23,37 @@ from pathlib import Path
 from typing import Any
 
 import click
-import ml_dtypes
 import numpy as np
 import rows
 
 from dgemma.core import safetensors, weights
+from dgemma.core.bench import settings
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.convert import convert
+from dgemma.core.ops import NUMPY_DTYPES
 
-VOCAB, CANVAS, PROMPT = 32_768, 256, 128
-
-
-def settings(experts: int) -> dict[str, Any]:
-    """Return a config.json: the model of vs_transformers.py, which with 32 experts is 108.5 M parameters."""
-    kinds = ["sliding_attention"] * 5 + ["full_attention"]
-    text: dict[str, Any] = dict(
-        model_type="diffusion_gemma_text", vocab_size=VOCAB, hidden_size=512, intermediate_size=1024,
-        moe_intermediate_size=256, num_experts=experts, top_k_experts=4, num_hidden_layers=6, layer_types=kinds,
-        num_attention_heads=8, num_key_value_heads=4, head_dim=64, global_head_dim=128,
-        num_global_key_value_heads=2, sliding_window=1024, hidden_activation="gelu_pytorch_tanh",
-        max_position_embeddings=4096, final_logit_softcapping=30.0, rms_norm_eps=1e-6, pad_token_id=0, eos_token_id=1,
-        bos_token_id=2, tie_word_embeddings=True, use_bidirectional_attention="vision",
-    )  # fmt: skip
-    return {
-        "architectures": ["DiffusionGemmaForBlockDiffusion"], "model_type": "diffusion_gemma", "dtype": "bfloat16",
-        "canvas_length": CANVAS, "boi_token_id": 3, "image_token_id": 4, "eoi_token_id": 5, "eos_token_id": [1],
-        "tie_word_embeddings": True, "text_config": text,
-    }  # fmt: skip
+CANVAS, PROMPT = 256, 128
 
 
-def write(folder: Path, experts: int) -> int:
-    """Write a random bfloat16 checkpoint; returns its parameters."""
+def write(folder: Path, experts: int, layers: int = 6, dtype: str = "bfloat16") -> int:
+    """Write a random checkpoint: that of vs_transformers.py, with so many experts and layers; return its parameters."""
     folder.mkdir()
-    data = settings(experts)
+    data = settings("110m") | {"dtype": dtype}
+    text = data["text_config"]
+    text |= {
+        "num_experts": experts, "num_hidden_layers": layers, "layer_types": text["layer_types"] * (layers // 6),
+    }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(data))
-    shapes = weights.shapes(ModelConfig.from_hf(data))
     draw = np.random.default_rng(0)
-    noise = (0.02 * draw.standard_normal(1 << 22, np.float32)).astype(ml_dtypes.bfloat16)
+    noise = (0.02 * draw.standard_normal(1 << 22, np.float32)).astype(NUMPY_DTYPES[dtype])
     tensors = {}
-    for name, shape in shapes.items():
+    for i, (name, shape) in enumerate(weights.shapes(ModelConfig.from_hf(data)).items()):
         size = int(np.prod(shape))
         # One block of noise, again and again from another place: fast, and no two tensors are alike.
-        flat = np.ones(size, ml_dtypes.bfloat16) if len(shape) == 1 else np.resize(np.roll(noise, len(name)), size)
+        flat = np.ones(size, noise.dtype) if len(shape) == 1 else np.resize(np.roll(noise, 997 * i), size)
         tensors[name] = flat.reshape(shape)
     safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
-    return sum(int(np.prod(shape)) for shape in shapes.values())
+    return sum(one.size for one in tensors.values())
 
 
 def passes(

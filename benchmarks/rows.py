@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
+from dgemma.cli.bench import commit
+
+RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def append(name: str, row: dict[str, Any], *packages: str) -> dict[str, Any]:
@@ -31,18 +31,6 @@ def circumstances() -> dict[str, Any]:
         "machine": f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "python": platform.python_version(),
     }  # fmt: skip
-
-
-def commit() -> str:
-    """Return the commit of this tree, with a + if tracked files differ from it; rows written so far do not count."""
-    git = ["git", "-C", str(HERE)]
-    state = [*git, "status", "--porcelain", "-uno", "--", ":/", ":(exclude)results"]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        changed = subprocess.run(state, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # a bare machine that was lent, with a copy of the tree
-        return "unknown"
-    return f"{head or 'unknown'}{'+' if changed else ''}"
 
 
 def processor() -> str:

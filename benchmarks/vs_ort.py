@@ -27,32 +27,10 @@ from typing import Any
 import click
 import numpy as np
 import rows
-from quant_step import CANVAS, settings
+from quant_step import CANVAS, write
 
-from dgemma.core import safetensors, weights
-from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.config import SamplerConfig
 from dgemma.core.convert import convert
-
-
-def write(folder: Path, layers: int = 6, experts: int = 32) -> int:
-    """Write the random float32 checkpoint, by default that of vs_transformers.py; returns its parameters."""
-    folder.mkdir()
-    data = settings(experts) | {"dtype": "float32"}
-    text = data["text_config"]
-    text |= {
-        "max_position_embeddings": 65_536, "num_hidden_layers": layers,
-        "layer_types": text["layer_types"] * (layers // 6),
-    }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(data))
-    noise = 0.02 * np.random.default_rng(0).standard_normal(1 << 22, np.float32)
-    tensors = {}
-    for i, (name, shape) in enumerate(weights.shapes(ModelConfig.from_hf(data)).items()):
-        size = int(np.prod(shape))
-        # One block of noise, again and again from another place: fast, and no two tensors are alike.
-        flat = np.ones(size, np.float32) if len(shape) == 1 else np.resize(np.roll(noise, 997 * i), size)
-        tensors[name] = flat.reshape(shape)
-    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
-    return sum(one.size for one in tensors.values())
 
 
 def one_pass(folder: Path, backend: str, context: int) -> Callable[[], object]:
@@ -154,7 +132,7 @@ def main(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory(prefix="dgemma-ort-", dir=folder) as work:
         folders = {"float32": Path(work) / "float32"}
-        parameters = write(folders["float32"], layers, experts)
+        parameters = write(folders["float32"], experts, layers, "float32")
         for recipe in recipes:
             folders[recipe] = Path(work) / recipe
             convert(folders["float32"], folders[recipe], recipe)

@@ -37,7 +37,7 @@ from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done
 
-VOCAB, CANVAS, WINDOW = 32_768, 256, 1024
+VOCAB, CANVAS = 32_768, 256
 
 
 class Cost(NamedTuple):
@@ -45,39 +45,30 @@ class Cost(NamedTuple):
     cpu: float  # seconds, all threads
 
 
-def random_model(positions: int) -> Any:
-    """Return transformers' model with random float32 weights."""
-    sizes: dict[str, Any] = dict(
-        vocab_size=VOCAB, hidden_size=512, intermediate_size=1024, num_hidden_layers=6,
-        layer_types=["sliding_attention"] * 5 + ["full_attention"], num_attention_heads=8, num_key_value_heads=4,
-        head_dim=64, global_head_dim=128, num_global_key_value_heads=2, sliding_window=WINDOW, num_experts=32,
-        top_k_experts=4, moe_intermediate_size=256, max_position_embeddings=positions, pad_token_id=0, eos_token_id=1,
-        bos_token_id=2, use_bidirectional_attention="vision",
+def their_config(shape: str, **sizes: Any) -> DiffusionGemmaConfig:
+    """Return transformers' config of a benchmark's shape, `sizes` changed in it; the image tower is as good as none."""
+    text = DiffusionGemmaTextConfig(
+        **bench.SIZES[shape] | sizes, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+        use_bidirectional_attention="vision",
     )  # fmt: skip
-    text = DiffusionGemmaTextConfig(**sizes)
     vision = dict(
         model_type="gemma4_vision", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
         num_key_value_heads=1, head_dim=16,
     )  # fmt: skip
-    torch.manual_seed(0)
-    config = DiffusionGemmaConfig(
+    return DiffusionGemmaConfig(
         text_config=text, vision_config=vision, canvas_length=CANVAS, boi_token_id=3, eoi_token_id=4, image_token_id=5
     )
-    return DiffusionGemmaForBlockDiffusion(config).eval()
+
+
+def random_model(positions: int) -> Any:
+    """Return transformers' model with random float32 weights."""
+    torch.manual_seed(0)
+    return DiffusionGemmaForBlockDiffusion(their_config("110m", max_position_embeddings=positions)).eval()
 
 
 def model_on_card(shape: str) -> Any:
     """Return transformers' model with random bfloat16 weights of a benchmark's shape, made on the card."""
-    vision = dict(
-        model_type="gemma4_vision", hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
-    text = DiffusionGemmaTextConfig(
-        **bench.SIZES[shape], pad_token_id=0, eos_token_id=1, bos_token_id=2, use_bidirectional_attention="vision"
-    )
-    config = DiffusionGemmaConfig(
-        text_config=text, vision_config=vision, canvas_length=CANVAS, boi_token_id=3, eoi_token_id=4, image_token_id=5
-    )
+    config = their_config(shape)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -112,9 +112,9 @@ class Result:
     peak: int | None
 
 
-def config_of(shape: str) -> ModelConfig:
-    sizes = SIZES[shape]
-    text = sizes | dict(
+def settings(shape: str) -> dict[str, Any]:
+    """Return the config.json of a shape."""
+    text = SIZES[shape] | dict(
         model_type="diffusion_gemma_text", hidden_activation="gelu_pytorch_tanh", final_logit_softcapping=30.0,
         rms_norm_eps=1e-6, pad_token_id=0, eos_token_id=1, bos_token_id=2, tie_word_embeddings=True,
         use_bidirectional_attention="vision",
@@ -123,11 +123,14 @@ def config_of(shape: str) -> ModelConfig:
             "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
         },
     )  # fmt: skip
-    data = dict(
+    return dict(
         architectures=["DiffusionGemmaForBlockDiffusion"], model_type="diffusion_gemma", canvas_length=CANVAS[shape],
         tie_word_embeddings=True, eos_token_id=[1], text_config=text,
     )  # fmt: skip
-    return ModelConfig.from_hf(data, where=shape)
+
+
+def config_of(shape: str) -> ModelConfig:
+    return ModelConfig.from_hf(settings(shape), where=shape)
 
 
 # ---- Weights ------------------------------------------------------------------------------------------------------

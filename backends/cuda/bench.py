@@ -73,11 +73,12 @@ def copy_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 
     """Return bytes per second of a copy within the device's memory, reads and writes counted, by the median."""
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    seconds = [_timed(lambda: target.copy_(source), device) for _ in range(repeats + 3)][3:]
+    seconds = [timed(lambda: target.copy_(source), device) for _ in range(repeats + 3)][3:]
     return 2 * size / statistics.median(seconds)
 
 
-def _timed(run: Callable[[], Any], device: torch.device) -> float:
+def timed(run: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds of a run, by the device's own clock."""
     if device.type != "cuda":
         began = time.perf_counter()
         run()
