@@ -12,6 +12,7 @@ results/quant_step.jsonl, and the last line is JSON.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import numpy as np
 import rows
 
 from dgemma.core import safetensors, weights
-from dgemma.core.bench import settings
+from dgemma.core.bench import Shape, settings
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.convert import convert
 from dgemma.core.ops import NUMPY_DTYPES
@@ -35,25 +36,38 @@ from dgemma.core.ops import NUMPY_DTYPES
 CANVAS, PROMPT = 256, 128
 
 
-def write(folder: Path, experts: int, layers: int = 6, dtype: str = "bfloat16") -> int:
-    """Write a random checkpoint: that of vs_transformers.py, with so many experts and layers; return its parameters."""
+def write(
+    folder: Path, experts: int | None = None, layers: int = 6, dtype: str = "bfloat16", shape: Shape = "110m"
+) -> int:
+    """Write a random checkpoint of a shape, with so many experts and layers; return its parameters.
+
+    Of "110m" it is the one of vs_transformers.py. It comes in files of 2 GB, so that no more than one is in memory.
+    """
     folder.mkdir()
-    data = settings("110m") | {"dtype": dtype}
+    data = settings(shape) | {"dtype": dtype}
     text = data["text_config"]
     text |= {
-        "num_experts": experts, "num_hidden_layers": layers, "layer_types": text["layer_types"] * (layers // 6),
+        "num_experts": experts or text["num_experts"], "num_hidden_layers": layers,
+        "layer_types": text["layer_types"][:6] * (layers // 6),
     }  # fmt: skip
     (folder / "config.json").write_text(json.dumps(data))
     draw = np.random.default_rng(0)
     noise = (0.02 * draw.standard_normal(1 << 22, np.float32)).astype(NUMPY_DTYPES[dtype])
-    tensors = {}
-    for i, (name, shape) in enumerate(weights.shapes(ModelConfig.from_hf(data)).items()):
-        size = int(np.prod(shape))
+    shapes = weights.shapes(ModelConfig.from_hf(data))
+    table: dict[str, str] = {}
+    held: dict[str, np.ndarray] = {}
+    for i, (name, dims) in enumerate(shapes.items()):
+        size = math.prod(dims)
         # One block of noise, again and again from another place: fast, and no two tensors are alike.
-        flat = np.ones(size, noise.dtype) if len(shape) == 1 else np.resize(np.roll(noise, 997 * i), size)
-        tensors[name] = flat.reshape(shape)
-    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
-    return sum(one.size for one in tensors.values())
+        flat = np.ones(size, noise.dtype) if len(dims) == 1 else np.resize(np.roll(noise, 997 * i), size)
+        held[name] = flat.reshape(dims)
+        if i == len(shapes) - 1 or sum(one.nbytes for one in held.values()) > 2e9:
+            file = f"model-{len(set(table.values())):05}.safetensors"
+            safetensors.write(folder / file, held, {"format": "pt"})
+            table |= dict.fromkeys(held, file)
+            held = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+    return sum(math.prod(dims) for dims in shapes.values())
 
 
 def passes(

@@ -98,6 +98,10 @@ class SafetensorsFile:
         # The format does not promise alignment, and frameworks trust it: such a tensor (rare, small) is copied.
         return (flat if flat.flags.aligned else flat.copy()).reshape(entry.shape)
 
+    def raw(self, start: int, count: int) -> np.ndarray:
+        """Return a view [count] of the file's bytes, uint8, under the same conditions as a tensor."""
+        return np.frombuffer(self._map, np.uint8, count, start)
+
     @cached_property
     def _map(self) -> mmap.mmap:
         try:

@@ -7,7 +7,8 @@ gather, two batched products follow, and another gather brings the results back.
 whose result nobody reads.
 
 Quantized, words, scales and, where there are any, biases stand in for gate_up and for down, and the products are a loop
-over the experts, each dequantized into a buffer that stays in the processor's cache and multiplied by its rows alone.
+over the experts that any row has chosen: each is dequantized into a buffer that stays in the processor's cache and
+multiplied by its rows alone. The others have no places either.
 """
 
 from __future__ import annotations
@@ -78,27 +79,37 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
         )
     b.inputs = [ir.Value(name=one) for one in names]
     x, index, weights, *stored = b.inputs
-    place, row, counts, room = _placed(b, index, count)
+    dense = all(one.format is None for one in matrices)
+    expert, rank, row, counts = _ranked(b, index, count)
+    room = b.op("ReduceMax", counts, b.ints(0), keepdims=1)  # [1]
+    if dense:
+        slot, slots, used = expert, b.ints(count), None
+    else:
+        chosen = b.op("Cast", b.op("Greater", counts, b.ints(0)), to=int(ir.DataType.INT64))
+        before = b.op("CumSum", chosen, b.constant(0, np.int64), exclusive=1)
+        slot, used = b.op("Gather", before, expert), b.op("Squeeze", b.op("NonZero", counts), b.ints(0))
+        slots = b.op("Shape", used)
+    place = b.op("Add", b.op("Mul", slot, room), rank)
     width = b.op("Shape", x, start=1, end=2)
-    empty = b.op("Expand", b.ints(0), b.op("Mul", room, b.ints(count)))
+    empty = b.op("Expand", b.ints(0), b.op("Mul", room, slots))
     source = b.op("ScatterElements", empty, place, row, axis=0)  # which row each place holds
-    laid = b.op("Reshape", b.op("Gather", x, source), b.op("Concat", b.ints(count), room, width, axis=0))
+    laid = b.op("Reshape", b.op("Gather", x, source), b.op("Concat", slots, room, width, axis=0))
     first, second = stored[: matrices[0].inputs], stored[matrices[0].inputs :]
-    if all(one.format is None for one in matrices):
+    if used is None:
         both = b.op("FusedMatMul", laid, *first, domain=MICROSOFT, transB=1)  # [E, room, 2F]
         out = b.op("FusedMatMul", _bent(b, both), *second, domain=MICROSOFT, transB=1)  # [E, room, D]
     else:
-        out = _looped(b, ops, laid, (counts, room), (first, second), matrices)
+        out = _looped(b, ops, laid, (used, counts, room), (first, second), matrices)
     back = b.op("Gather", b.op("Reshape", out, b.op("Concat", b.ints(-1), width, axis=0)), place)
     back = b.op("Reshape", back, b.op("Concat", b.op("Shape", index), width, axis=0))  # [N, k, D]
     mixed = b.op("MatMul", b.op("Unsqueeze", weights, b.ints(1)), back)  # [N, 1, D]
     return function(name, b, [b.op("Squeeze", mixed, b.ints(1))], opset=ops.opset)
 
 
-def _placed(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value, Value]:
-    """Give each (row, choice) pair a place: index [N, k] → place = expert·room + i and row, [N·k].
+def _ranked(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value, Value]:
+    """Number each (row, choice) pair among those of its expert: index [N, k] → expert, rank and row, [N·k] each.
 
-    Also returns how many rows each expert has [E], and room [1], the most that one has.
+    Also returns how many rows each expert has, [E].
     """
     flat = b.op("Reshape", index, b.ints(-1))
     column = b.op("Unsqueeze", flat, b.ints(1))
@@ -106,12 +117,10 @@ def _placed(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value, 
     ranks = b.op("CumSum", b.op("Cast", hit, to=int(ir.DataType.INT32)), b.constant(0, np.int64))  # [N·k, E]
     # Ranks count from 1, and an expert's last is how many rows it has.
     counts = b.op("Cast", b.op("ReduceMax", ranks, b.ints(0), keepdims=0), to=int(ir.DataType.INT64))
-    room = b.op("ReduceMax", counts, b.ints(0), keepdims=1)
     own = b.op("Squeeze", b.op("GatherElements", ranks, column, axis=1), b.ints(1))
     rank = b.op("Sub", b.op("Cast", own, to=int(ir.DataType.INT64)), b.ints(1))
-    place = b.op("Add", b.op("Mul", flat, room), rank)
     pairs = b.op("Range", b.constant(0, np.int64), b.op("Size", flat), b.constant(1, np.int64))
-    return place, b.op("Div", pairs, b.op("Shape", index, start=1, end=2)), counts, room
+    return flat, rank, b.op("Div", pairs, b.op("Shape", index, start=1, end=2)), counts
 
 
 def _bent(b: Builder, both: Value) -> Value:
@@ -121,55 +130,55 @@ def _bent(b: Builder, both: Value) -> Value:
 
 
 def _looped(
-    b: Builder, ops: OnnxOps, laid: Value, sizes: tuple[Value, Value], stored: tuple[list[Value], list[Value]],
+    b: Builder, ops: OnnxOps, laid: Value, sizes: tuple[Value, Value, Value], stored: tuple[list[Value], list[Value]],
     matrices: list[_Matrix],
 ) -> Value:  # fmt: skip
-    """Both products, one expert after another, on the rows that it has: laid [E, room, D] → [E, room, D]."""
-    counts, room = sizes
-    # An expert without rows computes one that nobody reads: no operator meets an empty array.
-    some = b.op("Max", counts, b.ints(1))
-    free = b.op("Sub", room, some)  # [E]
+    """Both products, one used expert after another, on the rows that it has: laid [used, room, D] → the same shape."""
+    used, counts, room = sizes
     loop = Builder(outer=b)
-    turn = loop.input("expert", ir.DataType.INT64, ())
+    turn = loop.input("turn", ir.DataType.INT64, ())
     going = loop.input("going", ir.DataType.BOOL, ())
-    at = loop.op("Reshape", turn, b.ints(1))
-    rows = loop.op("Slice", loop.op("Gather", laid, turn), b.ints(0), loop.op("Gather", some, at), b.ints(0))
-    both = _product(b, loop, ops, rows, turn, stored[0], matrices[0])
-    one = _product(b, loop, ops, _bent(loop, both), turn, stored[1], matrices[1])
+    expert = loop.op("Gather", used, turn)
+    own = loop.op("Gather", counts, loop.op("Reshape", expert, b.ints(1)))
+    rows = loop.op("Slice", loop.op("Gather", laid, turn), b.ints(0), own, b.ints(0))
+    both = _product(b, loop, ops, rows, expert, stored[0], matrices[0])
+    one = _product(b, loop, ops, _bent(loop, both), expert, stored[1], matrices[1])
     # What a loop hands out is of one shape.
-    one = loop.op("Pad", one, loop.op("Concat", b.ints(0, 0), loop.op("Gather", free, at), b.ints(0), axis=0))
+    one = loop.op("Pad", one, loop.op("Concat", b.ints(0, 0), loop.op("Sub", room, own), b.ints(0), axis=0))
     on = loop.op("Identity", going)
     on.type, one.type = ir.TensorType(ir.DataType.BOOL), ir.TensorType(ops.float_type)
     return b.op(
-        "Loop", b.constant(matrices[0].shape[0], np.int64), b.constant(True, np.bool_),
+        "Loop", b.op("Size", used), b.constant(True, np.bool_),
         body=loop.graph([on, one], name="one_expert", opset=None),
     )  # fmt: skip
 
 
 def _product(
-    b: Builder, loop: Builder, ops: OnnxOps, x: Value, turn: Value, stored: list[Value], matrix: _Matrix
+    b: Builder, loop: Builder, ops: OnnxOps, x: Value, expert: Value, stored: list[Value], matrix: _Matrix
 ) -> Value:
     """Multiply by one expert's matrix: x [room, K] → [room, R]. Scales are cast before the loop."""
     (_, out, width), kind = matrix.shape, matrix.format
     words, *floats = stored
     if kind is None:
-        return loop.op("FusedMatMul", x, loop.op("Gather", words, turn), domain=MICROSOFT, transB=1)
+        return loop.op("FusedMatMul", x, loop.op("Gather", words, expert), domain=MICROSOFT, transB=1)
     size, groups = kind.group_size, width // kind.group_size
     wide, *rest = (b.op("Cast", one, to=int(ops.float_type)) for one in floats)  # [E, R, K/g]
-    scales = loop.op("Gather", wide, turn)
+    scales = loop.op("Gather", wide, expert)
     if not ops.cpu:
-        codes = loop.op("Reshape", loop.op("Gather", words, turn), b.ints(out, groups, size * kind.bits // 8))
+        codes = loop.op("Reshape", loop.op("Gather", words, expert), b.ints(out, groups, size * kind.bits // 8))
         made = loop.op(
             "MatMulNBits", x, codes, loop.op("Reshape", scales, b.ints(-1)), domain=MICROSOFT, K=width, N=out,
             bits=kind.bits, block_size=size, accuracy_level=EXACT,
         )  # fmt: skip
     else:
         if kind.bits == 8:
-            codes = loop.op("Reshape", loop.op("Gather", words, turn), b.ints(-1, size))
+            codes = loop.op("Reshape", loop.op("Gather", words, expert), b.ints(-1, size))
             values = scaled(loop, codes, loop.op("Reshape", scales, b.ints(-1)))
         else:
             # Row by row, which is what the operator spreads over threads.
-            ids = loop.op("Add", loop.op("Mul", turn, b.constant(out, np.int64)), b.constant(np.arange(out), np.int64))
+            ids = loop.op(
+                "Add", loop.op("Mul", expert, b.constant(out, np.int64)), b.constant(np.arange(out), np.int64)
+            )
             values = loop.op(
                 "GatherBlockQuantized", b.op("Reshape", words, b.ints(-1, width * kind.bits // 8)), ids,
                 b.op("Reshape", wide, b.ints(-1, groups)), domain=MICROSOFT, bits=kind.bits, block_size=size,
@@ -179,6 +188,6 @@ def _product(
         made = loop.op("FusedMatMul", x, values, domain=MICROSOFT, transB=1)
     if rest:
         zero = b.constant(float(1 << (kind.bits - 1)), ops.numpy_type)
-        more = loop.op("Add", loop.op("Gather", rest[0], turn), loop.op("Mul", scales, zero))
+        more = loop.op("Add", loop.op("Gather", rest[0], expert), loop.op("Mul", scales, zero))
         made = loop.op("Gemm", group_sums(loop, x, width, size), more, made, transB=1)
     return made

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -141,6 +144,81 @@ def test_a_vocabulary_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
         dgemma.convert(folder_of(root, "even", "float32", "plain"), root / f"parts-{form}", recipe="8bit", workers=1)
         dgemma.export(root / f"parts-{form}", logits=True, cpu=form == "cpu")
         check(root / f"parts-{form}", 1, 9, 1)
+
+
+@pytest.mark.parametrize("heat", [1.0, 0.02])
+def test_parts_of_a_vocabulary_follow_the_highest_score(
+    tmp_path: Path, heat: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The head alone, over four parts: peaks that rise and fall from part to part, ties, and draws at the ends."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+
+    from dgemma.backends.numpy import NumpyOps
+    from dgemma.core import safetensors
+    from dgemma.core.quant import Format, dequantize, quantize
+    from dgemma.export import head
+    from dgemma.export.graph import TYPES, Builder
+    from dgemma.export.ops import OnnxOps
+    from dgemma.export.weights import Packed, Place
+
+    monkeypatch.setattr(head, "PART", 512)
+    vocab, width, rows = 3 * 512 + 70, 64, 12
+    draw = np.random.default_rng(3)
+    values = (0.3 * draw.normal(size=(vocab, width))).astype(np.float32)
+    values[1400] = values[600] = values[100]  # ties within a part and across
+    table = quantize(values, Format(bits=8, group_size=32, symmetric=True))
+    values = dequantize(table)
+    safetensors.write(
+        tmp_path / "table.safetensors", {"words": table.words, "scales": table.scales.view(ml_dtypes.bfloat16)}
+    )
+    file = safetensors.SafetensorsFile.open(tmp_path / "table.safetensors")
+
+    def place(name: str, dtype: str) -> Place:
+        entry = file.entries[name]
+        where = Place(name=name, file=file.path.name, start=entry.start, dtype=dtype, shape=entry.shape)
+        return dataclasses.replace(where, base=str(tmp_path))
+
+    x = (0.2 * draw.normal(size=(1, rows, width))).astype(np.float32)
+    for row, token in enumerate((5, 700, 1200, vocab - 1, 511, 512, 600)):
+        x[0, row] = 5.0 * values[token]  # sharply peaked, each in another part
+    u = draw.random((1, rows)).astype(np.float32)
+    u[0, 7:10] = 0.0, 1.0 - 2.0**-24, 0.5
+
+    ops = OnnxOps(Builder(), cpu=True)
+    given = [ops.input(name, "float32", one.shape) for name, one in (("x", x), ("u", u))]
+    stored = Packed(
+        format=table.format, shape=(vocab, width), words=place("words", "U32"), scales=place("scales", "BF16"),
+        biases=None,
+    )  # fmt: skip
+    temperature = np.full((1, 1), heat, np.float32)
+    made = ops.vocab_head(given[0], stored, 30.0, ops.asarray(temperature), given[1])
+    for name, one in zip(("token", "argmax", "entropy", "soft"), made, strict=True):
+        one.value.name, one.value.type = name, ir.TensorType(TYPES[one.dtype])
+    graph = ops.builder.graph([one.value for one in made], name="head", opset=23)
+    assert sum(node.op_type == "Tanh" for node in graph) == 4
+    ir.save(ir.Model(graph, ir_version=11), tmp_path / "head.onnx")
+    session = ort.InferenceSession(tmp_path / "head.onnx", session_options(), providers=["CPUExecutionProvider"])
+    token, argmax, entropy, soft = map(np.asarray, session.run(None, {"x": x, "u": u}))
+
+    plain = NumpyOps("float32")
+    want = plain.vocab_head(x, values, 30.0, temperature, u)
+    np.testing.assert_array_equal(token, want[0])
+    np.testing.assert_array_equal(argmax, want[1])
+    np.testing.assert_allclose(entropy, want[2], atol=1e-4)
+    assert_close_f32(soft, want[3], "mean embedding")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are read from Linux's /proc")
+def test_sessions_and_checkpoint_share_one_mapping(root: Path, tmp_path: Path) -> None:
+    """Two of a packed file would count its scales, or all of it, twice: 1.5 times the file instead of 1.2."""
+    folder = tmp_path / "alone"  # which no other test has mapped
+    shutil.copytree(folder_of(root, "even", "4bit", "cpu"), folder)
+    loaded = dgemma.load(folder, backend="onnx", device="cpu", dtype="float32")
+    loaded.generate([5, 6, 7], max_new_tokens=2 * CANVAS, steps=2)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    for file in folder.glob("*.safetensors"):
+        assert sum(str(file) in line for line in maps) == 1, file.name
 
 
 def test_one_graph_of_both(root: Path) -> None:

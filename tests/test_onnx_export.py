@@ -140,13 +140,12 @@ def test_the_26b_structure_is_built_without_weights(cpu: bool) -> None:
         kept = module.endswith(("norm", "norm_1", "norm_2", "scale", "scalar", "router.proj"))
         return None if kept else recipes.parse("symmetric8-g32")  # type: ignore[return-value]
 
-    # The full layers have no v_proj, self-conditioning has three matrices, and the head works in parts of 96 MiB.
-    head = -(-262_144 // ((96 << 20) // (4 * 2816) // 512 * 512))
+    # The full layers have no v_proj, self-conditioning has three matrices, and the head works in 32 parts.
     began = time.perf_counter()
     get = imagined(weights.shapes(config), format_of)
     model = graphs.denoise_graph(config, get, graphs.Options(cpu=cpu))
     assert time.perf_counter() - began < 10
-    assert 2500 < sum(1 for _ in model.graph.all_nodes()) < (4000 if cpu else 3000)
+    assert 2500 < sum(1 for _ in model.graph.all_nodes()) < (5000 if cpu else 4000)
     assert sum(node.op_type == "GegluMoE" for node in model.graph) == 30
     for node in model.graph:
         if node.op_type == "DequantizeLinear":  # not before the product's other side is computed: one at a time
@@ -154,7 +153,7 @@ def test_the_26b_structure_is_built_without_weights(cpu: bool) -> None:
             while turn.producer().op_type != "Shape":
                 turn = turn.producer().inputs[0 if turn.producer().op_type == "Mul" else 1]
             assert turn.producer().inputs[0].producer() is not None
-    assert sum(node.op_type == "MatMulNBits" for node in model.graph) == (0 if cpu else 30 * 7 - 5 + 3 + head)
+    assert sum(node.op_type == "MatMulNBits" for node in model.graph) == (0 if cpu else 30 * 7 - 5 + 3 + 32)
 
 
 # ---- What is refused ------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ Session options, and what they are for:
     ConstantFolding off  where weights are quantized: scales are cast in every pass instead of being kept in float32
     allow_spinning off   threads that wait give the processor up; beside torch's or another session's they would take
                          it from those
+    memory_arena_shrinkage  a run of `encode` gives its working memory back: it is followed by many of `denoise`, whose
+                         own is on top of it
     enable_mem_pattern   off: a plan of all buffers at once took up to 0.2 GB more, and no pass was faster for it
     log_severity_level   errors only
 """
@@ -24,6 +26,7 @@ import onnxruntime as ort
 from ...core.checkpoint import Checkpoint
 from ...core.errors import DgemmaError, quoted, shown
 from ...core.ops import DType
+from ...core.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -48,8 +51,12 @@ def provider_of(device: str) -> str:
 class Session:
     """A loaded graph on one device."""
 
-    def __init__(self, inner: ort.InferenceSession, device: str) -> None:
+    def __init__(self, inner: ort.InferenceSession, device: str, *, rests: bool = False) -> None:
+        """`rests`: other sessions run before this one does again, and its working memory is theirs meanwhile."""
         self._inner = inner
+        self._how = ort.RunOptions()
+        if rests:
+            self._how.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         kind, _, index = device.partition(":")
         self._device = (kind, int(index or 0))
         self.outputs = tuple(one.name for one in inner.get_outputs())
@@ -87,38 +94,39 @@ class Session:
             else:
                 binding.bind_ortvalue_output(name, place)
         try:
-            self._inner.run_with_iobinding(binding)
+            self._inner.run_with_iobinding(binding, self._how)
         except Exception as error:  # the runtime's own exceptions have no common base but this
             raise DgemmaError(f"onnxruntime {ort.__version__}: {_first_line(error)}") from None
         return dict(zip(places, binding.get_outputs(), strict=True))
 
 
 class Weights:
-    """The files that graphs refer to, mapped once for all sessions of a model.
+    """The files that graphs refer to, mapped once for all sessions of a model and for what reads its checkpoint.
 
     Left to themselves sessions map a file each, and a process that has run both kinds of pass counts it twice.
     """
 
     def __init__(self) -> None:
-        self._files: dict[str, np.ndarray] = {}
+        self._files: dict[Path, SafetensorsFile] = {}
         self._values: dict[tuple[Any, ...], ort.OrtValue] = {}
 
-    def lend(self, model: ir.Model, options: ort.SessionOptions) -> None:
+    def lend(self, model: ir.Model, checkpoint: Checkpoint, options: ort.SessionOptions) -> None:
         """Give a session of a graph its weights. What is lent has to outlive the session."""
         import onnx_ir as ir
 
+        self._files |= {file.path.resolve(): file for file in checkpoint.files}
         for name, value in model.graph.initializers.items():
             if isinstance(value.const_value, ir.ExternalTensor):
                 options.add_initializer(name, self._value(value.const_value))
 
     def _value(self, tensor: ir.ExternalTensor) -> ort.OrtValue:
-        path, start, size = str(tensor.path), tensor.offset or 0, tensor.nbytes
+        path, start, size = Path(tensor.path).resolve(), tensor.offset or 0, tensor.nbytes
         shape = tensor.shape.numpy()
         key = (path, start, tensor.dtype, shape)
         if key not in self._values:
             if path not in self._files:
-                self._files[path] = np.memmap(path, np.uint8, "r")
-            raw = self._files[path][start : start + size]
+                self._files[path] = SafetensorsFile.open(path)
+            raw = self._files[path].raw(start, size)
             if tensor.dtype.name == "BFLOAT16":  # which NumPy has not
                 array = raw.view(np.uint16).reshape(shape)
                 self._values[key] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
@@ -152,7 +160,7 @@ def open_session(
 
         probe.require([model], providers)
         if device == "cpu":
-            weights.lend(model, options)
+            weights.lend(model, checkpoint, options)
     if graph is None and model is not None:
         import onnx_ir as ir
 
@@ -163,7 +171,7 @@ def open_session(
         inner = ort.InferenceSession(source, options, providers=list(providers.items()), disabled_optimizers=off)
     except Exception as error:  # as above
         raise DgemmaError(f"onnxruntime {ort.__version__} does not take {name}: {_first_line(error)}") from None
-    return Session(inner, device)
+    return Session(inner, device, rests=name == "encode" and device == "cpu")
 
 
 def _read(graph: Path) -> ir.Model | None:
