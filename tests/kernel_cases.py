@@ -91,6 +91,7 @@ def built(run: Callable[[], Any], arch: str, only: Sequence[str] | None = None, 
         result = results[launch.name] = compile_ahead_launch(launch, arch)
         assert max(result.spills, result.stack) <= spills, f"{launch.name} on {arch} spills: {result}"
         assert result.shared <= SHARED[arch], f"{launch.name} on {arch} needs {result.shared} bytes of shared memory"
+        assert not result.serialized, f"{launch.name} on {arch}: matrix instructions wait for one another"
     return results
 
 

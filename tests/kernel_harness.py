@@ -1,13 +1,9 @@
 """Running Triton kernels without a GPU: in Triton's interpreter, and compiled ahead of time for other cards.
 
-    with interpreted():                       every @triton.jit function runs in NumPy, on CPU tensors
+    with running("cpu"):                      every @triton.jit function runs in NumPy (`interpreter.py`)
         out = experts.gate_up(x, …)
     launches = launched(lambda: experts.gate_up(…))            on meta tensors of the real shapes: nothing runs
     built = compile_ahead_launch(launches[0], "sm_90")         → registers, shared memory, spills
-
-Triton decides between its interpreter and its compiler when a function is decorated, by an environment variable. Here
-the decorated functions stay as they are and `JITFunction`'s two entry points are exchanged while the context lasts, so
-that one process can do both and nothing else in it notices.
 
 The same tests run on a card: take the fixture `device`, put tensors there, call kernels `with running(device)`. By
 default it is the CPU and the interpreter; `pytest -m gpu tests/test_cuda_*.py` runs them compiled, on the first card.
@@ -18,15 +14,13 @@ from __future__ import annotations
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from io import StringIO
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import ml_dtypes
 import numpy as np
 import torch
 import triton
@@ -35,8 +29,9 @@ from triton._C.libtriton import native_specialize_impl
 from triton.backends.compiler import BaseBackend, GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
-from triton.runtime import interpreter
 from triton.runtime.jit import JITFunction
+
+from interpreter import interpreted
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 """A100; RTX 40, L4, L40; H100, H200; B100, B200."""
@@ -44,136 +39,10 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 GUARD = 512
 """Elements of guard before and behind a buffer."""
 
-_SENTINEL = {1: 0x5A, 2: 0x5A5A, 4: 0x5A5A5A5A, 8: 0x5A5A5A5A5A5A5A5A}
+_SENTINEL = {1: 0x5A, 2: 0x7FDA, 4: 0x7FDADADA, 8: 0x7FDADADADADADADA}
+"""By bytes: what a buffer is full of. As floats NaN, and as indices far beyond anything."""
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-# ---- The interpreter ----------------------------------------------------------------------------------------------
-
-
-def _interpreted(function: JITFunction) -> interpreter.InterpretedFunction:
-    return interpreter.InterpretedFunction(function.fn)
-
-
-def _run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-    _interpreted(self).run(*args, grid=grid, warmup=warmup, **kwargs)
-
-
-def _call(self: JITFunction, *args: Any, **kwargs: Any) -> Any:
-    return _interpreted(self).rewrite()(*args, **kwargs)
-
-
-# The interpreter keeps bfloat16 and 8-bit floats as integers, computes on their bits, and truncates on the way in. Here
-# they are decoded to float32 before every operation and rounded to nearest even after it.
-
-_NARROW = {
-    triton.language.bfloat16: ml_dtypes.bfloat16,
-    triton.language.float8e4nv: ml_dtypes.float8_e4m3fn,
-    triton.language.float8e5: ml_dtypes.float8_e5m2,
-}
-
-
-def _decode(handle: Any) -> np.ndarray:
-    narrow = _NARROW.get(handle.dtype.scalar)
-    return handle.data if narrow is None else handle.data.view(narrow).astype(np.float32)
-
-
-def _encode(data: np.ndarray, dtype: Any) -> Any:
-    narrow = _NARROW.get(dtype.scalar)
-    stored = interpreter._get_np_dtype(dtype.scalar)
-    if narrow is not None and data.dtype.kind == "f":
-        data = data.astype(narrow).view(stored)
-    return interpreter.TensorHandle(data, dtype.scalar)
-
-
-def _cast(self: Any, source: Any, dtype: Any, *_: Any) -> Any:
-    data = _decode(source)
-    if dtype.scalar in _NARROW:
-        return _encode(data.astype(np.float32), dtype)
-    return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(dtype)), dtype.scalar)
-
-
-def _operation(name: str, result: int) -> Callable[..., Any]:
-    """Wrap `unary_op`, `binary_op` or `ternary_op`; the result has the dtype of the operand at `result`.
-
-    But what a comparison gives is int1. The interpreter leaves it the operands' dtype, and makes integers of it when a
-    scalar is spread over a block, which Triton 3.9 does not take for a mask.
-    """
-    plain = getattr(interpreter.InterpreterBuilder, name)
-
-    def run(self: Any, *given: Any) -> Any:
-        *handles, operation = given
-        if any(handle.dtype.scalar in _NARROW for handle in handles):
-            out = _encode(operation(*map(_decode, handles)), handles[result].dtype)
-        else:
-            out = plain(self, *given)
-        return interpreter.TensorHandle(out.data, triton.language.int1) if out.data.dtype == np.bool_ else out
-
-    return run
-
-
-def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-    if z.dtype.scalar not in _NARROW:
-        return interpreter.TensorHandle(x.data * y.data + z.data, z.dtype.scalar)
-    return _encode(_decode(x) * _decode(y) + _decode(z), z.dtype)  # the product of two bfloat16 is exact in float32
-
-
-def _rsqrt(self: Any, x: Any) -> Any:
-    return _encode((1 / np.sqrt(_decode(x))).astype(_decode(x).dtype), x.dtype)
-
-
-def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    left, right = (_decode(x) for x in (a, b))
-    return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
-
-
-_REPAIRS = {
-    "cast_impl": _cast, "create_fp_to_fp": _cast, "create_dot": _dot, "create_fma": _fma, "create_rsqrt": _rsqrt,
-    "unary_op": _operation("unary_op", 0),
-    "binary_op": _operation("binary_op", 0), "ternary_op": _operation("ternary_op", 2),
-}  # fmt: skip
-
-
-def _get_bf16(self: Any, value: float) -> Any:
-    """A scalar constant of bfloat16, which the interpreter has of every other width."""
-    return _encode(np.array([value], np.float32), triton.language.bfloat16)
-
-
-_patch_lang_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_scalars(tensor: Any, scope: Any) -> None:
-    """The interpreter's scalars are arrays of one element, which NumPy 2.4 no longer takes for a loop's bounds."""
-    _patch_lang_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-@contextmanager
-def interpreted() -> Iterator[None]:
-    """Within, kernels run in Triton's interpreter, on the CPU.
-
-    bfloat16 rounds to nearest even after every operation, and `tl.dot` of it has exact products and float32 sums.
-    """
-    with (
-        knobs.runtime.scope(),
-        mock.patch.object(JITFunction, "run", _run),
-        mock.patch.object(JITFunction, "__call__", _call),
-        mock.patch.multiple(interpreter.InterpreterBuilder, **_REPAIRS),
-        mock.patch.object(interpreter.InterpreterBuilder, "get_bf16", _get_bf16, create=True),
-        mock.patch.object(interpreter, "_patch_lang_tensor", _patch_scalars),
-        np.errstate(all="ignore"),  # masked lanes compute on whatever they hold
-        warnings.catch_warnings(),
-    ):
-        # The maximum of nothing but NaN is NaN, as on a card; NumPy's, which the interpreter takes, says so aloud.
-        warnings.filterwarnings("ignore", "All-NaN (slice|axis) encountered", RuntimeWarning)
-        knobs.runtime.interpret = True
-        # Kernels see `tl`, the functions of Triton's own library `tl.core`: patched here, both, and once.
-        language = SimpleNamespace(__globals__={"tl": triton.language, "core": triton.language.core})
-        patches = interpreter._patch_lang(language)
-        try:
-            yield
-        finally:
-            patches.restore()
 
 
 def running(device: str) -> AbstractContextManager[None]:
@@ -207,7 +76,7 @@ class Guarded:
     def _make(self, shape: Sequence[int], dtype: torch.dtype, whole: bool, what: str) -> torch.Tensor:
         count = int(np.prod(shape))
         size = dtype.itemsize
-        bits = torch.full((count + 2 * GUARD,), _SENTINEL[size] if size > 1 else 0x5A, dtype=_BITS[size])
+        bits = torch.full((count + 2 * GUARD,), _SENTINEL[size], dtype=_BITS[size])
         bits = bits.to(self.device)
         inner = bits[GUARD : GUARD + count]
         self._made.append((bits, inner, whole, what))
@@ -280,6 +149,8 @@ class Built:
     stack: int
     """Bytes of stack frame per thread; spills lie there."""
     warps: int
+    serialized: bool
+    """Whether Hopper's matrix instructions wait for one another, where the assembler cannot keep them in flight."""
     ptx: str = field(repr=False)
 
     @property
@@ -344,6 +215,7 @@ def compile_ahead(
         spill_loads=figure(r"(\d+) bytes spill loads"),
         stack=figure(r"(\d+) bytes stack frame"),
         warps=compiled.metadata.num_warps,
+        serialized="instructions are serialized" in log,
         ptx=compiled.asm["ptx"],
     )
 

@@ -80,6 +80,18 @@ def test_ragged_batch(window: int | None, causal: bool, device: str) -> None:
     check(device, [7], window=window, causal=causal, length=3, batch=2, sizes=SMALL)
 
 
+def test_rows_may_be_one_number_for_all_sequences(device: str) -> None:
+    """`expand` repeats a number without memory behind it."""
+    with bench(device) as on:
+        q, cache = on.put(values(1, 3, 4, 5, 16), "float32"), on.put(values(2, 3, 2, 16, 16), "float32")
+        rows = on.put(np.array([9]), "int32")
+        results = [
+            on.run(attention, q, cache, cache, one, window=None, causal=False, sizes=SMALL)
+            for one in (rows, rows.expand(3), rows.repeat(3))
+        ]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
 @pytest.mark.parametrize("heads, kv_heads, width", [(1, 1, 16), (6, 6, 8), (6, 1, 24), (6, 3, 6), (8, 1, 512)])
 def test_heads(heads: int, kv_heads: int, width: int, device: str) -> None:
     for causal in (False, True):

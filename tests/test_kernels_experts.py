@@ -164,14 +164,15 @@ SHIPPED = {4: "symmetric4", 8: "symmetric8", 16: "bf16"}
 def test_shipped_cuts_compile_without_spills(arch: str) -> None:
     table = configs.EXPERTS[int(arch.removeprefix("sm_"))]
     tried = [(SHIPPED[bits], cuts) for bits, lines in table.items() for _, cuts in lines]
+    tried.append(("affine4", next(cuts for most, cuts in table[4] if most >= 16)))  # what others have published
     for form, cuts in tried:
         for launch in real(form, cuts):
             built = compile_ahead_launch(launch, arch)
-            assert built.spills == 0 and built.stack == 0, (form, cuts, built)
+            assert built.spills == 0 and built.stack == 0 and not built.serialized, (form, cuts, built)
             assert built.shared <= SHARED[arch], (form, cuts, built)
 
 
-@pytest.mark.parametrize("form", ["affine4", "affine8", "nvfp4"])
+@pytest.mark.parametrize("form", ["affine8", "nvfp4"])
 def test_the_other_formats_compile_without_spills_on_hopper(form: str) -> None:
     bits = 8 if form == "affine8" else 4
     for launch in real(form, configs.EXPERTS[90][bits][1][1]):

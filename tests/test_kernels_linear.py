@@ -70,7 +70,7 @@ def test_products_are_the_oracles(device: str, form: str, split: int, block: int
 
 
 @pytest.mark.parametrize(("bits", "group", "width"), [(4, 128, 256), (8, 128, 128), (4, 32, 96), (8, 32, 32)])
-def test_a_turn_holds_whole_groups_and_fits_a_row(device: str, bits: int, group: int, width: int) -> None:
+def test_a_turn_fits_a_row_and_may_be_part_of_a_group(device: str, bits: int, group: int, width: int) -> None:
     values = np.random.default_rng(7).standard_normal((16, width)).astype(np.float32)
     q = quantize(values, Format(bits=bits, group_size=group, symmetric=True))
     made = QuantizedTensor.from_host(q, device)
@@ -184,6 +184,21 @@ def test_shipped_cuts_compile_without_spills(arch: str, form: str) -> None:
             built = compile_ahead_launch(launch, arch)
             assert built.spills == 0 and built.stack == 0, (config, built)
             assert built.shared <= SHARED[arch], (config, built)
+            assert not built.serialized, (config, built)
+
+
+@pytest.mark.parametrize("split", [1, 2])
+@pytest.mark.parametrize("rows, width", [(8192, 2816), (2816, 2112)])
+def test_matrix_instructions_of_a_product_in_parts_do_not_wait_for_one_another(
+    rows: int, width: int, split: int
+) -> None:
+    """Where a loop may not turn at all, the assembler lets each wait for the one before, and says so."""
+    for config in configs.LINEAR[90][8][::2]:
+        packed = meta_weight("symmetric8", rows, width)
+        cut = replace(config, split=split)
+        calls = launched(lambda w=packed, cut=cut: linear.linear(meta(256, w.shape[1]), w, config=cut))
+        built = compile_ahead_launch(calls[1], "sm_90")
+        assert built.name == "linear_kernel" and not built.serialized and not built.spills, built
 
 
 def test_every_multiprocessor_has_a_program_where_the_shape_allows() -> None:

@@ -234,7 +234,7 @@ def attention(
         log_sums = torch.empty(splits, pairs, length * group, dtype=torch.float32, device=q.device)
     _attend[(blocks, pairs, splits * slices)](
         q, keys, values, rows, parts, log_sums, length, kv_heads, window,
-        *q.stride()[:3], *keys.stride()[:3], 0 if rows.numel() == 1 else 1,
+        *q.stride()[:3], *keys.stride()[:3], 0 if rows.numel() == 1 else rows.stride(0),
         CAUSAL=causal, GROUP=group, WIDTH=width, SPLITS=splits, ROWS=sizes.rows, KEYS=sizes.keys, BLOCK=block,
         COLUMNS=columns, WHOLE=block == width, STAGES=sizes.stages, BITS=bits,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

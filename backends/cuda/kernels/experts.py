@@ -184,7 +184,7 @@ def gate_up_kernel(
     rows = line // HALF * INNER + f
     acc = times(
         x, token * WIDTH, live, words, scales, biases, expert, rows, f < INNER, magic, 0,
-        WIDTH, WIDTH, BITS, GROUP, INNER % HALF == 0, 2 * HALF, M, BLOCK, STAGES,
+        WIDTH, 1, WIDTH, BITS, GROUP, INNER % HALF == 0, 2 * HALF, M, BLOCK, STAGES,
     )  # fmt: skip
     if factor is not None:
         acc = acc * factors(factor + (expert if PER_ROW else 0), rows, f < INNER, PER_ROW)[:, None]
@@ -215,7 +215,7 @@ def down_kernel(
     rows = part * N + tl.arange(0, N)
     acc = times(
         hidden, place * WIDTH, live, words, scales, biases, expert, rows, rows < ROWS, magic,
-        0, WIDTH, WIDTH, BITS, GROUP, ROWS % N == 0, N, M, BLOCK, STAGES,
+        0, WIDTH, 1, WIDTH, BITS, GROUP, ROWS % N == 0, N, M, BLOCK, STAGES,
     )  # fmt: skip
     if factor is not None:
         acc = acc * factors(factor + (expert if PER_ROW else 0), rows, rows < ROWS, PER_ROW)[:, None]

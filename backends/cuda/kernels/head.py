@@ -147,8 +147,8 @@ def _score(
             acc = tl.dot(part, part_x, acc, input_precision="ieee")
     else:
         acc = times(
-            x, row * WIDTH, live, words, scales, biases, tl.full((), 0, tl.int64), token, real, magic, 0, WIDTH,
-            WIDTH, BITS, GROUP, False, TOKENS, ROWS, DEPTH, STAGES,
+            x, row * WIDTH, live, words, scales, biases, tl.full((), 0, tl.int64), token, real, magic, 0,
+            WIDTH, 1, WIDTH, BITS, GROUP, False, TOKENS, ROWS, DEPTH, STAGES,
         )  # fmt: skip
     # Rows are finished in parts: all at once, the softmax of 256 would need more registers than there are.
     _finish(
@@ -318,7 +318,7 @@ def vocab_head(
         torch.empty(tiles, most, dtype=torch.float32, device=x.device),
     )
     wanted = torch.empty(tiles, dtype=torch.int32, device=x.device)
-    per_batch = 0 if temperature.numel() == 1 else 1
+    per_batch = 0 if temperature.numel() == 1 else temperature.stride(0)
     for start in range(0, rows, sizes.chunk):
         part = slice(start, min(start + sizes.chunk, rows))
         count = part.stop - start
@@ -326,7 +326,7 @@ def vocab_head(
             arranged[part], weight.words, weight.scales, weight.biases, MAGIC, temperature, *held, wanted,
             count, start, length, weight.rows, tiles, softcap, per_batch,
             WIDTH=width, BITS=weight.bits, GROUP=weight.group, TOKENS=sizes.tokens, ROWS=sizes.rows,
-            DEPTH=max(sizes.depth, weight.group), STAGES=sizes.stages, EXACT=exact,
+            DEPTH=sizes.depth, STAGES=sizes.stages, EXACT=exact,
             num_warps=sizes.warps, num_stages=sizes.stages,
         )  # fmt: skip
         ceiling, total = (torch.empty(count, dtype=torch.float32, device=x.device) for _ in range(2))

@@ -79,7 +79,8 @@ def _packed_tile(
     CODES: tl.constexpr = 32 // BITS
     BIASED: tl.constexpr = biases is not None
     word = start // CODES + tl.arange(0, COLUMNS // CODES)
-    group = start // GROUP + tl.arange(0, COLUMNS // GROUP)
+    GROUPS: tl.constexpr = (COLUMNS + GROUP - 1) // GROUP
+    group = start // GROUP + tl.arange(0, GROUPS)
     inside = real[:, None] & (word < WIDTH // CODES)[None, :]
     tile = tl.load(words + token[:, None] * (WIDTH // CODES) + word[None, :], mask=inside, other=0)
     inside = real[:, None] & (group < WIDTH // GROUP)[None, :]
@@ -88,9 +89,7 @@ def _packed_tile(
     bias = scale
     if BIASED:
         bias = tl.load(biases + at, mask=inside, other=0.0)
-    return dequantized(
-        tile, scale, bias, magic, BITS, False, BIASED, token.shape[0], COLUMNS // CODES, COLUMNS // GROUP
-    )
+    return dequantized(tile, scale, bias, magic, BITS, False, BIASED, token.shape[0], COLUMNS // CODES, GROUPS)
 
 
 @triton.jit

@@ -160,11 +160,11 @@ def linear_kernel(
     first_row = tl.program_id(0) // tiles * N
     rows = first_row + tl.arange(0, N)
     live = token < count
-    STEP: tl.constexpr = ((WIDTH + BLOCK - 1) // BLOCK + SPLIT - 1) // SPLIT * BLOCK
-    first = tl.program_id(1) * STEP
+    STEP: tl.constexpr = WIDTH if SPLIT == 1 else ((WIDTH + BLOCK - 1) // BLOCK + SPLIT - 1) // SPLIT * BLOCK
     acc = times(
-        x, token * WIDTH, live, words, scales, biases, 0, rows, rows < ROWS, magic, first,
-        tl.minimum(first + STEP, WIDTH) if SPLIT > 1 else WIDTH, WIDTH, BITS, GROUP, ROWS % N == 0, N, M, BLOCK, STAGES,
+        x, token * WIDTH, live, words, scales, biases, 0, rows, rows < ROWS, magic,
+        tl.program_id(1) * STEP if SPLIT > 1 else 0, STEP, SPLIT,
+        WIDTH, BITS, GROUP, ROWS % N == 0, N, M, BLOCK, STAGES,
     )  # fmt: skip
     if factor is not None:
         acc = acc * factors(factor, rows, rows < ROWS, PER_ROW)[:, None]
@@ -199,7 +199,7 @@ def geglu_kernel(
     inner = first + line % HALF
     rows = line // HALF * INNER + inner
     acc = times(
-        x, token * WIDTH, live, words, scales, biases, 0, rows, inner < INNER, magic, 0, WIDTH, WIDTH, BITS, GROUP,
+        x, token * WIDTH, live, words, scales, biases, 0, rows, inner < INNER, magic, 0, WIDTH, 1, WIDTH, BITS, GROUP,
         INNER % HALF == 0, 2 * HALF, M, BLOCK, STAGES,
     )  # fmt: skip
     if factor is not None:

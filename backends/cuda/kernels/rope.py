@@ -138,7 +138,7 @@ def norm_rope_write(
         q, k, v, q_weight, k_weight, cos, sin, rows, out, keys, values,
         length, heads, kv_heads, capacity, width // 2, eps,
         q.stride(1), k.stride(1), k.stride(1) if v is None else v.stride(1),
-        0 if cos.shape[0] == 1 else length * (width // 2), 0 if rows is None or rows.numel() == 1 else 1,
+        0 if cos.shape[0] == 1 else length * (width // 2), 0 if rows is None or rows.numel() == 1 else rows.stride(0),
         *out.stride()[:3], *keys.stride()[:3],
         HEADS=per, BLOCK=triton.next_power_of_2(width // 2), num_warps=WARPS,
     )  # fmt: skip

@@ -98,9 +98,8 @@ class Stored:
 
 
 def fitted(cut: Config, weight: Stored) -> Config:
-    """Return a cut whose turns hold whole groups, and no more than a row's largest power of two."""
-    row = 1 << (weight.width.bit_length() - 1)
-    return replace(cut, block=max(weight.group, min(cut.block, row)))
+    """Return a cut whose turns hold no more than a row's largest power of two."""
+    return replace(cut, block=min(cut.block, 1 << (weight.width.bit_length() - 1)))
 
 
 def supports(weight: Weight) -> bool:
@@ -285,23 +284,26 @@ def dequantized(
 
 @triton.jit
 def times(
-    x, starts, live, words, scales, biases, matrix, rows, real, magic, first, last,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, ALL: tl.constexpr,
-    N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    x, starts, live, words, scales, biases, matrix, rows, real, magic, first,
+    SPAN: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    ALL: tl.constexpr, N: tl.constexpr, M: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Return rows of a weight times rows of activations, float32 [N, M], over K from `first` to `last`.
+    """Return rows of a weight times rows of activations, float32 [N, M], over SPAN elements of K from `first` on.
 
     x is arranged; `starts` [M] are its rows' first elements, and `live` [M] says whether they are read, or are 0.
     `rows` [N] are the weight's, counted from row `matrix` of a stack (int64; the rest fits 32 bits), and `real` [N]
-    says whether they exist (ALL: all do). `first` and `last` are multiples of BLOCK, or last is WIDTH.
+    says whether they exist (ALL: all do). K is cut in PARTS of SPAN elements, the last of which may be short, or empty.
+    A turn holds whole groups, or lies in one. How many there are is a constant, for where the assembler does not know
+    that a loop turns at all, it keeps no two products in flight.
     """
     k = tl.arange(0, BLOCK)
     acc = tl.zeros((N, M), tl.float32)
-    EVEN: tl.constexpr = WIDTH % BLOCK == 0
+    EVEN: tl.constexpr = SPAN % BLOCK == 0 and SPAN * PARTS == WIDTH
     x_tile = x + starts[:, None] + k[None, :]
     if BITS == 16:
         tile = words + matrix * WIDTH + rows[:, None] * WIDTH + k[None, :]
-        for at in tl.range(first, last, BLOCK, num_stages=STAGES):
+        for turn in tl.range(0, SPAN, BLOCK, num_stages=STAGES):
+            at = first + turn
             inside = k < WIDTH - at
             if ALL and EVEN:
                 w = tl.load(tile + at)
@@ -313,12 +315,13 @@ def times(
         FLOAT: tl.constexpr = scales.dtype.element_ty == tl.uint8
         BIASED: tl.constexpr = biases is not None
         CODES: tl.constexpr = 32 // BITS
-        GROUPS: tl.constexpr = BLOCK // GROUP
+        GROUPS: tl.constexpr = (BLOCK + GROUP - 1) // GROUP
         word = tl.arange(0, BLOCK // CODES)
         group = tl.arange(0, GROUPS)
         tile = words + matrix * (WIDTH // CODES) + rows[:, None] * (WIDTH // CODES) + word[None, :]
         grouped = matrix * (WIDTH // GROUP) + rows[:, None] * (WIDTH // GROUP) + group[None, :]
-        for at in tl.range(first, last, BLOCK, num_stages=STAGES):
+        for turn in tl.range(0, SPAN, BLOCK, num_stages=STAGES):
+            at = first + turn
             g = grouped + at // GROUP
             if ALL and EVEN:
                 w = tl.load(tile + at // CODES)
