@@ -93,7 +93,7 @@ def main(device: str, shape: bench.Shape, recipe: str, context: int, repeats: in
         try:
             with switched("early" in options):
                 ready[name], drafts = captured(variant(ops, options), model, plan)
-        except RuntimeError as error:  # an option that this card or this Triton does not take
+        except Exception as error:  # whatever is said of an option that this card or this Triton does not take
             click.echo(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", err=True)
             continue
         want = want or drafts

@@ -35,12 +35,13 @@ SHOWN, LISTED = 20, 60
 @click.option("--canvases", type=click.IntRange(min=1), default=4, show_default=True, help="Canvases that are timed.")
 @click.option("--profile", is_flag=True, help="Also list where a pass spends its time (torch).")
 @click.option("--check", is_flag=True, help="Also compare the captured passes' tokens with the plain loop's (CUDA).")
+@click.option("--plain", is_flag=True, help="Start every kernel from the host, instead of captured passes (CUDA).")
 @click.option("--json", "as_json", is_flag=True, help="Write one JSON line and nothing else.")
 @ways_options
 @click.pass_context
 def bench(
-    ctx: click.Context, recipe: str, profile: bool, check: bool, as_json: bool, backend: str, device: str, dtype: str,
-    **options: Any,
+    ctx: click.Context, recipe: str, profile: bool, check: bool, plain: bool, as_json: bool, backend: str, device: str,
+    dtype: str, **options: Any,
 ) -> None:  # fmt: skip
     """Measure how fast this machine denoises, with random weights of a real model's shapes.
 
@@ -62,24 +63,32 @@ def bench(
     ops = make(chosen, device=device, dtype="bfloat16" if dtype == "auto" else dtype)  # type: ignore[arg-type]
     if check and not ops.lookahead:
         raise click.UsageError("--check compares captured passes, and this backend and device capture none")
+    if plain and not ops.lookahead:
+        raise click.UsageError("--plain leaves captures out, and this backend and device capture none")
+    if check and plain:
+        raise click.UsageError("--check compares captured passes with plain ones: leave --plain out")
     if profile and not _on_torch(ops):
         raise click.UsageError("--profile reads torch's profiler; choose --backend torch")
     out, errors = consoles()
     with Wait(errors, f"making {plan.shape} in {plan.recipe}"), ops.guarded("making random weights"):
         model = _model(ops, config_of(plan.shape), plan)
+    ops = _uncaptured(ops) if plain else ops
     with Wait(errors, "measuring"), ops.guarded("measuring"):
         result = measure(ops, model, plan)
-    row = report(ops, plan, result, backend=chosen)
+    with Wait(errors, "measuring a copy"), ops.guarded("measuring a copy"):
+        row = report(ops, plan, result, backend=chosen)
     same = True
-    if check:
-        with Wait(errors, "comparing with the plain loop"):
-            same = row["captured_equals_plain"] = _captured_equals_plain(ops, model, plan)
-    if profile:
-        with Wait(errors, "profiling"):
-            row["profile"] = _profile(ops, model, plan)[:LISTED]
-    if not as_json:
-        _show(out, row)
-    click.echo(json.dumps(row))
+    try:
+        if check:
+            with Wait(errors, "comparing with the plain loop"), ops.guarded("comparing with the plain loop"):
+                same = row["captured_equals_plain"] = _captured_equals_plain(ops, model, plan)
+        if profile:
+            with Wait(errors, "profiling"), ops.guarded("profiling"):
+                row["profile"] = _profile(ops, model, plan)[:LISTED]
+    finally:  # what has been measured is said, whatever comes after it
+        if not as_json:
+            _show(out, row)
+        click.echo(json.dumps(row))
     if not same:
         ctx.exit(1)
 
@@ -132,7 +141,6 @@ def _model(ops: Ops, config: Any, plan: Plan) -> Model:
     from ..core.convert import recipes
     from ..core.errors import DgemmaError
     from ..core.inspect import inspect_config
-    from . import machine
 
     held = inspect_config(config, recipes.find(plan.recipe)).held(ops.name, ops.dtype)
     if _on_torch(ops) and ops.device.type == "cuda":
@@ -140,6 +148,8 @@ def _model(ops: Ops, config: Any, plan: Plan) -> Model:
 
         ops.admit(config, lambda: int(held))
         return random_model(ops, config, plan.recipe, maker(ops.device))
+    from . import machine
+
     free = machine.system()["free_memory_bytes"]
     if held > free:
         raise DgemmaError(
@@ -161,16 +171,21 @@ def _machine(ops: Ops) -> tuple[float | None, dict[str, Any]]:
     return copy_bandwidth(ops.device, size=1 << 30 if on_card else 1 << 26), describe(ops.device)
 
 
+def _uncaptured(ops: Ops) -> Ops:
+    from ..backends.cuda.card import CardOps
+
+    assert isinstance(ops, CardOps)  # which alone captures
+    return ops.plain()
+
+
 def _captured_equals_plain(ops: Ops, model: Model, plan: Plan) -> bool:
     """Whether two canvases' drafts are the same, token for token, through graphs and launched one by one."""
     from dataclasses import replace
 
-    from ..backends.cuda.card import CardOps
     from ..core.bench import drafts
 
-    assert isinstance(ops, CardOps)  # which alone captures
     short = replace(plan, canvases=2)
-    captured, plain = (drafts(one, model, short) for one in (ops, ops.plain()))
+    captured, plain = (drafts(one, model, short) for one in (ops, _uncaptured(ops)))
     return all((a == b).all() for a, b in zip(captured, plain, strict=True))
 
 

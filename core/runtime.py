@@ -269,17 +269,18 @@ class DiffusionGemma:
         if len(prompt) + len(canvas) > self.config.max_positions:
             raise DgemmaError(f"prompt and canvas exceed the model's context of {self.config.max_positions:,} tokens")
         shape = (1, len(canvas), self.config.hidden_size)
-        if previous_logits is None:
-            soft = ops.asarray(np.zeros(shape, np.float32), ops.dtype)
-        else:
-            given = np.asarray(previous_logits)
-            wanted = (len(canvas), self.config.vocab_size)
-            if given.shape != wanted or given.dtype.kind != "f":
-                raise DgemmaError(f"previous_logits is {given.dtype} {given.shape}, expected floats of shape {wanted}")
-            soft = self.engine.mean_embedding(ops.asarray(given[None].astype(np.float32), ops.wide))
-        cache = self.engine.prefill(prompt, len(canvas))
-        x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
-        return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+        given = None if previous_logits is None else np.asarray(previous_logits)
+        wanted = (len(canvas), self.config.vocab_size)
+        if given is not None and (given.shape != wanted or given.dtype.kind != "f"):
+            raise DgemmaError(f"previous_logits is {given.dtype} {given.shape}, expected floats of shape {wanted}")
+        with ops.guarded("computing logits"):
+            if given is None:
+                soft = ops.asarray(np.zeros(shape, np.float32), ops.dtype)
+            else:
+                soft = self.engine.mean_embedding(ops.asarray(given[None].astype(np.float32), ops.wide))
+            cache = self.engine.prefill(prompt, len(canvas))
+            x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
+            return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
 
     def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, raw: bool = False) -> list[int]:
         """Return a prompt's token ids as the model would read them; arguments as `stream`."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from dgemma import backends
 from dgemma.backends.cuda import bench as card
 from dgemma.backends.cuda.blocks import whole
 from dgemma.backends.cuda.card import CardOps
@@ -152,6 +155,53 @@ def test_captured_drafts_are_compared_with_plain_ones(monkeypatch: pytest.Monkey
     assert not command._captured_equals_plain(ops, model, plan)
 
 
+def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bench runs on ops that capture, on the CPU."""
+    monkeypatch.setattr(backends, "make", lambda *_, **__: CardOps("float32", "cpu", capture=rerun))
+
+
+def test_passes_are_captured_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_a_card(monkeypatch)
+    rows = [json.loads(run(*SHORT, "--json", *options).stdout) for options in (["--check"], ["--plain"])]
+    assert [row["captured"] for row in rows] == [True, False] and rows[0]["captured_equals_plain"]
+
+
+def test_what_was_measured_is_said_whatever_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    on_a_card(monkeypatch)
+    monkeypatch.setattr(command, "_captured_equals_plain", fail)
+    result = run(*SHORT, "--json", "--check")
+    assert result.exit_code == 1 and json.loads(result.stdout)["tokens_per_second"] > 0
+    assert "ran out of memory while comparing" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_profile_counts_a_graphs_kernels_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = torch.autograd.DeviceType
+    events = [
+        SimpleNamespace(key=key, device_type=kind, self_device_time_total=us, count=4)
+        for key, kind, us in (
+            ("cudaGraphLaunch", kinds.CPU, 9e3),
+            ("_score", kinds.CUDA, 6e3),
+            ("_mean", kinds.CUDA, 3e3),
+        )
+    ]
+    recorder = SimpleNamespace(key_averages=lambda: events)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(recorder))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    rows = card.profile(lambda: None, torch.device("cuda:0"), passes=2)
+    assert rows == [{"kernel": name, "ms": ms, "launches": 2.0} for name, ms in (("_score", 3.0), ("_mean", 1.5))]
+
+
+def test_a_nearly_full_card_copies_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(card, "free_memory", lambda device: (40_000, 80_000))
+    monkeypatch.setattr(torch, "randint", lambda low, high, size, **_: sizes.append(size[0]) or torch.zeros(size))
+    monkeypatch.setattr(card, "timed", lambda run, device: 1.0)
+    assert card.copy_bandwidth(torch.device("cuda:0")) == 2 * 10_000 and sizes == [10_000]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -159,6 +209,7 @@ def test_captured_drafts_are_compared_with_plain_ones(monkeypatch: pytest.Monkey
         (["--context", "99999999"], "exceed the model's"),
         (["--device", "cuda"], "not usable"),
         (["--check"], "capture none"),
+        (["--plain"], "capture none"),
         (["--backend", "onnx"], "out of a checkpoint"),
     ],
 )

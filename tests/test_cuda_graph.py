@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from dgemma.backends.cuda import graph as graphs
-from dgemma.backends.cuda.card import BUCKET, CardOps
+from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import Buffers, Graphs, rerun
 from dgemma.backends.cuda.inference import InferenceOps
+from dgemma.backends.cuda.load import BUCKET
 from dgemma.core import weights
 from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
@@ -247,6 +248,16 @@ def test_a_graph_keeps_no_cache_lent(checkpoint: Checkpoint) -> None:
 )
 def test_caches_are_cut_to_few_lengths(capacity: int, rows: int) -> None:
     assert device_ops().new_cache(1, 1, 2, capacity).keys.shape[2] == rows
+
+
+def test_the_plain_loop_cuts_its_keys_as_the_captured_one_does() -> None:
+    """Attention's parts follow the buffers' length, and low precision follows the parts."""
+    ops = device_ops()
+    for capacity in (1, 1100, 3000):
+        captured, plain, plain_again = (
+            one.new_cache(1, 1, 2, capacity).keys for one in (ops, ops.plain(), ops.plain())
+        )  # fmt: skip
+        assert captured.shape == plain.shape and len({x.data_ptr() for x in (captured, plain, plain_again)}) == 3
 
 
 def test_without_capture_nothing_looks_ahead(tmp_path: Path) -> None:

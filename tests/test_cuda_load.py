@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -14,8 +15,10 @@ import torch
 
 from dgemma import DgemmaError
 from dgemma.backends.cuda import card as card_module
+from dgemma.backends.cuda import load as load_module
 from dgemma.backends.cuda.blocks import whole
 from dgemma.backends.cuda.card import CardOps
+from dgemma.backends.cuda.graph import rerun
 from dgemma.backends.cuda.load import Room, Stager, refusal, releasing, room
 from dgemma.backends.cuda.packed import QuantizedTensor
 from dgemma.core import weights
@@ -23,6 +26,7 @@ from dgemma.core.bench import config_of
 from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.engine import Engine
 from dgemma.core.inspect import cache_size
+from dgemma.core.model import new_cache
 from dgemma.core.quant import Format, dequantize, quantize
 from tiny import tiny_checkpoint
 
@@ -64,12 +68,93 @@ def test_a_staged_quantized_weight_keeps_its_bytes(mode: str) -> None:
     np.testing.assert_array_equal(whole(staged, torch.float32).numpy(), dequantize(q))
 
 
+class Late(torch.Tensor):
+    """A target whose copies are made when somebody waits for the stream that they were given to."""
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        assert non_blocking and Late.stream is not None
+        Late.stream.pending.append(lambda: torch.Tensor.copy_(self, source))
+        return self
+
+    def record_stream(self, stream: LateStream) -> None:
+        pass
+
+    stream: LateStream | None = None
+
+
+class LateStream:
+    """A stream that does nothing until it has to; waiting for another stream is not the host's waiting."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.pending: list[Any] = []
+
+    def wait_stream(self, other: LateStream) -> None:
+        self.pending.append(other.run)
+
+    def run(self) -> None:
+        while self.pending:
+            self.pending.pop(0)()
+
+    def __enter__(self) -> None:
+        Late.stream = self
+
+    def __exit__(self, *_: object) -> None:
+        Late.stream = None
+
+
+class LateEvent:
+    def __init__(self) -> None:
+        self._todo: list[Any] = []
+
+    def record(self, stream: LateStream) -> None:
+        self._todo = [stream]
+
+    def synchronize(self) -> None:
+        for stream in self._todo:
+            stream.run()
+
+
+def test_a_buffer_is_filled_again_only_when_it_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies that run as late as they may: when the host waits for them, or not before the end."""
+    main = LateStream()
+
+    def empty(*shape: Any, dtype: torch.dtype, device: Any = None, pin_memory: bool = False) -> torch.Tensor:
+        assert pin_memory or device is not None
+        made = torch.zeros(*shape, dtype=dtype)
+        return made if pin_memory else made.as_subclass(Late)
+
+    cuda = SimpleNamespace(
+        Stream=LateStream, Event=LateEvent, stream=lambda stream: stream, current_stream=lambda device: main
+    )  # fmt: skip
+    names = SimpleNamespace(cuda=cuda, empty=empty, uint8=torch.uint8)
+    monkeypatch.setattr(load_module, "torch", names)
+    stager = Stager(torch.device("cuda:0"), chunk=64, lanes=3, threads=1)
+    sources = [np.random.default_rng(i).integers(0, 255, 64 * i + 17, np.uint8) for i in range(9)]
+    sent = [stager.send(source, torch.uint8) for source in sources]
+    assert any((x.numpy() != source).any() for x, source in zip(sent, sources, strict=True)), "nothing was late"
+    stager.close()
+    for x, source in zip(sent, sources, strict=True):
+        np.testing.assert_array_equal(x.numpy(), source)
+
+
 def test_the_ring_is_given_back_after_loading() -> None:
     ops = CardOps("float32", "cpu")
     with ops.guarded("loading"):
         ops.staged(np.ones(3, np.float32))
         assert ops._stager is not None
     assert ops._stager is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [3, (70 << 20) + 5])
+def test_every_byte_arrives_on_the_card(count: int) -> None:
+    """Of memory that begins anywhere, in fewer and in more pieces than the ring has."""
+    stored = np.random.default_rng(count).integers(0, 255, count + 1, np.uint8)[1:]
+    ops = CardOps("bfloat16", "cuda")
+    with ops.guarded("loading"):
+        sent = [ops._send(stored), ops._send(stored[: count // 2])]
+        for x, source in zip(sent, (stored, stored[: count // 2]), strict=True):
+            np.testing.assert_array_equal(x.cpu().numpy(), source)
 
 
 # ---- Room -------------------------------------------------------------------------------------------------------
@@ -82,6 +167,24 @@ def test_the_cache_is_counted_as_the_model_reserves_it() -> None:
     assert (found.cache_per_token, found.fixed_cache) == (want.per_token, want.fixed)
     twice = room(config, 15 * GB, width=2, free=0, total=0, chunk=512, batch=2)
     assert twice.fixed_cache == 2 * want.fixed and twice.weights == found.weights
+
+
+@pytest.mark.parametrize("context", [1, 1024, 1025, 5000])
+def test_the_cache_is_counted_as_captured_passes_round_it(context: int) -> None:
+    """Behind at least a window's tokens; a shorter context takes less."""
+    config = config_of("nano-like")
+    ops = CardOps("bfloat16", "cpu", capture=rerun)
+    held = new_cache(ops, config, batch=1, capacity=max(context, 63), chunk=1024)
+    found = room(config, 0, width=2, free=0, total=0, chunk=1024, buckets=True)
+    assert found.cache(context) == sum(x.nbytes for layer in held.layers for x in layer)
+
+
+@pytest.mark.parametrize("free", [18, 18.3, 19, 21, 30])
+def test_the_context_that_is_said_to_fit_does(free: float) -> None:
+    found = room(config_of("26b"), 15_420_000_000, width=2, free=int(free * GB), total=80 * GB, buckets=True)
+    most = found.largest_context
+    assert most > 0 and refusal(found, most, "cuda:0") is None
+    assert most == found.most_tokens or refusal(found, most + 1, "cuda:0") is not None
 
 
 def test_the_4bit_model_needs_less_than_18_gb() -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import dgemma
 from dgemma.backends.cuda.blocks import whole
+from dgemma.backends.cuda.experts import in_order
 from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
 from dgemma.backends.cuda.inference import InferenceOps
 from dgemma.backends.cuda.ops import CudaOps
@@ -132,11 +134,10 @@ def test_captured_tokens_are_plain_tokens(checkpoint: Checkpoint, device: str) -
     """The prompt is read in two captured chunks, or at once; the canvas stops by itself, one pass late."""
     sampler = SamplerConfig(steps=2, schedule_steps=2, confidence=1e9, stability=0)
     with running(device):
-        plain = cuda_ops(device)
-        want = written(plain, build(plain, checkpoint, "4bit"), 14, sampler)
         captured = cuda_ops(device, captured=True)
-        assert captured.lookahead == 1
-        got = written(captured, build(captured, checkpoint, "4bit"), 14, sampler)
+        model, plain = build(captured, checkpoint, "4bit"), captured.plain()
+        assert (captured.lookahead, plain.lookahead) == (1, 0)
+        want, got = (written(one, model, 14, sampler) for one in (plain, captured))
     assert len(want) == 2 + 2 and got == want
 
 
@@ -149,6 +150,15 @@ def test_captured_drafts_are_plain_drafts_on_the_card(shape: Any) -> None:
     model = bench.random_model(captured, config, "4bit")
     want, got = (bench.drafts(one, model, plan) for one in (captured.plain(), captured))
     np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.gpu
+def test_nano_writes_on_a_card_what_it_writes_on_the_cpu() -> None:
+    """In float32, where nothing is captured; and in bfloat16 it writes at all."""
+    made = {"cpu": "float32", "cuda": "float32", "cuda:0": "bfloat16"}
+    models = [dgemma.load("nano", backend="torch", device=device, dtype=dtype) for device, dtype in made.items()]
+    texts = [model.generate(".3.1 .2.. .... ...4", max_new_tokens=64).text for model in models]
+    assert texts[0] == texts[1] and texts[2]
 
 
 # ---- What runs where ------------------------------------------------------------------------------------------------
@@ -187,7 +197,7 @@ def meta_weight(shape: tuple[int, ...], kind: Format | None, seed: int) -> torch
 
 def test_in_float32_no_kernel_runs_and_nothing_is_captured(checkpoint: Checkpoint) -> None:
     ops = CudaOps("float32", "cpu", capture=rerun)
-    assert (ops.lookahead, ops.encode_sizes) == (0, ())
+    assert (ops.lookahead, ops.encode_sizes) == (0, ()) and ops.compile(np.square) is np.square
     got = states(ops, build(ops, checkpoint), 5)  # not in the interpreter: a kernel would fail
     want = states(NumpyOps("float64"), build(NumpyOps("float64"), checkpoint), 5)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
@@ -206,9 +216,18 @@ def test_what_kernels_do_not_read_runs_in_torch(checkpoint: Checkpoint, device: 
     rounded, exact = (states(one, build(one, checkpoint, "8bit", **ODD), 5) for one in oracles)
     ops = cuda_ops(device, captured=True)
     model = build(ops, checkpoint, "8bit", **ODD)
-    assert ops.lookahead == 0
+    assert ops.lookahead == 0 and ops.compile(np.square) is np.square
     with running(device):
         assert_low_precision(states(ops, model, 5), rounded, exact)
+
+
+def test_experts_results_are_summed_row_by_row() -> None:
+    """As the CPU adds them up, whatever order a card would take; rows of three experts each."""
+    chosen = torch.tensor([[2, 0, 1], [0, 2, 1], [1, 2, 0], [2, 1, 0]])
+    order = chosen.reshape(-1).argsort(stable=True)
+    out = torch.from_numpy(np.random.default_rng(0).standard_normal((12, 5)))
+    want = torch.zeros(4, 5, dtype=torch.float64).index_add_(0, order // 3, out)
+    torch.testing.assert_close(in_order(out, order, 4, torch.float64), want)
 
 
 def test_joined_weights_are_views_of_one(checkpoint: Checkpoint) -> None:

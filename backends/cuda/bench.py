@@ -16,6 +16,7 @@ import torch
 
 from ...core.bench import SPREAD, affine_codes, float_scale
 from ...core.quant import Format
+from .load import free_memory
 from .packed import QuantizedTensor
 
 Tensor = torch.Tensor
@@ -70,7 +71,12 @@ def _words(shape: tuple[int, ...], kind: Format, generator: torch.Generator, dev
 
 
 def copy_bandwidth(device: torch.device, *, size: int = 1 << 30, repeats: int = 20) -> float:
-    """Return bytes per second of a copy within the device's memory, reads and writes counted, by the median."""
+    """Return bytes per second of a copy within the device's memory, reads and writes counted, by the median.
+
+    What is copied is smaller where a card is nearly full.
+    """
+    if device.type == "cuda":
+        size = min(size, free_memory(device)[0] // 4)
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     seconds = [timed(lambda: target.copy_(source), device) for _ in range(repeats + 3)][3:]
@@ -104,6 +110,8 @@ def profile(run: Callable[[], Any], device: torch.device, *, passes: int) -> lis
             torch.cuda.synchronize(device)
     seconds, launches = Counter[str](), Counter[str]()
     for event in recorded.key_averages():
+        if on_card and event.device_type.name == "CPU":
+            continue  # CUDA's own calls, to which a graph's kernels may be counted once more
         spent = event.self_device_time_total if on_card else event.self_cpu_time_total
         seconds[event.key] += spent
         launches[event.key] += event.count

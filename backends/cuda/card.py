@@ -20,15 +20,12 @@ from ...core.errors import DgemmaError
 from ...core.ops import KV, DType
 from ...core.quant import QTensor
 from .blocks import Weight
-from .graph import Buffers, Capture, Graphs
+from .graph import Buffers, Capture, Graphs, on
 from .head import VocabHead
 from .inference import InferenceOps
-from .load import Stager, free_memory, refusal, releasing, room
+from .load import Stager, bucketed, free_memory, refusal, releasing, room
 from .packed import QuantizedTensor, Scratch
 from .torch_ops import TORCH_DTYPES, Array
-
-BUCKET = 1024
-"""Rows that a captured pass's cache is rounded up to, and doubled from there: few buffers, and few graphs."""
 
 LEAST_CONTEXT = 1024
 """Tokens of prompt and answer that a card must have room for, or loading is refused."""
@@ -49,29 +46,39 @@ class CardOps(InferenceOps):
         encode_sizes: tuple[int, ...] = (256, 1024),
     ) -> None:  # fmt: skip
         super().__init__(dtype, device)
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())  # `set_device` asks for a number
         if self.device.type == "cuda" and torch.cuda.is_available():
-            torch.cuda.set_device(self.device)  # Triton launches on the current device, wherever its arguments are
+            torch.cuda.set_device(self.device)  # for who uses ops by themselves; see `graph.on`
         # A graph goes on writing where it was captured: a buffer that is kept from call to call, and replaced when it
         # becomes too small, would by then be somebody else's memory. torch's allocator makes new ones cheap here.
         self._scratch = Scratch(keep=False)
         self._head = VocabHead(self._scratch)
         self.prefill_chunk = 1024
         self._capture = capture
+        self._plain = False
         self._sizes = encode_sizes
         self._constants: dict[Any, Array] = {}
         self._buffers = Buffers()
         self._stager: Stager | None = None
 
     def plain(self) -> Self:
-        """Return these ops over the same weights, running passes as they are: what captured ones are compared with."""
+        """Return these ops over the same weights, running passes as they are: what captured ones are compared with.
+
+        Caches are as long as captured ones': attention cuts its keys by that, and rounds by how it cuts.
+        """
         twin = copy(self)
-        twin._capture = None
+        twin._plain = True
         return twin
+
+    @property
+    def _can_capture(self) -> bool:
+        return self._capture is not None
 
     @property
     def captures(self) -> bool:
         """Whether functions given to `compile` run as graphs."""
-        return self._capture is not None
+        return self._can_capture and not self._plain
 
     @property
     def encode_sizes(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -122,16 +129,14 @@ class CardOps(InferenceOps):
     # ---- Passes -------------------------------------------------------------------------------------------------
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return function if self._capture is None else Graphs(function, self._capture, self.device)
+        return Graphs(function, self._capture, self.device) if self._capture and self.captures else function
 
     def new_cache(self, batch: int, kv_heads: int, head_dim: int, capacity: int) -> KV:
-        if not self.captures:
+        if not self._can_capture:
             return super().new_cache(batch, kv_heads, head_dim, capacity)
-        rows = BUCKET
-        while rows < capacity:
-            rows *= 2
-        if capacity <= rows * 3 // 4 and rows > BUCKET:  # 2¹⁰, 1½·2¹⁰, 2¹¹, …: at most a third is unused
-            rows = rows * 3 // 4
+        rows = bucketed(capacity)
+        if self._plain:
+            return super().new_cache(batch, kv_heads, head_dim, rows)
         shape, dtype = (batch, kv_heads, rows, head_dim), TORCH_DTYPES[self.dtype]
         keys, values = (self._buffers.lend(shape, dtype, self.device) for _ in range(2))
         return KV(keys, values)
@@ -143,7 +148,10 @@ class CardOps(InferenceOps):
             return
         free, total = free_memory(self.device)
         width = TORCH_DTYPES[self.dtype].itemsize
-        found = room(config, weight_bytes(), width=width, free=free, total=total, chunk=self.prefill_chunk)
+        found = room(
+            config, weight_bytes(), width=width, free=free, total=total, chunk=self.prefill_chunk,
+            buckets=self._can_capture,
+        )  # fmt: skip
         if why := refusal(found, min(LEAST_CONTEXT, config.max_positions), str(self.device)):
             raise DgemmaError(f"the model does not fit: {why}")
 
@@ -151,7 +159,7 @@ class CardOps(InferenceOps):
     def guarded(self, doing: str) -> Iterator[None]:
         remedy = "take a shorter context, or a smaller recipe (dgemma convert --recipe 4bit)"
         try:
-            with releasing(self.device, doing, remedy):
+            with on(self.device), releasing(self.device, doing, remedy):
                 yield
         except DgemmaError:
             self._buffers.release()
@@ -183,7 +191,7 @@ class CardOps(InferenceOps):
             words=self._send(weight.words),
             scales=scales.view(torch.bfloat16) if affine else scales,
             biases=None if biases is None else biases.view(torch.bfloat16),
-            global_scale=None if factor is None else torch.as_tensor(factor, device=self.device),
+            global_scale=None if factor is None else self._send(np.asarray(factor)),
             format=weight.format,
         )
 

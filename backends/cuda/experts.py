@@ -54,8 +54,9 @@ def expert_mlp(
 
 
 def _grouped_fits(x: Tensor, gate_up: Weight, down: Weight) -> bool:
-    """Whether CUDA's grouped matmul takes these: bfloat16, and rows of whole 16 bytes."""
-    return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in (*gate_up.shape[1:], *down.shape[1:]))
+    """Whether CUDA's grouped matmul takes these: bfloat16, rows of whole 16 bytes, and a card that has it."""
+    whole_rows = all(size % 8 == 0 for size in (*gate_up.shape[1:], *down.shape[1:]))
+    return x.dtype == torch.bfloat16 and whole_rows and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _grouped(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -67,9 +68,16 @@ def _grouped(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: T
     gate, up = F.grouped_mm(x[order // k], gate_up.transpose(1, 2), offs=ends).chunk(2, -1)
     hidden = gelu_times(gate, up, weights.reshape(-1)[order, None])
     out = F.grouped_mm(hidden, down.transpose(1, 2), offs=ends)
-    # Scattered back and summed in a fixed order: index_add_ on CUDA would add in any.
-    back = torch.empty_like(out).index_copy_(0, order, out).view(rows, k, -1)
-    return back.sum(1, dtype=weights.dtype).to(x.dtype)
+    return in_order(out, order, rows, weights.dtype).to(x.dtype)
+
+
+def in_order(out: Tensor, order: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """Sum each row's results in the order of its choices; index_add_ on CUDA would add in any.
+
+    out [N·k, D], of the pairs row·k + choice that `order` int64 [N·k] names → [N, D] in a dtype.
+    """
+    back = torch.empty_like(out).index_copy_(0, order, out)
+    return back.view(rows, -1, out.shape[1]).sum(1, dtype=dtype)
 
 
 @torch.library.custom_op("dgemma::experts", mutates_args=())
@@ -104,6 +112,8 @@ def _sorted_experts(
         out = _together(rows, heat, place, room, gate_up, down)
     else:
         out = _one_by_one(rows, heat, counts.tolist(), gate_up, down)
+    if x.device.type != "cpu":
+        return in_order(out, order, len(x), weights.dtype).to(x.dtype)
     result = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
     return result.index_add_(0, token, out.to(weights.dtype)).to(x.dtype)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,21 +40,55 @@ KEPT = 8
 """Graphs of one function that are kept; the one unused for longest goes first."""
 
 
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Within, a thread launches on this card: Triton takes the thread's current one, wherever its arguments are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class CudaCapture:
-    """Captures on a device. All graphs share one pool of memory: only one of them runs at a time."""
+    """Captures on a device. All graphs share one pool of memory: only one of them runs at a time.
+
+    The stream is its own, not torch's for all captures, which belongs to the first card that anybody captured on and
+    whose cuBLAS workspace stands in whatever pool was used first. Pool and stream are new once no graph is left that
+    used the old ones, and after a capture that failed: torch takes up neither a pool that nobody holds nor one whose
+    capture has not ended.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None
+        self._stream: Any = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._endless: list[torch.cuda.CUDAGraph] = []  # torch's allocator goes on asking them whose memory is whose
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
-        with torch.cuda.device(self._device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
+        with on(self._device):
+            if not self._graphs:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                run()
+            self._capture(graph, run)
+        self._graphs.add(graph)
         return graph.replay
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, run: Callable[[], None]) -> None:
+        failed: Exception | None = None
+        try:
+            # Around torch's own context, which stays on its stream where the capture cannot be ended.
+            with (
+                torch.cuda.stream(torch.cuda.current_stream(self._device)),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                try:
+                    run()
+                except Exception as error:
+                    failed = error
+                    raise
+        except Exception as error:
+            self._graphs.clear()
+            if error is not failed:
+                self._endless.append(graph)
+            # What went wrong, and not that the capture could not be ended because of it.
+            raise (failed or error) from None
 
 
 def rerun(run: Callable[[], None]) -> Callable[[], None]:
@@ -84,15 +119,16 @@ class Graphs:
         caches: list[Tensor] = []
         pattern = _flatten(arguments, given, caches)
         key = (pattern, *(_kind(x) for x in given), *((x.data_ptr(), _kind(x)) for x in caches))
-        graph = self._kept.get(key)
-        if graph is None:
-            graph = self._kept[key] = self._make(pattern, given, caches)
-            while len(self._kept) > KEPT:
-                self._kept.popitem(last=False)
-        else:
-            self._kept.move_to_end(key)
-            _copy_in(graph.inputs, given)
-            graph.replay()
+        with on(self._device):
+            graph = self._kept.get(key)
+            if graph is None:
+                graph = self._kept[key] = self._make(pattern, given, caches)
+                while len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            else:
+                self._kept.move_to_end(key)
+                _copy_in(graph.inputs, given)
+                graph.replay()
         return _rebuild(graph.shape, graph.places, [caches[i] for i in graph.order])
 
     def __len__(self) -> int:

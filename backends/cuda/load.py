@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, takewhile
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ CHUNK = 32 << 20
 
 LANES = 4
 THREADS = 4
+
+BUCKET = 1024
+"""Rows that a captured pass's cache has at least; see `buckets`."""
 
 RESERVE = 512 << 20
 """Bytes left to the libraries' workspaces, graphs and the allocator's rounding."""
@@ -124,6 +127,20 @@ class Stager:
 # ---- Room ---------------------------------------------------------------------------------------------------------
 
 
+def buckets() -> Iterator[int]:
+    """Yield the lengths of captured passes' caches, 2¹⁰, 1½·2¹⁰, 2¹¹, …: few buffers, few graphs, a third unused."""
+    rows = BUCKET
+    while True:
+        yield rows
+        yield rows * 3 // 2
+        rows *= 2
+
+
+def bucketed(rows: int) -> int:
+    """Return the shortest length that has so many rows."""
+    return next(length for length in buckets() if length >= rows)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Room:
     """Bytes that a model takes on a card, and what is there. Weights and cache are exact, `working` is about."""
@@ -135,20 +152,30 @@ class Room:
     free: int
     total: int
     most_tokens: int
+    scratch: int = 0
+    """Rows behind a context's in a cache whose length is one of `buckets`; 0 where caches are as long as asked for."""
+
+    def cache(self, context: int) -> int:
+        rows = bucketed(context + self.scratch) - self.scratch if self.scratch else context
+        return self.fixed_cache + self.cache_per_token * rows
 
     def needed(self, context: int) -> int:
-        return self.weights + self.fixed_cache + self.cache_per_token * context + self.working
+        return self.weights + self.cache(context) + self.working
 
     @property
     def largest_context(self) -> int:
         """Tokens of prompt and answer that there is room for, 0 where not even the weights fit."""
-        spare = self.free - self.needed(0)
-        return max(0, min(self.most_tokens, spare // max(1, self.cache_per_token)))
+        rows = (self.free - self.weights - self.fixed_cache - self.working) // max(1, self.cache_per_token)
+        if self.scratch and rows > 0:
+            lengths = takewhile(lambda length: length <= min(rows, self.most_tokens * 2) + self.scratch, buckets())
+            rows = max(lengths, default=0) - self.scratch
+        return max(0, min(self.most_tokens, rows))
 
 
 def room(
-    config: ModelConfig, weight_bytes: int, *, width: int, free: int, total: int, chunk: int = 1024, batch: int = 1
-) -> Room:
+    config: ModelConfig, weight_bytes: int, *, width: int, free: int, total: int, chunk: int = 1024, batch: int = 1,
+    buckets: bool = False,
+) -> Room:  # fmt: skip
     """Count what a model takes when it runs through the kernels.
 
     Args:
@@ -159,23 +186,25 @@ def room(
         total: bytes of the card.
         chunk: the longest encode pass.
         batch: sequences side by side.
+        buckets: whether caches are rounded up, as captured passes' are.
     """
-    rows = batch * max(chunk, config.canvas_length)
+    scratch = max(chunk, config.canvas_length)
+    rows = batch * scratch
     fixed = per_token = 0
     for layer in config.layers:
         row = 2 * layer.kv_heads * layer.head_dim * width * batch
-        fixed += row * max(chunk, config.canvas_length)
         if layer.window is None:
+            fixed += row * scratch
             per_token += row
         else:
-            fixed += row * (layer.window - 1)
+            fixed += row * (bucketed(layer.window - 1 + scratch) if buckets else layer.window - 1 + scratch)
     masses = min(256, rows) * config.vocab_size * width  # what the vocabulary head keeps between its two products
     pairs = rows * config.experts_per_token * (config.expert_size + config.hidden_size) * width
     widest = max(layer.heads * layer.head_dim for layer in config.layers)
     dense = rows * (8 * config.hidden_size + 3 * widest + 2 * config.intermediate_size) * 4
     return Room(
         weights=weight_bytes, fixed_cache=fixed, cache_per_token=per_token, working=masses + pairs + dense + RESERVE,
-        free=free, total=total, most_tokens=config.max_positions,
+        free=free, total=total, most_tokens=config.max_positions, scratch=scratch if buckets else 0,
     )  # fmt: skip
 
 
@@ -184,8 +213,7 @@ def refusal(found: Room, context: int, device: str) -> str | None:
     needed = found.needed(context)
     if needed <= found.free:
         return None
-    cache = found.fixed_cache + found.cache_per_token * context
-    held = f"{_gb(found.weights)} of weights, {_gb(cache)} of cache for {context:,} tokens"
+    held = f"{_gb(found.weights)} of weights, {_gb(found.cache(context))} of cache for {context:,} tokens"
     parts = f"{held}, {_gb(found.working)} to work in"
     if found.largest_context > 0:
         remedy = f"there is room for a context of {found.largest_context:,}"

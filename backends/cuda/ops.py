@@ -80,8 +80,8 @@ class CudaOps(CardOps):
         return self.dtype == "bfloat16"
 
     @property
-    def captures(self) -> bool:
-        return super().captures and self.kernels and self._every_expert_fits
+    def _can_capture(self) -> bool:
+        return super()._can_capture and self.kernels and self._every_expert_fits
 
     def pack(self, weight: Any) -> Weight:
         packed = super().pack(weight)
