@@ -36,6 +36,7 @@ from .model import (
     Router,
     SelfConditioning,
     encode,
+    encode_and_step,
     new_cache,
     step,
 )  # fmt: skip
@@ -198,6 +199,7 @@ class Loop:
         baked = SamplerConfig(steps=plan.steps, schedule_steps=plan.steps, confidence=0.0)
         self._step = ops.compile(lambda *arrays: step(ops, model, baked, *arrays))
         self._encode = ops.compile(lambda cache, tokens, fresh: encode(ops, model, cache, tokens, fresh))
+        self._joined = ops.compile(lambda *arrays: encode_and_step(ops, model, baked, *arrays))
         self._sampler = baked
 
     def encode(self, cache: Cache, tokens: Array) -> Cache:
@@ -213,7 +215,8 @@ class Loop:
         """Read a random prompt into a cache with room for so many tokens more."""
         ops, config, plan = self.ops, self.model.config, self.plan
         chunk = max(ops.prefill_chunk, config.canvas_length, *ops.encode_sizes)
-        cache = new_cache(ops, config, batch=plan.batch, capacity=plan.context + room, chunk=chunk)
+        scratch = max(chunk, 2 * config.canvas_length)  # two canvases are what a joined pass lays down
+        cache = new_cache(ops, config, batch=plan.batch, capacity=plan.context + room, chunk=scratch)
         generator = np.random.default_rng(1)
         for at in range(0, plan.context, chunk):
             size = min(chunk, plan.context - at)
@@ -226,9 +229,14 @@ class Loop:
 
     def step(self, cache: Cache, state: sampling.StepState, index: int, seed: int) -> sampling.StepState:
         """One denoising pass; `cache.length` is what `ops.extent` returned."""
-        heat = self.ops.asarray(np.full((1, 1), self._sampler.temperature(index), np.float32))
-        uniforms, noise = self._noise(seed, index + 1)
-        return self._step(cache, state, heat, uniforms, noise)
+        return self._step(cache, state, *self._draws(index, seed))
+
+    def join(self, cache: Cache, tokens: Array, seed: int) -> tuple[Cache, sampling.StepState]:
+        """Read a canvas in the next one's first pass; return that one's state with the cache."""
+        before = int(cache.length)
+        inside = Cache(cache.layers, self.ops.extent(before))
+        after, state = self._joined(inside, tokens, self.state(seed), *self._draws(0, seed))
+        return Cache(after.layers, before + tokens.shape[1]), state
 
     def canvas(self, cache: Cache, seed: int, read: Callable[[np.ndarray], None] = lambda tokens: None) -> Cache:
         """Denoise a canvas, hand the host every draft, as the engine does, and read the last into the cache."""
@@ -247,6 +255,10 @@ class Loop:
 
     def wait(self, cache: Cache) -> None:
         self.ops.synchronize(*(array for layer in cache.layers for array in layer))
+
+    def _draws(self, index: int, seed: int) -> tuple[Array, Array, Array]:
+        heat = self.ops.asarray(np.full((1, 1), self._sampler.temperature(index), np.float32))
+        return heat, *self._noise(seed, index + 1)
 
     def _noise(self, seed: int, index: int) -> tuple[Array, Array]:
         config = self.model.config

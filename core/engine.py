@@ -2,6 +2,8 @@
 
 read the prompt ──▶ denoise a canvas ──▶ commit its argmax ──▶ encode it ──▶ next canvas …
                       (≤ steps passes)       (cut, decode)       (never the last)
+
+Joined, a canvas is encoded in the pass that takes the next one's first step.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .config import SamplerConfig
 from .errors import DgemmaError
 from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
 from .memory import peak_memory
-from .model import Cache, Model, encode, new_cache, step
+from .model import Cache, Model, encode, encode_and_step, new_cache, step
 from .ops import Array, Ops
 from .random import step_noise
 from .tokens import Decoder, Tokenizer, split_at_end
@@ -63,7 +65,7 @@ class Engine:
         self.ops = ops
         self.model = model
         self.tokenizer = tokenizer
-        self._steps: dict[SamplerConfig, Callable[..., sampling.StepState]] = {}
+        self._passes: dict[tuple[Callable[..., Any], SamplerConfig], Callable[..., Any]] = {}
         self._encoder: Callable[..., Cache] | None = None
 
     def check(self, request: Request) -> None:
@@ -102,14 +104,15 @@ class Engine:
         kept = len(request.prompt) + (canvases - 1) * config.canvas_length
         cache = yield from self._prefill(request.prompt, kept, clock, config.canvas_length)
         reason: FinishReason = "length"
+        begun: sampling.StepState | None = None  # the canvas after its first pass, where that has read the one before
         for index in range(canvases):
-            argmax = yield from self._denoise(cache, request, index, clock)
+            argmax = yield from self._denoise(cache, request, index, clock, begun)
             tokens, ended = split_at_end(argmax.tolist(), request.eos_token_ids)
             left = budget - index * config.canvas_length
             ended = ended and len(tokens) <= left
             last = ended or left <= config.canvas_length
             if self.ops.lookahead and not last:  # on its way before the text is looked at, and in vain if that ends it
-                cache = self._encode(cache, argmax[None])
+                cache, begun = self._commit(cache, request, index, argmax[None])
             piece = decoder.push(tokens[:left], last=last)
             if clock.first_text is None and (piece.text or piece.thinking):
                 clock.first_text = clock.now()
@@ -119,7 +122,7 @@ class Engine:
             if last or piece.stopped:
                 break
             if not self.ops.lookahead:
-                cache = self._encode(cache, argmax[None])
+                cache, begun = self._commit(cache, request, index, argmax[None])
             clock.encodes += 1
         yield Done(finish_reason=reason, stats=self._stats(request, decoder, clock))
 
@@ -146,6 +149,8 @@ class Engine:
         else:
             chunk = max(ops.prefill_chunk, canvas_length)
             scratch = max(canvas_length, min(chunk, len(prompt)))
+        if ops.joined:
+            scratch = max(scratch, 2 * canvas_length)
         cache = new_cache(ops, self.model.config, batch=1, capacity=capacity, chunk=scratch)
         ids = np.asarray(prompt, np.int32)[None]
         yield Prefill(done=0, total=len(prompt))
@@ -175,21 +180,40 @@ class Engine:
         after = self._encoder(Cache(cache.layers, ops.extent(before)), ops.asarray(padded), ops.extent(length))
         return Cache(after.layers, before + length)
 
-    def _denoise(self, cache: Cache, request: Request, index: int, clock: _Clock) -> Generator[Event, None, np.ndarray]:
-        """Yield a `Draft` for each pass over one canvas; return the argmax canvas, int32 [L]."""
-        ops, config, sampler = self.ops, self.model.config, request.sampler
-        run = self._step(sampler)
+    def _commit(
+        self, cache: Cache, request: Request, index: int, tokens: np.ndarray
+    ) -> tuple[Cache, sampling.StepState | None]:
+        """Read a finished canvas, int32 [1, L]; joined, also return the next one's state after its first pass."""
+        ops = self.ops
+        if not ops.joined:
+            return self._encode(cache, tokens), None
+        before = int(cache.length)
+        given = ops.asarray(tokens, "int32"), self._start(request, index + 1), *self._draws(request, index + 1, 0)
+        if ops.encode_sizes:  # compiled where encode passes are
+            run = self._compiled(encode_and_step, request.sampler)
+            after, state = run(Cache(cache.layers, ops.extent(before)), *given)
+        else:
+            after, state = encode_and_step(ops, self.model, request.sampler, cache, *given)
+        return Cache(after.layers, before + tokens.shape[1]), state
+
+    def _denoise(
+        self, cache: Cache, request: Request, index: int, clock: _Clock, opened: sampling.StepState | None = None
+    ) -> Generator[Event, None, np.ndarray]:
+        """Yield a `Draft` for each pass over one canvas; return the argmax canvas, int32 [L].
+
+        `opened` is the state after the first pass, where that has run already.
+        """
+        ops, sampler = self.ops, request.sampler
+        run = self._compiled(step, sampler)
         cache = Cache(cache.layers, ops.extent(int(cache.length)))
-        _, noise = self._noise(request.seed, index, 0)
-        state = sampling.start(ops, noise, config.hidden_size)
+        state = opened or self._start(request, index)
         reads: deque[Callable[[], list[np.ndarray]]] = deque()
         argmax = np.zeros(0, np.int32)
         clock.canvases += 1
         for begun in range(sampler.steps + ops.lookahead):
             if begun < sampler.steps:
-                uniforms, noise = self._noise(request.seed, index, begun + 1)
-                temperature = ops.asarray(np.full((1, 1), sampler.temperature(begun), np.float32))
-                state = run(cache, state, temperature, uniforms, noise)
+                if begun or opened is None:
+                    state = run(cache, state, *self._draws(request, index, begun))
                 reads.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
             if begun < ops.lookahead:
                 continue
@@ -208,6 +232,14 @@ class Engine:
                 break
         return argmax
 
+    def _start(self, request: Request, index: int) -> sampling.StepState:
+        return sampling.start(self.ops, self._noise(request.seed, index, 0)[1], self.model.config.hidden_size)
+
+    def _draws(self, request: Request, index: int, begun: int) -> tuple[Array, Array, Array]:
+        """Return what a pass is given besides the canvas: temperature, uniforms, noise."""
+        temperature = np.full((1, 1), request.sampler.temperature(begun), np.float32)
+        return self.ops.asarray(temperature), *self._noise(request.seed, index, begun + 1)
+
     def _noise(self, seed: int, canvas: int, index: int) -> tuple[Array, Array]:
         config = self.model.config
         uniforms, tokens = step_noise(
@@ -215,18 +247,18 @@ class Engine:
         )
         return self.ops.asarray(uniforms[None]), self.ops.asarray(tokens[None])
 
-    def _step(self, sampler: SamplerConfig) -> Callable[..., sampling.StepState]:
-        """Return the compiled pass; only what is baked into it tells one from another."""
+    def _compiled(self, function: Callable[..., Any], sampler: SamplerConfig) -> Callable[..., Any]:
+        """Return `step` or `encode_and_step`, compiled; only what is baked into it tells one from another."""
         baked = SamplerConfig(
             entropy_bound=sampler.entropy_bound, confidence=sampler.confidence, stability=sampler.stability
         )
-        if baked not in self._steps:
+        if (function, baked) not in self._passes:
 
-            def run(cache: Cache, state: sampling.StepState, temperature: Array, uniforms: Array, noise: Array) -> Any:
-                return step(self.ops, self.model, baked, cache, state, temperature, uniforms, noise)
+            def run(*arrays: Any) -> Any:
+                return function(self.ops, self.model, baked, *arrays)
 
-            self._steps[baked] = self.ops.compile(run)
-        return self._steps[baked]
+            self._passes[function, baked] = self.ops.compile(run)
+        return self._passes[function, baked]
 
     def _stats(self, request: Request, decoder: Decoder, clock: _Clock) -> Stats:
         return Stats(

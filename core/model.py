@@ -3,12 +3,14 @@
     encode   causal; reads tokens and writes their keys and values to the cache
     denoise  bidirectional; a canvas that sees itself and the cache, which it never writes
 
+and in both at once: a finished canvas is read, and the next one, behind it, takes its first step.
+
 Source: transformers 5.23, `models/diffusion_gemma` (float32, DynamicCache). What each op means is in `reference.py`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from .config import AttentionConfig, ModelConfig, SamplerConfig
@@ -92,6 +94,10 @@ class Layer:
         sparse = ops.moe(self.pre_feedforward_layernorm_2(ops, r), r, self.router, self.experts)
         mixed = self.post_feedforward_layernorm_1(ops, dense) + self.post_feedforward_layernorm_2(ops, sparse)
         scalar = self.encoder_scalar if span.causal else self.decoder_scalar
+        if span.canvas:
+            length = x.shape[1]
+            reads = ops.reshape(ops.arange(length) < span.causal_rows(length), (length, 1))
+            scalar = ops.where(reads, self.encoder_scalar, self.decoder_scalar)  # [L, 1]
         return self.post_feedforward_layernorm.add(ops, mixed, r) * scalar, k, v
 
 
@@ -175,13 +181,37 @@ def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) ->
     """
     if isinstance(ops, Passes):
         return ops.denoise(cache, canvas, soft)
-    scale = model.config.hidden_size**0.5
     ropes = _ropes(ops, model.config, cache.length, canvas.shape[1])
     spans = _spans(ops, model.config, cache.length, causal=False)
-    x = ops.embed(model.embed_tokens, canvas, scale)
-    x = model.self_conditioning(ops, x, soft * ops.rounded(scale))
-    x, _ = ops.layers(model.layers, x, ropes, cache.layers, spans, None)
+    x, _ = ops.layers(model.layers, _conditioned(ops, model, canvas, soft), ropes, cache.layers, spans, None)
     return model.norm(ops, x)
+
+
+def _conditioned(ops: Ops, model: Model, canvas: Array, soft: Array) -> Array:
+    """Return what a denoising pass begins with: the canvas's embeddings and what the step before made of it."""
+    scale = model.config.hidden_size**0.5
+    return model.self_conditioning(ops, ops.embed(model.embed_tokens, canvas, scale), soft * ops.rounded(scale))
+
+
+def encode_and_denoise(
+    ops: Ops, model: Model, cache: Cache, tokens: Array, canvas: Array, soft: Array
+) -> tuple[Cache, Array]:
+    """`encode` of tokens int32 [B, C] and `denoise` of the canvas behind them, with each weight read once.
+
+    Everything but attention takes rows one by one, so the rows of both go through a layer together; what a canvas sees
+    of the tokens are their keys in the same layer. The cache needs room for C + L rows behind its valid ones.
+    """
+    if isinstance(ops, Passes):
+        cache = ops.encode(cache, tokens)
+        return cache, ops.denoise(cache, canvas, soft)
+    count, length = tokens.shape[1], canvas.shape[1]
+    ropes = _ropes(ops, model.config, cache.length, count + length)
+    spans = _spans(ops, model.config, cache.length, causal=True)
+    joined = {kind: replace(span, canvas=length) for kind, span in spans.items()}
+    read = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
+    x = ops.concat([read, _conditioned(ops, model, canvas, soft)], 1)  # [B, C + L, D]
+    x, caches = ops.layers(model.layers, x, ropes, cache.layers, joined, count)
+    return Cache(caches, cache.length + count), model.norm(ops, x[:, count:])
 
 
 def step(
@@ -195,6 +225,26 @@ def step(
     if isinstance(ops, Passes):
         return ops.step(sampler, cache, state, temperature, uniforms, noise)
     x = denoise(ops, model, cache, state.canvas, state.soft)
+    return _predict(ops, model, sampler, x, state, temperature, uniforms, noise)
+
+
+def encode_and_step(
+    ops: Ops, model: Model, sampler: SamplerConfig, cache: Cache, tokens: Array, state: StepState,
+    temperature: Array, uniforms: Array, noise: Array,
+) -> tuple[Cache, StepState]:  # fmt: skip
+    """`encode` of a finished canvas, int32 [B, L], and the next one's first `step`, in one pass over the weights."""
+    if isinstance(ops, Passes):
+        cache = ops.encode(cache, tokens)
+        return cache, ops.step(sampler, cache, state, temperature, uniforms, noise)
+    cache, x = encode_and_denoise(ops, model, cache, tokens, state.canvas, state.soft)
+    return cache, _predict(ops, model, sampler, x, state, temperature, uniforms, noise)
+
+
+def _predict(
+    ops: Ops, model: Model, sampler: SamplerConfig, x: Array, state: StepState,
+    temperature: Array, uniforms: Array, noise: Array,
+) -> StepState:  # fmt: skip
+    """Turn a denoising pass's states [B, L, D] into the next state of the canvas."""
     token, argmax, entropy, soft = ops.vocab_head(
         x, model.embed_tokens, model.config.softcap, ops.cast(temperature, ops.wide), uniforms
     )

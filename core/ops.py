@@ -75,14 +75,21 @@ class Rope(NamedTuple):
 class Span:
     """What a query sees of the cache: a description, so that no backend has to build a mask it does not need.
 
-    The cache holds the `rows` newest tokens before the query's first position. Query i sees row j if
-    `i·causal + rows − j < window`, and sees query-side key j' always, or, causal, if `0 ≤ i − j' < window`.
+    The cache holds the `rows` newest tokens before the query's first position. With causal rows c, none, all L or, in
+    a joined pass, those before the canvas, and `p = min(i, c)`: query i sees row j of the cache if
+    `p + rows − j < window`, and query-side key j' if `p − j' < window` and either `j' ≤ i` or `i ≥ c`.
     """
 
     rows: int | Array
     """Valid rows of the cache: int, or int32 [B] where the batch is ragged or the graph is compiled for a bucket."""
     window: int | None
     causal: bool
+    canvas: int = 0
+    """With `causal`: so many of the last rows are a canvas behind the causal ones, as if those were cached already."""
+
+    def causal_rows(self, length: int) -> int:
+        """Return how many of so many query rows are causal."""
+        return length - self.canvas if self.causal else 0
 
 
 class Ops(ABC):
@@ -100,6 +107,8 @@ class Ops(ABC):
     """Lengths, ascending, that encode passes are compiled for, a shorter one padded; none: they run as they are."""
     lookahead: int = 0
     """Denoising passes that the engine starts before it reads what the one before them came to."""
+    joined: bool = False
+    """Whether a canvas is read in the next one's first pass, `model.encode_and_step`, not in a pass of its own."""
 
     # ---- Primitives -------------------------------------------------------------------------------------------
 

@@ -125,8 +125,10 @@ def visible(ops: Ops, span: Span, batch: int, length: int, cached: int) -> Array
     j = ops.reshape(ops.arange(cached + length), (1, 1, cached + length))
     own = j - cached  # the query-side key that column j is, where it is one
     rows = span.rows if isinstance(span.rows, int) else ops.reshape(span.rows, (-1, 1, 1))
-    past = (j < rows) & (i * int(span.causal) + rows - j < window)
-    near = (own <= i) & (i - own < window) if span.causal else i >= 0
+    causal = span.causal_rows(length)
+    place = ops.where(i < causal, i, causal)  # a canvas's window ends where the canvas begins
+    past = (j < rows) & (place + rows - j < window)
+    near = ((own <= i) | (i >= causal)) & (place - own < window)
     mask = ((own < 0) & past) | ((own >= 0) & near)  # [B or 1, L, cached + L]
     return ops.reshape(mask, (mask.shape[0], 1, 1, length, cached + length))
 

@@ -2,8 +2,9 @@
 
     python tests/compile_pass.py --recipe 4bit --arch sm_90        # half a minute; exit code 1 if one spills
 
-A denoising pass, the pass that reads a canvas, and a prompt's chunk of 1,024. The kernels' own tests do this for each
-at its shipped sizes; this finds what a whole pass launches beside, and shows it together.
+A denoising pass, the pass that reads a canvas, a prompt's chunk of 1,024, and a canvas read in the next one's first
+pass. The kernels' own tests do this for each at its shipped sizes; this finds what a whole pass launches beside, and
+shows it together.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dgemma.backends.cuda.kernels import configs
 from dgemma.backends.cuda.ops import CudaOps
 from dgemma.core import bench
 from dgemma.core.config import SamplerConfig
-from dgemma.core.model import Cache, Model, encode, new_cache, step
+from dgemma.core.model import Cache, Model, encode, encode_and_step, new_cache, step
 from dgemma.core.sampler import StepState
 from kernel_harness import ARCHITECTURES, Launch, compile_ahead_launch, launched
 from test_cuda_ops import empty, meta_weight
@@ -29,14 +30,15 @@ CARDS = {"sm_80": (80, 108), "sm_89": (89, 128), "sm_90": (90, 132), "sm_100": (
 
 
 def launches(ops: CudaOps, model: Model) -> list[Launch]:
-    """Return what the three passes launch; nothing has contents, and nothing runs."""
+    """Return what the four passes launch; nothing has contents, and nothing runs."""
     config = model.config
     held = new_cache(ops, config, batch=1, capacity=CONTEXT, chunk=1024)
     cache = Cache(held.layers, empty(1, dtype=torch.int32))
     fresh = empty(1, dtype=torch.int32)
 
+    tokens = empty(1, 256, dtype=torch.int32)
+
     def state(length: int = 256) -> StepState:
-        tokens = empty(1, length, dtype=torch.int32)
         return StepState(
             canvas=tokens, soft=empty(1, length, config.hidden_size), argmax=tokens, stable=empty(1, dtype=torch.int32),
             accepted=empty(1, length, dtype=torch.bool), entropy=empty(1, length, dtype=torch.float32),
@@ -45,7 +47,8 @@ def launches(ops: CudaOps, model: Model) -> list[Launch]:
 
     def run() -> None:
         heat, u = (empty(1, size, dtype=torch.float32) for size in (1, 256))
-        step(ops, model, SamplerConfig(), cache, state(), heat, u, empty(1, 256, dtype=torch.int32))
+        step(ops, model, SamplerConfig(), cache, state(), heat, u, tokens)
+        encode_and_step(ops, model, SamplerConfig(), cache, tokens, state(), heat, u, tokens)
         for length in (256, 1024):
             encode(ops, model, cache, empty(1, length, dtype=torch.int32), fresh)
 

@@ -44,7 +44,7 @@ def script(model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> Any:
             rows.append(np.asarray(ids + [IDS["<pad>"]] * (CANVAS - len(ids)), np.int32))
         log: list[str] = []
 
-        def denoise(cache: Any, request: Any, index: int, clock: Any) -> Iterator[Any]:
+        def denoise(cache: Any, request: Any, index: int, clock: Any, opened: Any) -> Iterator[Any]:
             log.append(f"denoise {index}")
             clock.canvases += 1
             clock.steps += 3

@@ -33,6 +33,7 @@ sizes are those that spill nothing behind the one that constraints.txt pins."""
 def check(
     device: str, rows: list[int], *, window: int | None, causal: bool, length: int, batch: int = 1, heads: int = 4,
     kv_heads: int = 2, width: int = 16, sizes: Tiling = SMALL, dtype: str = "float32", stretch: float = 1.0,
+    canvas: int = 0,
 ) -> None:  # fmt: skip
     """`rows` has one number for all sequences or one for each; rows beyond the valid ones hold NaN."""
     if device != "cpu":
@@ -48,7 +49,7 @@ def check(
         buffers[:, b, :, held[b] : held[b] + length] = own[:, b]
 
     def oracle(ops: NumpyOps) -> Any:
-        span = Span(rows=held.astype(np.int32), window=window, causal=causal)
+        span = Span(rows=held.astype(np.int32), window=window, causal=causal, canvas=canvas)
         return reference.attention(
             ops, cast(q, ops), cast(own[0], ops), cast(own[1], ops), KV(cast(history[0], ops), cast(history[1], ops)),
             span,
@@ -58,9 +59,9 @@ def check(
         keys, cached = (on.put(one, dtype) for one in buffers)
         got = on.run(
             attention, on.put(q.swapaxes(1, 2), dtype).transpose(1, 2), keys, cached,
-            on.put(np.array(rows), "int32"), window=window, causal=causal, sizes=sizes,
+            on.put(np.array(rows), "int32"), window=window, causal=causal, canvas=canvas, sizes=sizes,
         )  # fmt: skip
-    hold(got, oracle, dtype, f"attention of {length} behind {rows}, window {window}, causal {causal}")
+    hold(got, oracle, dtype, f"attention of {length} behind {rows}, window {window}, causal {causal}, canvas {canvas}")
 
 
 @pytest.mark.parametrize("sizes", [SMALL, SPLIT], ids=["whole", "split"])
@@ -98,6 +99,15 @@ def test_heads(heads: int, kv_heads: int, width: int, device: str) -> None:
         check(device, [11], window=None, causal=causal, length=5, heads=heads, kv_heads=kv_heads, width=width)
 
 
+@pytest.mark.parametrize("sizes", [SMALL, SPLIT], ids=["whole", "split"])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
+def test_a_canvas_behind_what_is_read(window: int | None, sizes: Tiling, device: str) -> None:
+    """Both in one block of 8 positions, the border inside a block and between two; more and less than a window read."""
+    for rows, length, canvas in ((0, 5, 2), (WINDOW - 1, 11, 6), (37, 16, 8), (3, WINDOW + 7, 5)):
+        check(device, [rows], window=window, causal=True, canvas=canvas, length=length, sizes=sizes)
+    check(device, [0, WINDOW, 17], window=window, causal=True, canvas=4, length=11, batch=3, sizes=sizes)
+
+
 def test_the_window_of_the_model(device: str) -> None:
     """1023 rows are held and all of them seen; one more would be one too many."""
     sizes = Tiling(rows=16, keys=128, warps=4, stages=1, programs=2)
@@ -126,10 +136,12 @@ def spilled(window: int | None, arch: str) -> int:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kv_heads, width, window", [(8, 256, 1024), (2, 512, None)], ids=["sliding", "full"])
 def test_attention_compiles_without_spills(kv_heads: int, width: int, window: int | None, arch: str) -> None:
-    q, cache, rows = meta(1, 256, 16, width).transpose(1, 2), meta(1, kv_heads, 1536, width), meta(1, dtype=torch.int32)
-    for causal in (False, True):
+    cache, rows = meta(1, kv_heads, 1536, width), meta(1, dtype=torch.int32)
+    for length, causal, canvas in ((256, False, 0), (256, True, 0), (512, True, 256)):
+        q = meta(1, length, 16, width).transpose(1, 2)
+        seen: dict[str, Any] = dict(window=window, causal=causal, canvas=canvas)
         results = built(
-            lambda causal=causal: attention(q, cache, cache, rows, window=window, causal=causal, arch=arch), arch,
+            lambda q=q, seen=seen: attention(q, cache, cache, rows, **seen, arch=arch), arch,
             spills=spilled(window, arch),
         )  # fmt: skip
         if arch == "sm_90":

@@ -62,6 +62,24 @@ def test_norms(shape: tuple[int, ...], width: str, device: str) -> None:
             hold(result, lambda ops, name=name: oracle(ops)[name], width, f"{name} {shape}")
 
 
+def test_a_canvas_has_a_scalar_of_its_own(device: str) -> None:
+    shape, canvas = (2, 5, 129), 2
+    a, b, c = (values(i, *shape) for i in range(3))
+    weights, scalars = [values(i, shape[-1], shift=1.0) for i in range(3, 6)], [values(i, 1, shift=2.0) for i in (7, 8)]
+
+    def oracle(ops: NumpyOps) -> Any:
+        x, y, z, *w = (cast(one, ops) for one in (a, b, c, *weights))
+        mixed = ops.norm_add(ops.rms_norm(x, w[0], EPS) + ops.rms_norm(y, w[1], EPS), z, w[2], EPS)
+        first, last = (mixed[:, at] * scale for at, scale in zip((slice(3), slice(3, None)), scalars, strict=True))
+        return (np.concatenate([first, last], 1),)
+
+    with bench(device) as on:
+        given = [on.put(one, "float32") for one in (a, b, c, *weights)]
+        scale, other = (on.put(one, "float32") for one in scalars)
+        got = on.run(norm.mix_norm_add, *given, EPS, scalar=scale, canvas_scalar=other, canvas=canvas)
+    hold(got, oracle, "float32", "mix_norm_add of two scalars")
+
+
 def test_a_row_of_zeros_stays_zero(device: str) -> None:
     with bench(device) as on:
         zeros = on.put(np.zeros((1, 2, 24)), "float32")
@@ -74,4 +92,6 @@ def test_norms_compile_without_spills(arch: str) -> None:
     x, weight, scalar = meta(1, 256, 2816), meta(2816), meta(1)
     built(lambda: norm.rms_norm(x, weight, EPS), arch)
     built(lambda: norm.norm_add(x, x, weight, EPS, next_weights=(weight, weight)), arch)
-    built(lambda: norm.mix_norm_add(x, x, x, weight, weight, weight, EPS, scalar=scalar, next_weights=(weight,)), arch)
+    last = (x, x, x, weight, weight, weight, EPS)
+    built(lambda: norm.mix_norm_add(*last, scalar=scalar, next_weights=(weight,)), arch)
+    built(lambda: norm.mix_norm_add(*last, scalar=scalar, canvas_scalar=scalar, canvas=128), arch)

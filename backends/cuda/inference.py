@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -126,6 +127,13 @@ class InferenceOps(TorchOps):
     def attention(self, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
         """Attend over a view of the cache, with the query's own keys laid into the rows behind the valid ones."""
         batch, heads, length, width = q.shape
+        if span.canvas:
+            read = length - span.canvas
+            (q, last_q), (k, last_k), (v, last_v) = (x.split([read, span.canvas], 2) for x in (q, k, v))
+            first = self.attention(q, k, v, context, replace(span, canvas=0))
+            # Their keys now stand behind the cached ones, and are to the canvas what those are.
+            ahead = Span(rows=span.rows + read, window=span.window, causal=False)
+            return torch.cat([first, self.attention(last_q, last_k, last_v, context, ahead)], 1)
         if isinstance(span.rows, int):
             _lay(context, k, v, span.rows)
             first, mask, causal = 0, None, False

@@ -235,6 +235,7 @@ class CudaOps(CardOps):
                 weight_of(layer.post_feedforward_layernorm_1), weight_of(layer.post_feedforward_layernorm_2),
                 weight_of(layer.post_feedforward_layernorm), eps,
                 scalar=layer.encoder_scalar if span.causal else layer.decoder_scalar,
+                canvas_scalar=layer.decoder_scalar if span.canvas else None, canvas=span.canvas,
                 next_weights=tuple(weight_of(one.input_layernorm) for one in ahead),
                 next_bits=tuple(self._order(one.self_attn.q_proj) for one in ahead), shares=shares,
             )  # fmt: skip
@@ -282,8 +283,9 @@ class CudaOps(CardOps):
 
     def _attend(self, q: Array, context: KV, rows: Array, span: Span, bits: int = 16) -> Array:
         return attention_kernel.attention(
-            q, context.keys, context.values, rows, window=span.window, causal=span.causal, arch=self._arch, bits=bits
-        )
+            q, context.keys, context.values, rows, window=span.window, causal=span.causal, canvas=span.canvas,
+            arch=self._arch, bits=bits,
+        )  # fmt: skip
 
     def _rows(self, span: Span) -> Array:
         if isinstance(span.rows, int):

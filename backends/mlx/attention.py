@@ -83,6 +83,10 @@ def visible(ops: Ops, span: Span, first: int, queries: int, length: int, cached:
     own = j - cached
     behind = mx.where(own < 0, rows + i - j, i - own)  # how far the key lies behind the query
     seen = (behind >= 0) & ((own >= 0) | (j < rows))
+    if span.canvas:
+        inside = i - span.causal_rows(length)  # how far the query lies behind the canvas's first
+        seen |= (inside >= 0) & (own > i)
+        behind = behind - mx.maximum(inside, 0)
     if span.window is not None:
         seen &= behind < span.window
     return seen[None, None] if seen.ndim == 2 else seen[:, None]

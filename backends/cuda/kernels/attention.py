@@ -6,6 +6,7 @@ What is visible follows from three numbers, the valid `rows`, the window and whe
 
     denoise   keys max(0, rows − window + 1) … rows + L − 1, the same for every query
     encode    query i: keys max(0, rows + i − window + 1) … rows + i
+    joined    the last queries, a canvas, as in denoise behind the others, which are as in encode
 
 The query heads that share a key-value head are rows of one matrix, position by position (row r is position r // G, head
 r % G), so that a block of rows spans few positions and a causal block skips what lies beyond them. A program takes one
@@ -87,7 +88,7 @@ def tiling(arch: str, dtype: torch.dtype, width: int) -> Tiling:
 def _attend(
     q, keys, values, rows, out, log_sums,
     length, kv_heads, window, q_batch, q_head, q_row, kv_batch, kv_head, kv_row, rows_batch,
-    CAUSAL: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
+    CAUSAL: tl.constexpr, CANVAS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
@@ -102,11 +103,18 @@ def _attend(
 
     # The keys that any row of this block sees, and this program's part of them.
     first, last = 0, held + length
+    nearest, farthest = place, place  # own keys up to one; the window counts back from the other
     if CAUSAL:
+        begin = (tl.program_id(0) * ROWS) // GROUP
         end = tl.minimum(tl.program_id(0) * ROWS + ROWS, length * GROUP)
-        last = held + (end - 1) // GROUP + 1
+        last = (end - 1) // GROUP + 1
+        if CANVAS > 0:
+            read = length - CANVAS  # queries before the canvas
+            nearest, farthest = tl.where(place < read, place, length - 1), tl.minimum(place, read)
+            begin, last = tl.minimum(begin, read), tl.where(last <= read, last, length)
+        last += held
         if window is not None:
-            first = tl.maximum(0, held + (tl.program_id(0) * ROWS) // GROUP - window + 1)
+            first = tl.maximum(0, held + begin - window + 1)
     elif window is not None:
         first = tl.maximum(0, held - window + 1)
     share = tl.cdiv(tl.cdiv(last - first, KEYS), SPLITS) * KEYS
@@ -130,10 +138,9 @@ def _attend(
         key = _load(keys + offset[None, :] + column[:, None], seen[None, :], in_column[:, None], WHOLE)
         scores = tl.dot(query, key, input_precision=PRECISION) * LOG2E
         if CAUSAL:
-            ahead = held + place[:, None] - index[None, :]
-            visible = (ahead >= 0) & seen[None, :]
+            visible = (held + nearest[:, None] - index[None, :] >= 0) & seen[None, :]
             if window is not None:
-                visible = visible & (ahead < window)
+                visible = visible & (held + farthest[:, None] - index[None, :] < window)
             scores = tl.where(visible, scores, NOTHING)
         else:
             scores = tl.where(seen[None, :], scores, NOTHING)
@@ -199,8 +206,8 @@ def _merge(
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, *, window: int | None, causal: bool, arch: str = "sm_90",
-    sizes: Tiling | None = None, bits: int = 16,
+    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, *, window: int | None, causal: bool, canvas: int = 0,
+    arch: str = "sm_90", sizes: Tiling | None = None, bits: int = 16,
 ) -> Tensor:  # fmt: skip
     """Attend to a buffer that holds `rows` cached keys and, behind them, the queries' own L.
 
@@ -208,7 +215,7 @@ def attention(
         q: [B, H, L, A], last axis dense.
         keys, values: [B, K, S, A] of the same strides, last axis dense, S ≥ rows + L.
         rows: int32 [B] or [1] on the device.
-        window, causal: as in `core.ops.Span`.
+        window, causal, canvas: as in `core.ops.Span`.
         arch: picks the launch sizes, unless `sizes` gives them.
         bits: of the weight that reads the result, which is arranged for it (`unpack.arrangement`).
 
@@ -236,7 +243,7 @@ def attention(
         q, keys, values, rows, parts, log_sums, length, kv_heads, window,
         *q.stride()[:3], *keys.stride()[:3], 0 if rows.numel() == 1 else rows.stride(0),
         CAUSAL=causal, GROUP=group, WIDTH=width, SPLITS=splits, ROWS=sizes.rows, KEYS=sizes.keys, BLOCK=block,
-        COLUMNS=columns, WHOLE=block == width, STAGES=sizes.stages, BITS=bits,
+        COLUMNS=columns, WHOLE=block == width, STAGES=sizes.stages, BITS=bits, CANVAS=canvas,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=sizes.warps, num_stages=sizes.stages,
     )  # fmt: skip

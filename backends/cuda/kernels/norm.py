@@ -55,8 +55,8 @@ def _rms_norm(x, other, weight, out, width, eps, BITS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _norm_add(
-    x, second, shares, residual, first_weight, second_weight, weight, scalar, next_weight, other_next_weight,
-    out, normed, other_normed, width, eps,
+    x, second, shares, residual, first_weight, second_weight, weight, scalar, canvas_scalar, next_weight,
+    other_next_weight, out, normed, other_normed, width, eps, length, read,
     CHOICES: tl.constexpr, BITS: tl.constexpr, OTHER_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     columns = tl.arange(0, BLOCK)
@@ -77,7 +77,10 @@ def _norm_add(
     wide = _scaled(wide, weight, columns, inside, width, eps)
     wide += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
     if scalar is not None:
-        wide *= tl.load(scalar).to(tl.float32)
+        factor = tl.load(scalar).to(tl.float32)
+        if canvas_scalar is not None:
+            factor = tl.where(tl.program_id(0) % length < read, factor, tl.load(canvas_scalar).to(tl.float32))
+        wide *= factor
     stored = wide.to(out.dtype.element_ty)
     tl.store(out + at, stored, mask=inside)
     if normed is not None:
@@ -109,21 +112,23 @@ def norm_add(
     x and residual [..., D], weights [D], scalar [1] → one to three of [..., D]. The norms of r are arranged for weights
     of `next_bits`, where given.
     """
-    return _run_norm_add(x, None, None, residual, None, None, weight, scalar, next_weights, next_bits, eps)
+    return _run_norm_add(x, None, None, residual, None, None, weight, scalar, None, 0, next_weights, next_bits, eps)
 
 
 def mix_norm_add(
     x: Tensor, second: Tensor, residual: Tensor, first_weight: Tensor, second_weight: Tensor, weight: Tensor,
     eps: float, *, scalar: Tensor | None = None, next_weights: tuple[Tensor, ...] = (),
-    next_bits: tuple[int, ...] = (), shares: Tensor | None = None,
+    next_bits: tuple[int, ...] = (), shares: Tensor | None = None, canvas_scalar: Tensor | None = None, canvas: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """`norm_add` of rms_norm(x) + rms_norm(second), each under its own weight: the end of a layer.
 
     x is the dense MLP's output and second the experts', all [..., D]; weights [D], scalar [1]. With `shares`, float32
-    [N, k], second holds the results of each row's k experts, [N·k, D], and what is normed is their weighted sum.
+    [N, k], second holds the results of each row's k experts, [N·k, D], and what is normed is their weighted sum. With
+    `canvas_scalar`, x is [B, L, D] and the last `canvas` rows of each L are multiplied by that instead.
     """
     return _run_norm_add(
-        x, second, shares, residual, first_weight, second_weight, weight, scalar, next_weights, next_bits, eps
+        x, second, shares, residual, first_weight, second_weight, weight, scalar, canvas_scalar, canvas, next_weights,
+        next_bits, eps,
     )  # fmt: skip
 
 
@@ -141,8 +146,8 @@ def _run_rms_norm(x: Tensor, other: Tensor | None, weight: Tensor | None, eps: f
 def _run_norm_add(
     x: Tensor, second: Tensor | None, shares: Tensor | None, residual: Tensor, first_weight: Tensor | None,
     second_weight: Tensor | None,
-    weight: Tensor | None, scalar: Tensor | None, next_weights: tuple[Tensor, ...], next_bits: tuple[int, ...],
-    eps: float,
+    weight: Tensor | None, scalar: Tensor | None, canvas_scalar: Tensor | None, canvas: int,
+    next_weights: tuple[Tensor, ...], next_bits: tuple[int, ...], eps: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     x, residual = x.contiguous(), residual.contiguous()
     second = None if second is None else second.contiguous()
@@ -153,9 +158,11 @@ def _run_norm_add(
     width = x.shape[-1]
     block = triton.next_power_of_2(width)
     rows = x.numel() // width
+    length, read = (None, None) if canvas_scalar is None else (x.shape[-2], x.shape[-2] - canvas)
     _norm_add[(rows,)](
-        x, second, shares, residual, first_weight, second_weight, weight, scalar, after, other_after, outs[0], normed,
-        other_normed, width, eps, CHOICES=0 if shares is None else shares.shape[-1], BITS=bits, OTHER_BITS=other_bits,
+        x, second, shares, residual, first_weight, second_weight, weight, scalar, canvas_scalar, after, other_after,
+        outs[0], normed, other_normed, width, eps, length, read,
+        CHOICES=0 if shares is None else shares.shape[-1], BITS=bits, OTHER_BITS=other_bits,
         BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return tuple(outs)
