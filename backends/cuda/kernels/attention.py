@@ -61,12 +61,14 @@ class Tiling:
     """What the keys are split for: programs that run at once on the whole card."""
     merged: int = 8
     """Rows of a program that merges."""
+    least: int = 1
+    """Parts of the keys, at least, where the result is arranged for 4 bits: merging does that with fewer registers."""
 
 
 TILINGS: dict[tuple[str, int, int], Tiling] = {
     # architecture, bytes of an element, widest head
     ("sm_80", 2, 256): Tiling(rows=64, keys=32, warps=8, stages=3, programs=108),
-    ("sm_80", 2, 512): Tiling(rows=64, keys=32, warps=4, stages=2, programs=108),
+    ("sm_80", 2, 512): Tiling(rows=64, keys=32, warps=4, stages=2, programs=108, least=2),
     ("sm_89", 2, 256): Tiling(rows=64, keys=16, warps=8, stages=2, programs=128),
     ("sm_89", 2, 512): Tiling(rows=32, keys=16, warps=2, stages=2, programs=128),
     ("sm_90", 2, 256): Tiling(rows=128, keys=64, warps=8, stages=2, programs=132),
@@ -234,6 +236,7 @@ def attention(
     columns = min(sizes.columns, block)
     slices = block // columns
     splits = max(1, min(sizes.programs // (pairs * blocks * slices), triton.cdiv(keys.shape[2], sizes.keys)))
+    splits = max(splits, sizes.least if bits == 4 else 1)
     out = torch.empty(batch, length, heads * width, dtype=q.dtype, device=q.device)
     parts, log_sums = out, None
     if splits > 1:
