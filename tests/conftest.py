@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # MLX on a GPU with tensor cores multiplies float32 in TF32 by default, which no parity test survives. It reads this
 # once, when it is first imported.
@@ -18,6 +19,8 @@ from dgemma.core.ops import Ops
 from under_test import BACKENDS, LOW_PRECISION_BACKENDS, make_ops
 
 torch.set_num_threads(1)
+# A shell's background jobs ignore interrupts, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The parent is hypothesis's own default, which derandomises where it sees CI. Arrays are drawn from a seed, so that an
 # example is cheap to generate and shrinks by its shape.
