@@ -95,6 +95,7 @@ def vocab_head(
 
     spread = b.op("Expand", b.op("Div", b.constant(softcap, np.float32), temperature.value), ops.shape_value(shape))
     sharpness = b.op("Reshape", spread, b.ints(-1, 1))  # [rows, 1]
+    steep = b.op("Unsqueeze", sharpness, b.ints(2))
 
     parts: list[_Part] = []
     soft = None  # [rows, D], relative to the last part's peak
@@ -104,7 +105,7 @@ def vocab_head(
         flat = _scores(ops, x, stored, values, softcap)
         if padding := -count % DRAW_BLOCK:
             flat = b.op("Pad", flat, b.ints(0, 0, 0, padding), b.constant(_NOTHING, np.float32))
-        one = _part(b, flat, start, sharpness, parts[-1].peak if parts else None)
+        one = _part(b, flat, start, steep, parts[-1].peak if parts else None)
         if soft is not None:  # relative to the peak there is now
             fall = b.op("Mul", b.op("Sub", parts[-1].peak, one.peak), sharpness)
             soft = b.op("Mul", soft, b.op("Exp", fall))
@@ -133,17 +134,18 @@ def vocab_head(
     return back(token, "int32"), back(argmax, "int32"), back(entropy, "float32"), ops.cast(mean, ops.dtype)
 
 
-def _part(b: Builder, flat: Value, start: int, sharpness: Value, before: Value | None) -> _Part:
-    """Turn the scores of a part into masses: flat [rows, blocks · 512]; `before` is the peak of the parts before."""
+def _part(b: Builder, flat: Value, start: int, steep: Value, before: Value | None) -> _Part:
+    """Turn the scores of a part into masses: flat [rows, blocks · 512], steep [rows, 1, 1].
+
+    `before` is the peak of the parts before.
+    """
     near = b.op("Reshape", flat, b.ints(0, -1, DRAW_BLOCK))
     peaks = b.op("ReduceMax", near, b.ints(2), keepdims=0)  # [rows, blocks]
     block = b.op("ArgMax", peaks, axis=1, keepdims=1)
     top = b.op("ReduceMax", peaks, b.ints(1), keepdims=1)
     peak = top if before is None else b.op("Max", top, before)
     # Nothing reads the scores behind this, so that it is written over them.
-    shifted = b.op(
-        "Mul", b.op("Sub", near, b.op("Unsqueeze", peak, b.ints(2))), b.op("Unsqueeze", sharpness, b.ints(2))
-    )
+    shifted = b.op("Mul", b.op("Sub", near, b.op("Unsqueeze", peak, b.ints(2))), steep)
     argmax = b.op("ArgMax", b.op("GatherND", shifted, block, batch_dims=1), axis=1, keepdims=1)
     argmax = b.op("Add", b.op("Add", b.op("Mul", block, b.ints(DRAW_BLOCK)), argmax), b.ints(start))
     mass = b.op("Exp", shifted)
