@@ -107,26 +107,31 @@ class Weights:
     """
 
     def __init__(self) -> None:
-        self._files: dict[Path, SafetensorsFile] = {}
+        self._files: dict[str, SafetensorsFile] = {}
         self._values: dict[tuple[Any, ...], ort.OrtValue] = {}
 
     def lend(self, model: ir.Model, checkpoint: Checkpoint, options: ort.SessionOptions) -> None:
         """Give a session of a graph its weights. What is lent has to outlive the session."""
         import onnx_ir as ir
 
-        self._files |= {file.path.resolve(): file for file in checkpoint.files}
         for name, value in model.graph.initializers.items():
             if isinstance(value.const_value, ir.ExternalTensor):
-                options.add_initializer(name, self._value(value.const_value))
+                options.add_initializer(name, self._value(value.const_value, checkpoint))
 
-    def _value(self, tensor: ir.ExternalTensor) -> ort.OrtValue:
-        path, start, size = Path(tensor.path).resolve(), tensor.offset or 0, tensor.nbytes
+    def _file(self, path: str, checkpoint: Checkpoint) -> SafetensorsFile:
+        """Return a file as a graph spells it: the checkpoint's own, where it is one of those."""
+        if path not in self._files:
+            real = Path(path).resolve()
+            own = (file for file in checkpoint.files if file.path.resolve() == real)
+            self._files[path] = next(own, None) or SafetensorsFile.open(real)
+        return self._files[path]
+
+    def _value(self, tensor: ir.ExternalTensor, checkpoint: Checkpoint) -> ort.OrtValue:
+        path, start, size = str(tensor.path), tensor.offset or 0, tensor.nbytes
         shape = tensor.shape.numpy()
         key = (path, start, tensor.dtype, shape)
         if key not in self._values:
-            if path not in self._files:
-                self._files[path] = SafetensorsFile.open(path)
-            raw = self._files[path].raw(start, size)
+            raw = self._file(path, checkpoint).raw(start, size)
             if tensor.dtype.name == "BFLOAT16":  # which NumPy has not
                 array = raw.view(np.uint16).reshape(shape)
                 self._values[key] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
