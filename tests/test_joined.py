@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dgemma
+import loops
 import test_cuda_fake as fake
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
@@ -20,8 +21,8 @@ from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.core import bench, weights
 from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Request
-from dgemma.core.events import Commit, Done, Draft
+from dgemma.core.engine import Engine
+from dgemma.core.events import Draft
 from dgemma.core.model import Cache, Model, denoise, encode, encode_and_denoise, encode_and_step, new_cache
 from dgemma.core.ops import Ops
 from dgemma.core.sampler import StepState
@@ -29,6 +30,7 @@ from dgemma.core.tokens import Tokenizer
 from fake_card import Card
 from kernel_harness import launched, running
 from law import assert_close_f32, assert_low_precision, nmse
+from loops import FIXED, SAMPLERS
 from test_cuda_fake import card as card
 from test_cuda_ops import SHAPE, empty, meta_weight
 from tiny import tiny_checkpoint
@@ -137,13 +139,6 @@ def test_joined_states_through_the_kernels(
 
 # ---- The loop -----------------------------------------------------------------------------------------------------
 
-FIXED = SamplerConfig(steps=3, schedule_steps=3, confidence=0.0)
-SAMPLERS = {
-    "fixed": FIXED,
-    "one pass": SamplerConfig(steps=1, schedule_steps=1, confidence=0.0),
-    "stops after the first": SamplerConfig(steps=3, schedule_steps=3, confidence=1e9, stability=0),
-}
-
 
 def captured() -> CardOps:
     return CardOps("float32", "cpu", capture=rerun, encode_sizes=(CANVAS, 40))
@@ -164,10 +159,7 @@ def engine(ops: Ops, checkpoint: Checkpoint, *, joined: bool) -> Engine:
 
 
 def written(one: Engine, prompt: int, sampler: SamplerConfig, **options: Any) -> tuple[list[Any], int]:
-    """Everything a reader sees, but for times; and how often the layers were run."""
-    given: dict[str, Any] = dict(max_new_tokens=3 * CANVAS - 3, seed=3, eos_token_ids=()) | options
-    ids = tuple(20 + i % 200 for i in range(prompt))
-    seen: list[Any] = []
+    """Everything a reader sees, and how often the layers were run."""
     passes = 0
     plain = one.ops.layers
 
@@ -177,15 +169,7 @@ def written(one: Engine, prompt: int, sampler: SamplerConfig, **options: Any) ->
         return plain(*arguments)
 
     one.ops.layers = layers  # type: ignore[method-assign]
-    for event in one.generate(Request(prompt=ids, sampler=sampler, **given)):
-        match event:
-            case Draft():
-                row = event.tokens.tolist(), event.accepted.tolist()
-                seen.append((event.canvas, event.step, event.steps, *row))
-            case Commit():
-                seen.append((event.canvas, event.tokens, event.text))
-            case Done(finish_reason=reason, stats=stats):
-                seen.append((reason, stats.steps, stats.encode_passes, stats.canvases, stats.emitted_tokens))
+    seen = loops.written(one, prompt, sampler, **{"max_new_tokens": 3 * CANVAS - 3, **options})
     del one.ops.layers
     return seen, passes
 

@@ -1,0 +1,33 @@
+"""Whole generations of the engine as a reader sees them: what two ways of running the same passes are compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dgemma.core.config import SamplerConfig
+from dgemma.core.engine import Engine, Request
+from dgemma.core.events import Commit, Done, Draft
+
+FIXED = SamplerConfig(steps=3, schedule_steps=3, confidence=0.0)
+SAMPLERS = {
+    "fixed": FIXED,
+    "one pass": SamplerConfig(steps=1, schedule_steps=1, confidence=0.0),
+    "stops after the first": SamplerConfig(steps=3, schedule_steps=3, confidence=1e9, stability=0),
+}
+
+
+def written(engine: Engine, prompt: int, sampler: SamplerConfig, *, max_new_tokens: int, **options: Any) -> list[Any]:
+    """Return everything a reader sees behind so many prompt tokens, but for times; `options` are a request's."""
+    given: dict[str, Any] = dict(seed=3, eos_token_ids=()) | options
+    ids = tuple(20 + i % 200 for i in range(prompt))
+    seen: list[Any] = []
+    for event in engine.generate(Request(prompt=ids, sampler=sampler, max_new_tokens=max_new_tokens, **given)):
+        match event:
+            case Draft():
+                row = event.tokens.tolist(), event.accepted.tolist()
+                seen.append((event.canvas, event.step, event.steps, *row))
+            case Commit():
+                seen.append((event.canvas, event.tokens, event.text))
+            case Done(finish_reason=reason, stats=stats):
+                seen.append((reason, stats.steps, stats.encode_passes, stats.canvases, stats.emitted_tokens))
+    return seen
