@@ -1,8 +1,12 @@
-"""The safetensors file format: a strict reader over a memory map, and a small writer.
+"""The safetensors file format: a strict reader over a memory map; what is written whole, the library writes.
 
 A file is the header's length N (8 bytes, little-endian), N bytes of JSON that give every tensor's dtype, shape and
 place, and then the tensors' bytes end to end. A file that breaks any rule of the format is refused before a byte of
 its data is used: weights of unknown origin must not be able to do worse than that.
+
+Why there is a reader beside the library's: its safe_open gives copies to NumPy, knows no bfloat16 there and tells no
+offsets. Backends need views of the map itself, in every dtype, and ONNX graphs and the converter need each tensor's
+place. The converter writes for itself as well: the library writes a whole file at once, out of memory.
 Source: the format's description in huggingface/safetensors, and the rules its Rust reader checks.
 """
 
@@ -12,8 +16,6 @@ import json
 import math
 import mmap
 import os
-import stat
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +25,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from . import files
 from .errors import DgemmaError, quoted, shown
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own cap
@@ -68,10 +71,7 @@ class SafetensorsFile:
         """
         where = shown(path)
         try:
-            # Asked before opening: opening a pipe would wait for its other end.
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise DgemmaError(f"{where}: not a regular file")
-            with path.open("rb") as file:
+            with files.open_file(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 prefix = file.read(8)
                 if len(prefix) < 8:
@@ -105,12 +105,14 @@ class SafetensorsFile:
     @cached_property
     def _map(self) -> mmap.mmap:
         try:
-            with self.path.open("rb") as file:
+            with files.open_file(self.path) as file:
                 # Copy-on-write, because torch warns of memory that it may not write; no page is copied by reading.
                 try:
                     result = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 except OSError:  # Linux refuses writable maps of files larger than memory and swap
                     result = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except DgemmaError:
+            raise
         except (OSError, ValueError) as error:
             raise DgemmaError(f"{shown(self.path)}: cannot be mapped into memory: {error}") from None
         if len(result) != self.size:
@@ -121,34 +123,26 @@ class SafetensorsFile:
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Write tensors of any little-endian dtype in `DTYPES` to one file, which appears under its name when complete.
 
-    The widest dtypes come first, so that every tensor is aligned to its own width.
+    The widest dtypes come first, so that every tensor is aligned to its own width. Nothing is copied but tensors that
+    are not contiguous.
 
     Raises:
-        DgemmaError: a dtype that the format lacks.
-        OSError: the file cannot be written.
+        DgemmaError: a dtype that the format lacks, or the file cannot be written.
     """
-    path = Path(path)
-    codes = {dtype: code for code, dtype in DTYPES.items() if code != "F8_E8M0"}
-    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
-    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    end = 0
-    for name in order:
-        array = tensors[name]
-        code = codes.get(array.dtype.newbyteorder("<") if array.dtype.kind != "V" else array.dtype)
-        if code is None:
+    import safetensors.numpy
+
+    known = set(DTYPES.values())
+    for name, array in tensors.items():
+        if array.dtype not in known:
             raise DgemmaError(
                 f"{shown(path)}: the tensor {quoted(name)} is {array.dtype}, which safetensors cannot hold"
             )
-        header[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
-        end += array.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in order:
-            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
-    partial.replace(path)
+    whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
+    with files.path_when_done(path) as part:
+        try:
+            safetensors.numpy.save_file(whole, part, metadata=None if metadata is None else dict(metadata))
+        except safetensors.SafetensorError as error:
+            raise DgemmaError(f"{shown(path)}: cannot be written: {quoted(str(error), 120)}") from None
 
 
 def _read_header(header: bytes, where: str, begin: int, size: int) -> tuple[dict[str, Entry], dict[str, str]]:

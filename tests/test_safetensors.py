@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dgemma.core import safetensors
+from dgemma.core import files, safetensors
 from said import says
 
 
@@ -58,6 +61,38 @@ def test_what_is_written_is_read_by_the_library_and_by_us(tmp_path: Path, name: 
     assert file.metadata == {"format": "pt"} and not list(tmp_path.glob("*.partial"))
     with says("complex128"):
         safetensors.write(tmp_path / "w", {"x": array.astype(complex)})
+
+
+def test_nothing_is_written_through_links(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0")
+    (tmp_path / "canary").write_bytes(b"mine")
+    tensors = {"x": np.ones(3, np.float32)}
+    for name in ("w", "w.partial", ".dgemma-0.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "canary")
+        with says("File exists" if name.startswith(".") else "is a link") if name != "w.partial" else nullcontext():
+            safetensors.write(tmp_path / "w", tensors)
+        (tmp_path / "w").unlink(missing_ok=True)
+        assert (tmp_path / "canary").read_bytes() == b"mine"
+    (tmp_path / ".dgemma-0.partial").unlink()
+    safetensors.write(tmp_path / "w", tensors)
+    assert (tmp_path / "w").stat().st_mode == (tmp_path / "canary").stat().st_mode
+    assert {path.name for path in tmp_path.iterdir()} == {"canary", "w", "w.partial"}
+
+
+def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "w").write_bytes(b"old")
+    code = f"""
+import resource, numpy as np
+from dgemma.core import safetensors
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    safetensors.write({str(tmp_path / "w")!r}, {{"x": np.ones(9999)}})
+except ValueError as error:
+    print(type(error).__name__, error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("DgemmaError") and "cannot be written" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["w"] and (tmp_path / "w").read_bytes() == b"old"
 
 
 @pytest.mark.parametrize(
