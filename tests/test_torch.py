@@ -3,6 +3,8 @@ compiled pass that equals the plain one. Its answers are held to the law in test
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,21 @@ def test_experts_in_low_precision(padding: float, monkeypatch: pytest.MonkeyPatc
 def test_the_custom_op_is_declared_as_it_behaves() -> None:
     args = (torch.randn(7, 6), torch.rand(7, 5).topk(2).indices, torch.rand(7, 2), torch.randn(5, 8, 6))
     torch.library.opcheck(torch.ops.dgemma.experts.default, (*args, torch.randn(5, 6, 4)))
+
+
+GENERATION = """
+import sys
+import dgemma
+model = dgemma.load("nano", backend="torch", device="cpu")
+model.generate(".3.1\\n.2..\\n....\\n...4", max_new_tokens=16, steps=1)
+print(sorted({"torch._dynamo", "torch._inductor", "sympy", "torch.distributed.tensor"} & set(sys.modules)))
+"""
+
+
+def test_a_generation_does_not_import_the_compiler() -> None:
+    """It takes seconds, longer than the answer, and only `compile` needs it."""
+    done = subprocess.run([sys.executable, "-c", GENERATION], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 # ---- Head -------------------------------------------------------------------------------------------------------

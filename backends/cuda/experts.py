@@ -46,10 +46,11 @@ def expert_mlp(
     if x.device.type == "cuda" and _grouped_fits(x, gate_up, down):
         # Nearly all experts are hit by a canvas, and to ask which would wait for the device.
         return _grouped(x, index, weights, whole(gate_up, x.dtype), whole(down, x.dtype))
-    if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
-        return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
     if torch.compiler.is_compiling():
+        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+            return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
         return torch.ops.dgemma.packed_experts(x, index, weights, *flat(gate_up), *flat(down))
+    # Called as a custom op it would do the same, after importing the compiler.
     return _sorted_experts(x, index, weights, gate_up, down, scratch or Scratch())
 
 

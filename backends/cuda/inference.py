@@ -195,9 +195,12 @@ class InferenceOps(TorchOps):
     # ---- Running ----------------------------------------------------------------------------------------------
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return torch.compile(function, fullgraph=True, dynamic=False) if self.compiles else function
+        if not self.compiles:
+            return function
+        # Marked here and not by a decorator, which would import the compiler, seconds of it, for everybody.
+        torch.compiler.assume_constant_result(InferenceOps.rounded)
+        return torch.compile(function, fullgraph=True, dynamic=False)
 
-    @torch.compiler.assume_constant_result
     def rounded(self, value: float) -> float:
         return super().rounded(value)  # NumPy: not for the compiler to trace
 
