@@ -173,16 +173,16 @@ def _write(
     writers = {"encode": graphs.encode_graph, "denoise": graphs.denoise_graph}
     if unified:
         writers = {"unified": graphs.unified_graph}
-    made, written = {}, {}
+    made = {}
     for name, write in writers.items():
         say(f"writing {name}.onnx")
         made[name] = write(checkpoint.config, from_checkpoint(checkpoint), options)
-        written[name] = ir.to_proto(made[name]).SerializeToString()
         partial = folder / f"{name}.onnx.partial"
-        partial.write_bytes(written[name])
+        partial.write_bytes(ir.to_proto(made[name]).SerializeToString())
         partial.replace(folder / f"{name}.onnx")
+    weights = [file.path.name for file in checkpoint.files]
     tokenizer = [name for name in ("tokenizer.json", "chat_template.jinja") if (folder / name).exists()]
-    data = manifest.describe(checkpoint, made, written, tokenizer, options)
+    data = manifest.describe(checkpoint.config, checkpoint.generation, made, weights, tokenizer, options.dtype)
     (folder / manifest.NAME).write_text(json.dumps(data, indent=1) + "\n")
     return made
 

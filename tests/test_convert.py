@@ -146,7 +146,7 @@ def test_ones_own_rules(folder: Path, tmp_path: Path) -> None:
         ("r.json", '{"*": "bf16", "*": "nvfp4"}', ("r.json", "twice")),
         ("r.json", "[]", ("JSON object",)),
         ("r.yaml", "", (".toml or .json",)),
-        ("absent.toml", None, ("absent.toml", "No such file")),
+        ("absent.toml", None, ("absent.toml", "no such file")),
     ],
 )
 def test_rules_that_mean_nothing_are_named(

@@ -4,6 +4,7 @@ layouts, stored   what a source folder holds, whoever wrote it
 recipes, plan     which tensor becomes what, and in which file it lands
 job, encode       the work, tensor by tensor
 crew, partial     worker processes, and the unfinished folder that a later run resumes
+target            where the finished folder is to be
 converter, verify the run itself, and its check
 """
 

@@ -23,11 +23,12 @@ from typing import Any
 from ..checkpoint import inside
 from ..config import read_json
 from ..errors import DgemmaError, quoted, shown
-from . import recipes
-from .crew import Crew, gather
+from ..files import FULL, open_file, read_bytes, why
+from . import recipes, target
+from .crew import Crew, Here, Written, gather
 from .encode import factor_of, runs
 from .job import Job, check_result, make_config, make_manifest, prepare
-from .partial import FULL, HIDDEN, MANIFEST, Partial, finish, open_partial, replaceable, tidy
+from .partial import HIDDEN, MANIFEST, Partial, finish, open_partial, tidy
 from .plan import Item
 from .stored import Weight
 
@@ -43,7 +44,7 @@ class Progress:
     """How far a conversion is."""
 
     stage: str
-    """converting, hashing or verifying."""
+    """checking what an earlier run has done, converting, hashing or verifying."""
     done: int
     total: int
     """Bytes of the source; of the target, when it is hashed."""
@@ -122,9 +123,7 @@ def convert(
         DgemmaError: anything wrong with the source, the target or the recipe, in one line.
     """
     began = time.monotonic()
-    if "\0" in str(out) or not Path(out).name:
-        raise DgemmaError(f"{quoted(str(out))}: not the name of a folder that could be made")
-    out = Path(os.path.abspath(Path(out).expanduser()))
+    out = target.absolute(out)
     threads = max(1, workers or _cores())
     meter = Meter(progress)
     fresh = False
@@ -133,8 +132,8 @@ def convert(
         job = prepare(source, chosen, revision=revision, mlx=mlx, requantize=requantize)
         if rules is not None and (unused := chosen.unused([item.weight.module for item in job.text])):
             raise DgemmaError(f"{shown(rules)}: {quoted(unused[0], 60)} matches no module that is left to it")
-        _check_target(out, job, force)
-        if force or not _finished(out, job):
+        target.check(out, job, force=force)
+        if force or not target.finished(out, job):
             fresh = True
             _make(job, out, force=force, threads=threads, meter=meter)
         tidy(out)
@@ -144,39 +143,9 @@ def convert(
             verify_job(job, out, threads=threads, meter=meter)
         return _report(job, out, fresh=fresh, verified=verify, seconds=time.monotonic() - began)
     except OSError as error:
-        where = shown(error.filename or out)
-        if error.errno in FULL:
-            raise DgemmaError(
-                f"{where}: the disk is full; free space, and the same command goes on where it stopped"
-            ) from None
-        raise DgemmaError(f"{where}: {error.strerror or error}") from None
-
-
-def _check_target(out: Path, job: Job, force: bool) -> None:
-    if os.path.lexists(out) and not out.is_dir():
-        raise DgemmaError(f"{shown(out)}: exists, and is not a folder; choose another --out")
-    if (above := next(one for one in out.parents if os.path.lexists(one))) and not above.is_dir():
-        raise DgemmaError(f"{shown(above)}: is not a folder, so nothing can be made in it; choose another --out")
-    source, target = job.folder.resolve(), out.resolve()
-    if target == source or target in source.parents or source in target.parents:
-        raise DgemmaError(f"{shown(out)}: the target may not be the source, nor lie in it or around it")
-    if not out.exists() or not any(out.iterdir()) or (not force and _finished(out, job)):
-        return
-    if not force:
-        raise DgemmaError(f"{shown(out)}: exists; choose another --out, or replace it with --force")
-    if not replaceable(out):
-        raise DgemmaError(f"{shown(out)}: holds more than a checkpoint, so --force does not replace it")
-
-
-def _finished(out: Path, job: Job) -> bool:
-    """Whether a folder is what this job would make, by its manifest and the sizes of its files."""
-    try:
-        manifest = json.loads((out / MANIFEST).read_bytes())
-        same = all((out / name).stat().st_size == one["size"] for name, one in manifest["files"].items())
-        said = [float(one.get("error", 0)) for one in manifest["tensors"].values()]
-        return same and bool(said) and manifest["plan"] == job.plan_hash
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return False
+        where = shown(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else out)
+        goes_on = ", and the same command goes on where it stopped" if error.errno in FULL else ""
+        raise DgemmaError(f"{where}: {why(error)}{goes_on}") from None
 
 
 def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> None:
@@ -184,6 +153,7 @@ def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> No
     with open_partial(out, job.plan, force=force) as partial:
         _check_space(job, partial)
         partial.begin(job.shards)
+        _check_blocks(job, partial, threads, meter)
         _fill(job, partial, threads, meter)
         job.check_source()
         _complete(job, partial, threads, meter)
@@ -193,7 +163,7 @@ def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> No
 
 def _check_space(job: Job, partial: Partial) -> None:
     needed = sum(shard.size for shard in job.shards) - partial.allocated()
-    needed += sum((job.folder / name).stat().st_size for name in _copied(job.folder))
+    needed += sum(inside(job.folder, name).stat().st_size for name in _copied(job.folder))
     free = shutil.disk_usage(partial.folder).free
     if needed > free:
         where = shown(partial.folder.parent)
@@ -202,20 +172,41 @@ def _check_space(job: Job, partial: Partial) -> None:
         )
 
 
+def _check_blocks(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
+    """Leave to be written again what the journal lists and the files do not hold."""
+    known = {(i, start): stop for i, item in enumerate(job.items) for start, stop in runs(item)}
+    for block in partial.blocks.keys() - known:
+        partial.forget(block)
+    here, blocks = Here(job, partial), sorted(partial.blocks)
+    size = {block: source_bytes(job.items[block[0]].weight, known[block] - block[1]) for block in blocks}
+    if blocks:
+        meter.start("checking", sum(size.values()))
+
+    def check(block: tuple[int, int]) -> bool:
+        sound = here.check(*block, known[block])
+        meter.advance(size[block])
+        return sound
+
+    with ThreadPoolExecutor(threads) as pool:
+        for block, sound in zip(blocks, pool.map(check, blocks), strict=True):
+            if not sound:
+                partial.forget(block)
+
+
 def _fill(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
     """Encode what the journal does not list yet."""
     homes = {name: shard.name for shard in job.shards for name in shard.places}
     meter.start("converting", sum(source_bytes(item.weight) for item in job.items))
-    waiting: deque[tuple[int, int, int, Future[tuple[float, float, int]]]] = deque()
+    waiting: deque[tuple[int, int, int, Future[Written]]] = deque()
     since, unsynced = time.monotonic(), 0
 
     def take() -> None:
         nonlocal since, unsynced
         index, start, stop, future = waiting.popleft()
-        wrong, total, size = future.result()
+        made = future.result()
         partial.touched |= {homes[one.name] for one in job.items[index].components}
-        partial.note("block", index, start, wrong.hex(), total.hex())
-        unsynced += size
+        partial.note("block", index, start, made.wrong.hex(), made.total.hex(), made.digest)
+        unsynced += made.size
         meter.advance(source_bytes(job.items[index].weight, stop - start))
         if unsynced >= SYNC_BYTES or time.monotonic() - since >= SYNC_SECONDS:
             partial.sync()
@@ -266,7 +257,7 @@ def _complete(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
         "weight_map": dict(sorted(table.items())),
     }
     small = {"config.json": _json(make_config(job)), _INDEX: _json(index)}
-    small |= {name: inside(job.folder, name).read_bytes() for name in _copied(job.folder)}
+    small |= {name: read_bytes(inside(job.folder, name), _LARGEST_COPY) for name in _copied(job.folder)}
     if job.mlx and "generation_config.json" in small:
         settings = read_json(job.folder / "generation_config.json")
         # mlx-vlm takes a null for a value.
@@ -280,9 +271,9 @@ def _complete(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
         digests = pool.map(lambda one: file_hash(partial.folder / one.name, meter.advance), job.shards)
         for shard, digest in zip(job.shards, digests, strict=True):
             files[shard.name] = {"size": shard.size, "sha256": digest}
-    for path in partial.folder.iterdir():
-        if path.name not in files and path.name != HIDDEN:
-            path.unlink()
+    for name in partial.files.names():
+        if name not in files and name != HIDDEN:
+            partial.files.remove(name)
     partial.save(MANIFEST, _json(make_manifest(job, partial.blocks, files)))
 
 
@@ -291,6 +282,7 @@ def _copied(folder: Path) -> Iterator[str]:
     for path in sorted(folder.iterdir()):
         wanted = path.suffix in _COPIED and path.name not in _REPLACED and not path.name.startswith(".")
         wanted = wanted or path.name.upper().startswith(("LICENSE", "NOTICE"))
+        wanted = wanted and path.name.isprintable()  # the manifest lists names, and is text
         if wanted and path.is_file() and path.stat().st_size <= _LARGEST_COPY:
             yield path.name
 
@@ -324,7 +316,7 @@ def file_hash(path: Path, advance: Callable[[int], None] = lambda count: None) -
     """Return a file's SHA-256; `advance` is told of the bytes read."""
     digest = hashlib.sha256()
     buffer = bytearray(4 << 20)
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
             advance(count)
@@ -332,7 +324,10 @@ def file_hash(path: Path, advance: Callable[[int], None] = lambda count: None) -
 
 
 def _json(data: Any) -> bytes:
-    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can spell
+        return (json.dumps(data, indent=2) + "\n").encode()
 
 
 def _cores() -> int:

@@ -17,12 +17,12 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from ..errors import DgemmaError
+from ..errors import DgemmaError, shown
 from .encode import encode, largest
 from .job import Job, prepare
-from .partial import Partial
+from .partial import Partial, digest
 from .recipes import Recipe
 
 SMALL = 128 << 20
@@ -31,9 +31,20 @@ SMALL = 128 << 20
 _START = "import sys; sys.path[:] = {path!r}; from {package}.crew import work; work()"
 
 
+class Written(NamedTuple):
+    """What became of rows."""
+
+    wrong: float
+    total: float
+    """Squared error and weights, as measured."""
+    size: int
+    """Bytes written."""
+    digest: str
+
+
 class Crew(Protocol):
-    def encode(self, index: int, start: int, stop: int, factor: float | None) -> tuple[float, float, int]:
-        """Encode and write rows of an item; returns squared error and weights, as measured, and the bytes written."""
+    def encode(self, index: int, start: int, stop: int, factor: float | None) -> Written:
+        """Encode and write rows of an item."""
         ...
 
     def largest(self, index: int, start: int, stop: int) -> float:
@@ -48,14 +59,24 @@ class Here:
         self.job, self.partial = job, partial
         self.places = {name: (shard.name, start) for shard in job.shards for name, start in shard.places.items()}
 
-    def encode(self, index: int, start: int, stop: int, factor: float | None) -> tuple[float, float, int]:
+    def encode(self, index: int, start: int, stop: int, factor: float | None) -> Written:
         item = self.job.items[index]
         result = encode(item, start, stop, factor)
+        parts = {one.kind: result.data[one.kind].reshape(-1).view("u1").data for one in item.components}
         for one in item.components:
-            data = result.data[one.kind].reshape(-1).view("u1").data
             shard, offset = self.places[one.name]
-            self.partial.write(shard, offset + start * one.row_bytes, data)
-        return result.wrong, result.total, sum(part.nbytes for part in result.data.values())
+            self.partial.write(shard, offset + start * one.row_bytes, parts[one.kind])
+        size = sum(part.nbytes for part in result.data.values())
+        return Written(wrong=result.wrong, total=result.total, size=size, digest=digest(parts.values()))
+
+    def check(self, index: int, start: int, stop: int) -> bool:
+        """Whether rows that were written before are as they were written."""
+        places = [(*self.places[one.name], one) for one in self.job.items[index].components]
+        found = (
+            self.partial.read(shard, offset + start * one.row_bytes, (stop - start) * one.row_bytes or one.nbytes)
+            for shard, offset, one in places
+        )
+        return digest(found) == self.partial.digests[index, start]
 
     def largest(self, index: int, start: int, stop: int) -> float:
         return largest(self.job.items[index], start, stop)
@@ -69,9 +90,10 @@ class Workers:
         for one in processes:
             self._idle.put(one)
 
-    def encode(self, index: int, start: int, stop: int, factor: float | None) -> tuple[float, float, int]:
-        wrong, total, size = self._ask(["encode", index, start, stop, None if factor is None else factor.hex()])
-        return float.fromhex(wrong), float.fromhex(total), size
+    def encode(self, index: int, start: int, stop: int, factor: float | None) -> Written:
+        answer = self._ask(["encode", index, start, stop, None if factor is None else factor.hex()])
+        wrong, total, size, digest = answer
+        return Written(wrong=float.fromhex(wrong), total=float.fromhex(total), size=size, digest=digest)
 
     def largest(self, index: int, start: int, stop: int) -> float:
         return float.fromhex(self._ask(["largest", index, start, stop, None]))
@@ -117,7 +139,7 @@ def gather(job: Job, partial: Partial, workers: int) -> Iterator[Crew]:
         return
     code = _START.format(path=sys.path, package=__package__)
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-    lock = () if sys.platform == "win32" else (partial.lock.fileno(),)
+    lock = () if sys.platform == "win32" else (partial.lock,)
     processes: list[subprocess.Popen[str]] = []
     try:
         for _ in range(workers):
@@ -147,7 +169,7 @@ def gather(job: Job, partial: Partial, workers: int) -> Iterator[Crew]:
 def _arguments(job: Job, partial: Partial) -> dict[str, Any]:
     return {
         "source": str(job.folder.absolute()), "recipe": job.recipe.to_json(), "mlx": job.mlx,
-        "plan": job.plan, "partial": str(partial.folder),
+        "plan": job.plan, "partial": str(partial.folder), "folder": partial.files.identity,
     }  # fmt: skip
 
 
@@ -175,12 +197,17 @@ def _start(arguments: Mapping[str, Any]) -> Here:
         Path(arguments["source"]), Recipe.from_json(arguments["recipe"]), mlx=arguments["mlx"], requantize=True
     )
     if json.loads(json.dumps(job.plan)) != arguments["plan"]:
-        raise DgemmaError(f"{job.folder}: the source changed while it was being converted; start over with --force")
-    return Here(job, Partial(Path(arguments["partial"])))
+        raise DgemmaError(
+            f"{shown(job.folder)}: the source changed while it was being converted; start over with --force"
+        )
+    partial = Partial(Path(arguments["partial"]))
+    if list(partial.files.identity) != arguments["folder"]:
+        raise DgemmaError(f"{shown(partial.folder)}: another folder has taken its place; start again")
+    return Here(job, partial)
 
 
 def _do(here: Here, what: str, index: int, start: int, stop: int, factor: str | None) -> Any:
     if what == "largest":
         return here.largest(index, start, stop).hex()
-    wrong, total, size = here.encode(index, start, stop, None if factor is None else float.fromhex(factor))
-    return [wrong.hex(), total.hex(), size]
+    made = here.encode(index, start, stop, None if factor is None else float.fromhex(factor))
+    return [made.wrong.hex(), made.total.hex(), made.size, made.digest]

@@ -16,6 +16,7 @@ from .. import quantized
 from ..checkpoint import Checkpoint, inside, open_files, resolve
 from ..config import ModelConfig, read_json
 from ..errors import DgemmaError, shown
+from ..files import open_file
 from ..quant import Format
 from ..quantized import Quantization
 from ..safetensors import SafetensorsFile
@@ -162,7 +163,7 @@ def mark(path: Path) -> Mark:
         DgemmaError: it cannot be read.
     """
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_file(path) as file:
             stat = os.fstat(file.fileno())
             length = int.from_bytes(file.read(8), "little")
             header = hashlib.sha256(file.read(min(length, stat.st_size))).hexdigest()

@@ -1,119 +1,200 @@
 """A folder under construction: `OUT.partial`, its lock, its journal, and the move that makes it OUT.
 
-The journal says which rows are on the disk. It is written after the data was synced, so that a kill, or a power cut, at
-any point leaves at worst rows that are written once more. What was begun with other settings, or from a source that has
-changed since, is refused and not mixed.
+The journal says which rows are on the disk, and what they hash to. It is written after the data was synced, so that a
+kill, or a power cut, at any point leaves at worst rows that are written once more; so do rows that have changed since,
+and lines of the journal that are damaged. What was begun with other settings, or from a source that has changed since,
+is refused and not mixed.
 
     OUT.partial/.dgemma/plan.json       what is being made, from what
-    OUT.partial/.dgemma/journal.jsonl   ["block", item, row, squared error, squared weights] and ["factor", item, value]
+    OUT.partial/.dgemma/journal.jsonl   ["block", item, row, squared error, squared weights, hash] and
+                                        ["factor", item, value], each behind a hash of the plan and of itself
     OUT.partial/.dgemma/lock            held while a process works here
+    OUT.partial/.dgemma/replaced        the name that what OUT was has until this is OUT
+
+Anybody can guess these names, so what is found under them may be a trap: see `Folder.open_own`.
 """
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..errors import DgemmaError, quoted, shown
+from ..files import Folder, read_bytes
 from .plan import Shard
 
 HIDDEN = ".dgemma"
 MANIFEST = "dgemma-manifest.json"
 PATIENCE = 2.0
 """Seconds to wait for the lock."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
+_JOURNAL = "journal.jsonl"
+_MAX_JOURNAL = 1 << 26  # bytes; a line has some 150 of them and stands for four million weights
+_MAX_PLAN = 1 << 26
+_REPLACED = re.compile(r"dgemma-[0-9a-f]{16}\.replaced")
 
 
 class Partial:
-    """The work so far. `open_partial` makes one, with the lock held."""
+    """The work so far. `open_partial` makes one, with the lock held.
 
-    lock: IO[bytes]
-    """Open file that holds the lock; workers hold it as well."""
+    Args:
+        folder: `OUT.partial`, with what is hidden in it.
+        plan: what tells this work from other; a line of a journal holds for one plan only.
 
-    def __init__(self, folder: Path) -> None:
+    Raises:
+        DgemmaError: the folder is another user's.
+        OSError: it is no folder, but a link perhaps.
+    """
+
+    lock: int
+    """Descriptor of the file that holds the lock; workers hold it as well."""
+
+    def __init__(self, folder: Path, plan: bytes = b"") -> None:
         self.folder = folder
         self.blocks: dict[tuple[int, int], tuple[float, float]] = {}
+        self.digests: dict[tuple[int, int], str] = {}
         self.factors: dict[int, float] = {}
-        self._journal = folder / HIDDEN / "journal.jsonl"
-        self._lines: list[str] = []
         self.touched: set[str] = set()
         """Files written to since the last `sync`; the main thread's, so that none is missed."""
+        self._plan = plan
+        self._lines: list[bytes] = []
+        self.files = Folder(folder, follow=False)
+        try:
+            self.files.check_own()
+            self.hidden = Folder(folder / HIDDEN, follow=False, parent=self.files)
+            self.hidden.check_own()
+        except BaseException:
+            self.files.close()
+            raise
+
+    def close(self) -> None:
+        self.files.close()
+        self.hidden.close()
 
     def begin(self, shards: tuple[Shard, ...]) -> None:
         """Make the files in full size, sparse, with their headers; or take up what the journal says is there."""
-        if not all(_is_there(self.folder / one.name, one) for one in shards):
-            self._journal.unlink(missing_ok=True)
+        if not all(self._is_there(one) for one in shards):
+            if self.hidden.look(_JOURNAL) is not None:
+                self.hidden.remove(_JOURNAL)
             for one in shards:
-                with (self.folder / one.name).open("wb") as file:
+                if self.files.look(one.name) is not None:
+                    self.files.remove(one.name)
+                with os.fdopen(self.files.open(one.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
                     file.write(one.header)
                     file.truncate(one.size)
         self._read_journal()
 
     def write(self, shard: str, offset: int, data: memoryview) -> None:
         """Write bytes into a file; safe from several threads, which write in different places."""
-        with (self.folder / shard).open("r+b", buffering=0) as file:
-            file.seek(offset)
+        handle = self.files.open_own(shard, os.O_WRONLY)
+        try:
+            os.lseek(handle, offset, os.SEEK_SET)
             done = 0
             while done < len(data):
-                done += file.write(data[done:]) or 0
+                done += os.write(handle, data[done:])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder / shard)) from None
+        finally:
+            os.close(handle)
+
+    def read(self, shard: str, offset: int, count: int) -> bytes:
+        """Return bytes of a file; fewer where it ends."""
+        with os.fdopen(self.files.open_own(shard, os.O_RDONLY), "rb", buffering=0) as file:
+            file.seek(offset)
+            return file.read(count)
 
     def note(self, *entry: Any) -> None:
         """Remember an entry of the journal, to be written by the next `sync`."""
-        self._lines.append(json.dumps(entry))
+        self._lines.append(self._line(json.dumps(entry).encode()))
         self._take(list(entry))
+
+    def forget(self, block: tuple[int, int]) -> None:
+        """Leave a block to be written again."""
+        del self.blocks[block], self.digests[block]
 
     def sync(self) -> None:
         """Bring data to the disk, then say so in the journal."""
         for name in sorted(self.touched):
-            with (self.folder / name).open("r+b", buffering=0) as file:
-                os.fsync(file.fileno())
+            handle = self.files.open_own(name, os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         self.touched.clear()
         if self._lines:
-            text, self._lines = "".join(f"{line}\n" for line in self._lines), []
-            with self._journal.open("ab") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
+            text, self._lines = b"".join(self._lines), []
+            handle = self.hidden.open_own(_JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            try:
+                with os.fdopen(handle, "ab") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(handle)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self.hidden.path / _JOURNAL)) from None
 
     def save(self, name: str, data: bytes) -> None:
         """Write a small file whole."""
-        with (self.folder / name).open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        self.files.write(name, data)
 
     def allocated(self) -> int:
         """Return the bytes of disk that the files take already."""
-        found = [path.stat() for path in self.folder.iterdir() if path.is_file()]
+        found = [one for name in self.files.names() if (one := self.files.look(name)) and stat.S_ISREG(one.st_mode)]
         return sum(getattr(one, "st_blocks", one.st_size // 512) * 512 for one in found)
 
+    def _is_there(self, shard: Shard) -> bool:
+        found = self.files.look(shard.name)
+        return (
+            found is not None
+            and found.st_size == shard.size
+            and self.read(shard.name, 0, len(shard.header)) == shard.header
+        )
+
+    def _line(self, entry: bytes) -> bytes:
+        return digest([self._plan, entry]).encode() + b" " + entry + b"\n"
+
     def _read_journal(self) -> None:
-        if not self._journal.exists():
+        if (found := self.hidden.look(_JOURNAL)) is None:
             return
-        data = self._journal.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # the last line was cut by a kill, and the next would be appended to its stump
-            with self._journal.open("r+b") as file:
+        if found.st_size > _MAX_JOURNAL and stat.S_ISREG(found.st_mode):
+            where = shown(self.hidden.path / _JOURNAL)
+            raise DgemmaError(f"{where}: {found.st_size:,} bytes, expected at most {_MAX_JOURNAL:,}; remove it")
+        with os.fdopen(self.hidden.open_own(_JOURNAL, os.O_RDWR), "r+b") as file:
+            data = file.read(_MAX_JOURNAL)
+            whole = data[: data.rfind(b"\n") + 1]
+            if len(whole) < len(data):  # the last line was cut by a kill, and the next would be appended to its stump
                 file.truncate(len(whole))
-        for line in whole.splitlines():
-            self._take(json.loads(line))
+        for line in whole.splitlines(keepends=True):
+            entry = line.partition(b" ")[2].rstrip(b"\n")
+            if line == self._line(entry):
+                self._take(json.loads(entry))
 
     def _take(self, entry: list[Any]) -> None:
         match entry:
-            case ["block", int(item), int(row), str(wrong), str(total)]:
+            case ["block", int(item), int(row), str(wrong), str(total), str(hashed)]:
                 self.blocks[item, row] = float.fromhex(wrong), float.fromhex(total)
+                self.digests[item, row] = hashed
             case ["factor", int(item), str(value)]:
                 self.factors[item] = float.fromhex(value)
             case _:
-                raise DgemmaError(f"{shown(self._journal)}: not a journal of dgemma's; remove {shown(self.folder)}")
+                raise DgemmaError(f"{shown(self.folder)}: begun by another version of dgemma; remove it")
+
+
+def digest(parts: Iterable[bytes | memoryview]) -> str:
+    """Return a hash by which damage is noticed."""
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()
 
 
 @contextmanager
@@ -126,124 +207,145 @@ def open_partial(out: Path, plan: Mapping[str, Any], *, force: bool) -> Iterator
         force: throw such work away.
 
     Raises:
-        DgemmaError: another process works here, or other work was begun here.
+        DgemmaError: another process works here, other work was begun here, or what is here is not of dgemma's making.
         OSError: the folder cannot be made.
     """
-    folder = out.with_name(f"{out.name}.partial")
-    if os.path.lexists(folder) and not (folder / HIDDEN).is_dir():
+    folder = place_of(out)
+    if os.path.lexists(folder) and not (_is_folder(folder) and _is_folder(folder / HIDDEN)):
         raise DgemmaError(
             f"{shown(folder)}: is in the way, and not of dgemma's making; remove it, or take another --out"
         )
     (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
-    with (folder / HIDDEN / "lock").open("a+b") as lock:
-        # A killed conversion's workers finish what they are at, and hold the lock for a moment longer.
-        until = time.monotonic() + PATIENCE
-        while not (locked := _lock(lock)) and time.monotonic() < until:
-            time.sleep(0.05)
-        if not locked:
-            raise DgemmaError(
-                f"{shown(folder)}: another dgemma convert is at work here; wait for it, or take another --out"
-            )
+    text = json.dumps(plan, indent=1, sort_keys=True).encode()
+    partial = Partial(folder, text)
+    try:
+        partial.lock = partial.hidden.open_own("lock", os.O_RDWR | os.O_CREAT)
         try:
-            same = os.fstat(lock.fileno()).st_ino == (folder / HIDDEN / "lock").stat().st_ino
-        except FileNotFoundError:
-            same = False
-        if not same:
-            raise DgemmaError(f"{shown(out)}: another dgemma convert has just finished it")
-        file = folder / HIDDEN / "plan.json"
-        text = json.dumps(plan, indent=1, sort_keys=True).encode()
-        if file.exists() and file.read_bytes() != text:
-            if not force:
-                raise DgemmaError(f"{shown(folder)}: {_difference(file, plan)}; remove it, or start over with --force")
-            for path in folder.iterdir():
-                if path.name != HIDDEN:
-                    path.unlink()
-            (folder / HIDDEN / "journal.jsonl").unlink(missing_ok=True)
-            file.unlink()
-        partial = Partial(folder)
-        partial.lock = lock
-        if not file.exists():
-            partial.save(f"{HIDDEN}/plan.json", text)
-        yield partial
+            _wait_for(partial, out)
+            _take_up(partial, text, plan, force)
+            yield partial
+        finally:
+            os.close(partial.lock)
+    finally:
+        partial.close()
+
+
+def _wait_for(partial: Partial, out: Path) -> None:
+    # A killed conversion's workers finish what they are at, and hold the lock for a moment longer.
+    until = time.monotonic() + PATIENCE
+    while not (locked := _lock(partial.lock)) and time.monotonic() < until:
+        time.sleep(0.05)
+    if not locked:
+        raise DgemmaError(
+            f"{shown(partial.folder)}: another dgemma convert is at work here; wait for it, or take another --out"
+        )
+    try:
+        found = os.stat(partial.folder / HIDDEN / "lock", follow_symlinks=False)
+        same = os.fstat(partial.lock).st_ino == found.st_ino
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise DgemmaError(f"{shown(out)}: another dgemma convert has just finished it")
+
+
+def _take_up(partial: Partial, text: bytes, plan: Mapping[str, Any], force: bool) -> None:
+    """Compare the plan with the one that work was begun with here, if any was."""
+    name = "plan.json"
+    there = None
+    if partial.hidden.look(name) is not None:
+        with os.fdopen(partial.hidden.open_own(name, os.O_RDONLY), "rb") as file:
+            there = file.read(_MAX_PLAN)
+    if there == text:
+        return
+    if there is not None:
+        if not force:
+            raise DgemmaError(
+                f"{shown(partial.folder)}: {_difference(there, plan)}; remove it, or start over with --force"
+            )
+        for one in partial.files.names():
+            if one != HIDDEN:
+                partial.files.remove(one)
+        if partial.hidden.look(_JOURNAL) is not None:
+            partial.hidden.remove(_JOURNAL)
+    partial.hidden.write(name, text)
+
+
+def place_of(out: Path) -> Path:
+    """Return where a folder is made."""
+    return out.with_name(f"{out.name}.partial")
 
 
 def finish(partial: Partial, out: Path, *, force: bool) -> None:
     """Move the folder to its name, in place of what `force` replaces."""
-    _sync_folder(partial.folder)
+    partial.files.sync()
+    if os.path.lexists(out) and not _is_folder(out):
+        raise DgemmaError(f"{shown(out)}: is no folder; choose another --out")
     if out.exists() and not any(out.iterdir()):
         out.rmdir()
     elif out.exists():
         if not force:
             raise DgemmaError(f"{shown(out)}: exists; choose another --out, or replace it with --force")
-        _remove_replaced(out)
-        out.rename(_replaced(out))
+        if not replaceable(out):
+            raise DgemmaError(f"{shown(out)}: holds more than a checkpoint, so --force does not replace it")
+        # A name that nobody has, written down before it is given: after a kill, the next run takes the folder away.
+        name = f"dgemma-{secrets.token_hex(8)}.replaced"
+        _remove_replaced(out, partial.folder)
+        partial.hidden.write("replaced", name.encode())
+        out.rename(out.with_name(name))
     partial.folder.rename(out)
-    _sync_folder(out.parent)
+    with Folder(out.parent) as above:
+        above.sync()
     tidy(out)
 
 
 def tidy(out: Path) -> None:
     """Remove what a kill may have left after the move."""
-    shutil.rmtree(out / HIDDEN, ignore_errors=True)
-    _remove_replaced(out)
+    if _is_folder(out / HIDDEN):
+        _remove_replaced(out, out)
+        shutil.rmtree(out / HIDDEN, ignore_errors=True)
 
 
-def _replaced(out: Path) -> Path:
-    return out.with_name(f"{out.name}.replaced")
-
-
-def _remove_replaced(out: Path) -> None:
-    old = _replaced(out)
-    if old.is_dir() and replaceable(old):
-        shutil.rmtree(old)
+def _remove_replaced(out: Path, folder: Path) -> None:
+    with suppress(DgemmaError):  # nothing was replaced, or nobody can tell what
+        name = read_bytes(folder / HIDDEN / "replaced", 100).decode("ascii", "replace")
+        old = out.with_name(name) if _REPLACED.fullmatch(name) else None
+        if old is not None and _is_folder(old) and replaceable(old):
+            shutil.rmtree(old)
 
 
 def replaceable(folder: Path) -> bool:
     """Whether a folder is a checkpoint and nothing else, so that --force may take it away."""
     names = {path.name for path in folder.iterdir() if path.name != HIDDEN}
-    return "config.json" in names and not any((folder / name).is_dir() for name in names)
+    return "config.json" in names and not any(_is_folder(folder / name) for name in names)
 
 
-def _difference(file: Path, plan: Mapping[str, Any]) -> str:
+def _difference(there: bytes, plan: Mapping[str, Any]) -> str:
     try:
-        old = json.loads(file.read_bytes())
+        old = json.loads(there)
         keys = [key for key in plan if old.get(key) != plan[key]]
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         keys = []
     if "source" in keys or "source_changed" in keys:
         return "was begun from a source that has changed since"
     return f"was begun with another {quoted(keys[0])}" if keys else "holds other work"
 
 
-def _is_there(path: Path, shard: Shard) -> bool:
-    try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno()).st_size == shard.size and file.read(len(shard.header)) == shard.header
-    except FileNotFoundError:
-        return False
+def _is_folder(path: Path) -> bool:
+    """Whether it is a folder, and no link to one."""
+    return path.is_dir() and not path.is_symlink()
 
 
-def _lock(file: IO[bytes]) -> bool:
+def _lock(file: int) -> bool:
     """Take the lock, which the operating system lets go of when the process ends, however it ends."""
     try:
         if sys.platform == "win32":
             import msvcrt
 
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    if sys.platform == "win32":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -28,6 +28,7 @@ from typing import Any, Literal
 
 from ..config import read_json
 from ..errors import DgemmaError, quoted, shown
+from ..files import read_text
 from ..quant import FLOAT_MODES, Format
 
 Target = Format | Literal["bf16", "stored"]
@@ -171,14 +172,8 @@ def _target(value: Any) -> Target:
 
 
 def _read_toml(path: Path, where: str) -> dict[str, Any]:
+    text = read_text(path, _MAX_RULES_FILE)
     try:
-        with path.open("rb") as file:
-            data = file.read(_MAX_RULES_FILE + 1)
-    except OSError as error:
-        raise DgemmaError(f"{where}: {error.strerror or error}") from None
-    if len(data) > _MAX_RULES_FILE:
-        raise DgemmaError(f"{where}: more than {_MAX_RULES_FILE:,} bytes; no file of rules is so long")
-    try:
-        return tomllib.loads(data.decode())
-    except (ValueError, RecursionError) as error:  # which says the line; UnicodeDecodeError says the byte
+        return tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # which says the line
         raise DgemmaError(f"{where}: not readable as TOML: {quoted(str(error), 160)}") from None

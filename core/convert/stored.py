@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ..errors import DgemmaError, quoted, shown
+from ..files import open_file
 from ..quant import Format, QTensor, carry, is_symmetric
 from ..quant_bits import E4M3
 from ..quantized import Packed, module_of
@@ -126,7 +127,7 @@ class Stored:
         done = 0
         buffer = memoryview(out.reshape(-1).view(np.uint8))  # pyright: ignore[reportArgumentType]
         try:
-            with self.path.open("rb", buffering=0) as file:
+            with open_file(self.path) as file:
                 file.seek(self.entry.start + start * width * dtype.itemsize)
                 while done < len(buffer):
                     count = file.readinto(buffer[done:])
