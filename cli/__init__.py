@@ -6,7 +6,6 @@ A command's file is imported when help lists it or it is called, and a framework
 
 from __future__ import annotations
 
-import io
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -14,9 +13,9 @@ from typing import Any, NoReturn
 import click
 
 from ..core.errors import DgemmaError
+from .process import INTERRUPTED, Unwritable, say, unwritable
 
 COMMANDS = ("generate", "chat", "convert", "export", "compare", "inspect", "bench", "doctor")
-INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 
 
 class Group(click.Group):
@@ -31,9 +30,14 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except (click.ClickException, click.exceptions.Exit, click.Abort, Unwritable, SystemExit):
             raise
-        except Exception as error:
+        except KeyboardInterrupt as stopped:
+            if ctx.params["debug"]:
+                raise
+            say("; ".join(["interrupted", *map(str, stopped.args)]))
+            raise click.exceptions.Exit(INTERRUPTED) from stopped
+        except BaseException as error:  # a panic in a Rust library is no Exception
             if ctx.params["debug"]:
                 raise
             if isinstance(error, DgemmaError):
@@ -47,13 +51,13 @@ class Group(click.Group):
         return self._run(*args, **extra)
 
     def _run(self, *args: Any, **extra: Any) -> NoReturn:
-        for stream in (sys.stdout, sys.stderr):
-            if isinstance(stream, io.TextIOWrapper):  # a model may write what an ASCII terminal cannot show
-                stream.reconfigure(errors="replace")
         try:
             code = super().main(*args, standalone_mode=False, **extra)
+            sys.stdout.flush()
         except click.Abort:
             code = INTERRUPTED
+        except Unwritable as lost:
+            code = unwritable(lost)
         except click.ClickException as error:
             click.echo(f"dgemma: error: {_one_line(error)}", err=True)
             code = error.exit_code

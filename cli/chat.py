@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.errors import DgemmaError
-from . import INTERRUPTED
 from .options import live_option, model_options, sampling_options
 
 if TYPE_CHECKING:
@@ -77,9 +76,7 @@ class Conversation:
 @model_options
 @sampling_options
 @live_option
-@click.pass_context
 def chat(
-    ctx: click.Context,
     system: str | None,
     model: str,
     backend: str,
@@ -92,6 +89,8 @@ def chat(
 
     On a terminal, /help lists what can be changed on the way. Piped in, every line is one message.
     """
+    if sys.stdin is None:
+        raise click.UsageError("stdin is closed: there is nobody to talk with")
     from .output import consoles, load_model, put, put_words
 
     out, errors = consoles()
@@ -112,9 +111,7 @@ def chat(
             if line.startswith("/") and not line.startswith("//"):
                 put_words(errors, talk.command(line).rstrip())
             elif line.strip():
-                done = _answer(loaded, talk, line.removeprefix("/"), out, errors, live=live)
-                if not done and not typed:
-                    ctx.exit(INTERRUPTED)
+                _answer(loaded, talk, line.removeprefix("/"), out, errors, live=live, typed=typed)
         except EOFError:
             break
         except KeyboardInterrupt:
@@ -129,8 +126,10 @@ def chat(
         put(errors, "\n")
 
 
-def _answer(model: DiffusionGemma, talk: Conversation, line: str, out: Console, errors: Console, *, live: bool) -> bool:
-    """One turn → whether it came to its end. A refused or empty one is as if never said."""
+def _answer(
+    model: DiffusionGemma, talk: Conversation, line: str, out: Console, errors: Console, *, live: bool, typed: bool
+) -> None:
+    """One turn. A refused or empty one is as if never said; one that is typed can be stopped by Ctrl-C."""
     from .output import follow, footer, open_sink, put_words
 
     talk.turns.append({"role": "user", "content": line})
@@ -138,17 +137,16 @@ def _answer(model: DiffusionGemma, talk: Conversation, line: str, out: Console, 
     try:
         events = model.stream(talk.messages(), **talk.sampling)
         sink = open_sink(out, errors, model, live=live, budget=talk.sampling["max_new_tokens"])
-        done = follow(events, sink)
+        footer(errors, follow(events, sink))
+    except KeyboardInterrupt:
+        if not typed:
+            raise
+        put_words(errors, "stopped")
     finally:
         if sink is not None and sink.answer:
             talk.turns.append({"role": "assistant", "content": sink.answer})
         else:
             talk.turns.pop()
-    if done is None:
-        put_words(errors, "stopped")
-    else:
-        footer(errors, done)
-    return done is not None
 
 
 def _typed() -> Callable[[], str | None]:

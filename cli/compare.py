@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from . import INTERRUPTED
 from .convert import amount
 from .options import LARGEST_PROMPT, budget_options, decode, ways_options
 
@@ -33,9 +32,8 @@ if TYPE_CHECKING:
 @ways_options
 @budget_options
 @click.option("--json", "as_json", is_flag=True, help="Write the figures as one JSON object.")
-@click.pass_context
 def compare(
-    ctx: click.Context, a: str, b: str, file: Path | None, one_by_one: tuple[str, ...], backend: str, device: str,
+    a: str, b: str, file: Path | None, one_by_one: tuple[str, ...], backend: str, device: str,
     dtype: str, max_new_tokens: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold model B against model A: say, a quantized checkpoint against what it was made from.
@@ -51,23 +49,19 @@ def compare(
     """
     cases = _cases(file, one_by_one)
     from ..core.compare import compare as run
-    from .output import Wait, consoles, put
+    from .output import Wait, consoles
 
     out, errors = consoles()
-    try:
-        with Wait(errors, "comparing") as wait:
+    with Wait(errors, "comparing") as wait:
 
-            def progress(what: str, done: int, total: int) -> None:
-                figure = f"{amount(done)} of {amount(total)}" if "loading" in what else f"prompt {done + 1} of {total}"
-                wait.update(done, total, f"{what}: {figure}")
+        def progress(what: str, done: int, total: int) -> None:
+            figure = f"{amount(done)} of {amount(total)}" if "loading" in what else f"prompt {done + 1} of {total}"
+            wait.update(done, total, f"{what}: {figure}")
 
-            found = run(
-                a, b, cases, max_new_tokens=max_new_tokens, seed=seed, backend=backend, device=device, dtype=dtype,
-                progress=progress,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        put(errors, "dgemma: interrupted\n")
-        ctx.exit(INTERRUPTED)
+        found = run(
+            a, b, cases, max_new_tokens=max_new_tokens, seed=seed, backend=backend, device=device, dtype=dtype,
+            progress=progress,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps(_finite(found.to_dict()), allow_nan=False))
     else:

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from . import INTERRUPTED
-
 if TYPE_CHECKING:
     from ..core.convert import Progress, Report
 
@@ -35,8 +33,7 @@ if TYPE_CHECKING:
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes. By default one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as one JSON object.")
-@click.pass_context
-def convert(ctx: click.Context, source: str, out: Path, as_json: bool, **options: Any) -> None:
+def convert(source: str, out: Path, as_json: bool, **options: Any) -> None:
     """Convert SOURCE, a checkpoint folder or a Hugging Face id, into a folder that every backend loads.
 
     SOURCE can be bf16, f16 or f32; quantized by MLX; NVIDIA modelopt's NVFP4; compressed-tensors' NVFP4 or FP8.
@@ -47,15 +44,14 @@ def convert(ctx: click.Context, source: str, out: Path, as_json: bool, **options
     dgemma convert ./checkpoint --recipe 8bit --out ./checkpoint-8bit --verify
     """
     from ..core.convert import convert as run
-    from .output import Wait, consoles, put
+    from .output import Wait, consoles
 
     console, errors = consoles()
     try:
         with Wait(errors, "reading headers") as wait:
             report = run(source, out, progress=lambda one: wait.update(one.done, one.total, _figure(one)), **options)
     except KeyboardInterrupt:
-        put(errors, "dgemma: interrupted; the same command goes on from here\n")
-        ctx.exit(INTERRUPTED)
+        raise KeyboardInterrupt("the same command goes on from here") from None
     if as_json:
         click.echo(json.dumps(asdict(report) | {"path": str(report.path)}))
         return

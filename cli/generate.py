@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from . import INTERRUPTED
 from .options import live_option, model_options, read_prompt, sampling_options
 
 
@@ -22,9 +21,7 @@ from .options import live_option, model_options, read_prompt, sampling_options
 @sampling_options
 @live_option
 @click.option("--json", "as_json", is_flag=True, help="Write every event as one line of JSON: drafts, text, figures.")
-@click.pass_context
 def generate(
-    ctx: click.Context,
     prompt: str | None,
     file: Path | None,
     raw: bool,
@@ -42,18 +39,11 @@ def generate(
     progress and what the model thinks go to stderr.
     """
     text = read_prompt(prompt, file)
-    from .output import consoles, follow, footer, load_model, open_sink, put
+    from .output import consoles, follow, footer, load_model, open_sink
 
     out, errors = consoles()
-    try:
-        loaded = load_model(errors, model, backend=backend, device=device, dtype=dtype)
-        events = loaded.stream(text, raw=raw, **sampling)
-        sink = open_sink(out, errors, loaded, live=live, as_json=as_json, budget=sampling["max_new_tokens"])
-        done = follow(events, sink)
-    except KeyboardInterrupt:
-        done = None
-    if done is None:
-        put(errors, "dgemma: interrupted\n")
-        ctx.exit(INTERRUPTED)
+    loaded = load_model(errors, model, backend=backend, device=device, dtype=dtype)
+    events = loaded.stream(text, raw=raw, **sampling)
+    done = follow(events, open_sink(out, errors, loaded, live=live, as_json=as_json, budget=sampling["max_new_tokens"]))
     if not as_json:
         footer(errors, done)

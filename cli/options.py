@@ -111,12 +111,12 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
                 text = decode(stream.read(LARGEST_PROMPT + 1), str(file))
         except OSError as error:
             raise click.ClickException(f"{file}: {error.strerror or error}") from None
-    elif prompt is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise click.UsageError("no prompt: give PROMPT, --file PATH, or pipe text in")
-    elif prompt is None or prompt == "-":
-        text = decode(sys.stdin.buffer.read(LARGEST_PROMPT + 1), "stdin")
-    else:
+    elif prompt is not None and prompt != "-":
         text = decode(prompt.encode(errors="surrogateescape"), "PROMPT", chop=False)
+    elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        raise click.UsageError("no prompt: give PROMPT, --file PATH, or pipe text in")
+    else:
+        text = decode(sys.stdin.buffer.read(LARGEST_PROMPT + 1), "stdin")
     if not text.strip():
         raise click.UsageError("the prompt is empty")
     return text

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -198,14 +197,11 @@ class LiveSink(Sink):
         self._view = view
         self._live = CanvasLive(view, out, redirect_stderr=errors.is_terminal)
         self._kind = self._tail = ""
-        self._restore: Any = None
 
     def draft(self, event: Draft) -> None:
         super().draft(event)
         self._view.update(event)
         if not self._live.is_started:
-            if threading.current_thread() is threading.main_thread():
-                self._restore = signal.signal(signal.SIGTERM, _terminate)
             self._live.start()
         self._live.draw(now=event.step == 0)
 
@@ -231,12 +227,7 @@ class LiveSink(Sink):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
-        try:
-            self._live.stop()
-        finally:
-            if self._restore is not None:
-                signal.signal(signal.SIGTERM, self._restore)
-                self._restore = None
+        self._live.stop()
         if self._tail:
             self._print(self._tail + "\n")
             self._tail = ""
@@ -284,17 +275,14 @@ def open_sink(
     return LiveSink(out, errors, CanvasView(Pieces(model.tokenizer), ends, budget, out.encoding))
 
 
-def follow(events: Iterator[Event], sink: Sink) -> Done | None:
-    """Feed a sink until the end; Ctrl-C ends it early with None, and what was committed stays."""
+def follow(events: Iterator[Event], sink: Sink) -> Done:
+    """Feed a sink until the end. Whatever ends it early, what was committed stays, and the terminal is in order."""
     last = None
     with sink:
-        try:
-            for event in events:
-                sink.feed(event)
-                last = event
-        except KeyboardInterrupt:
-            return None
-    return last if isinstance(last, Done) else None
+        for last in events:
+            sink.feed(last)
+    assert isinstance(last, Done)
+    return last
 
 
 def put(console: Console, text: str, style: Style | None = None) -> None:
@@ -309,11 +297,6 @@ def _heading(before: str, kind: str, last: str) -> str:
     if before == kind or (not before and kind == "answer"):
         return ""
     return ("" if last in ("", "\n") else "\n") + ("thinking:\n" if kind == "thinking" else "\nanswer:\n")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Leave by an exception, so that the terminal gets its cursor back."""
-    sys.exit(128 + number)
 
 
 def footer(console: Console, done: Done) -> None:
