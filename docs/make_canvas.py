@@ -4,12 +4,14 @@
     python docs/make_canvas.py --model PATH --prompt TEXT --out FILE
 
 What is drawn is what `dgemma generate` draws on a terminal, by the same code. Where motion is unwelcome
-(prefers-reduced-motion) the last frame stands still.
+(prefers-reduced-motion), or style sheets are not read at all, the last frame stands still: looks are attributes of the
+elements, and the style sheet holds nothing but the motion.
 """
 
 from __future__ import annotations
 
 import io
+import re
 import shlex
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -56,44 +58,48 @@ def frames(model: dgemma.DiffusionGemma, prompt: str, seed: int) -> list[list[Te
     return result
 
 
-def body(lines: list[Text], name: str) -> tuple[str, str]:
-    """One frame → CSS rules and SVG elements, by rich's own export."""
+def body(lines: list[Text], name: str) -> str:
+    """One frame → SVG elements, by rich's own export, with its classes written out as attributes."""
     console = Console(file=io.StringIO(), width=COLUMNS, record=True, force_terminal=True, color_system="standard")
     for line in lines:
         console.print(line, soft_wrap=True)
-    svg = console.export_svg(code_format="{styles}\x00{lines}\x00{backgrounds}{matrix}", theme=THEME, unique_id=name)
-    styles, clips, elements = svg.split("\x00")
-    return styles, f"<defs>{clips}</defs>{elements}"
+    svg = console.export_svg(code_format="{styles}\x00{backgrounds}{matrix}", theme=THEME, unique_id=name)
+    styles, elements = svg.split("\x00")
+    looks = {
+        kind: " ".join(f'{key}="{value}"' for key, value in re.findall(r"([\w-]+): ?([^;}]+?) ?(?:;|$)", rules))
+        for kind, rules in re.findall(r"\.(\S+) \{ ?(.*?) ?\}", styles)
+    }
+    elements = re.sub(r'class="(.*?)"', lambda found: looks[found[1]], elements)
+    return re.sub(r' clip-path="url\(.*?\)"', "", elements)
 
 
 def animate(drawn: list[list[Text]], title: str) -> str:
-    """Put frames over one another and show them in turn, by CSS alone."""
+    """Put frames over one another and show them in turn, by CSS alone; without it the last one is seen."""
     beats = [1.0] * len(drawn)
     beats[0], beats[-1] = 2.0, float(HOLD)
     total, start = sum(beats), 0.0
     width = COLUMNS * CHARACTER + 2 * MARGIN
     height = max(map(len, drawn)) * LINE + 2 * MARGIN
-    rules = [
-        f"text {{ font-family: {FONT}; font-size: 20px; white-space: pre }}",
-        f".frame {{ opacity: 0; animation: {total * SECONDS:.2f}s step-end infinite }}",
-    ]
+    rules = [f".frame {{ animation: {total * SECONDS:.2f}s step-end infinite }}"]
     groups = []
     for i, (lines, beat) in enumerate(zip(drawn, beats, strict=True)):
-        styles, elements = body(lines, f"f{i}")
+        last = i == len(drawn) - 1
         begin, end = 100 * start / total, 100 * (start + beat) / total
         before = "0% { opacity: 0 } " if start else ""
-        after = f"{end:.3f}% {{ opacity: 0 }}" if i < len(drawn) - 1 else ""
-        rules += [styles, f"@keyframes k{i} {{ {before}{begin:.3f}% {{ opacity: 1 }} {after} }}"]
+        after = "" if last else f"{end:.3f}% {{ opacity: 0 }}"
+        rules.append(f"@keyframes k{i} {{ {before}{begin:.3f}% {{ opacity: 1 }} {after} }}")
         rules.append(f"#g{i} {{ animation-name: k{i} }}")
-        groups.append(f'<g class="frame" id="g{i}">{elements}</g>')
+        hidden = "" if last else ' opacity="0"'
+        groups.append(f'<g class="frame" id="g{i}"{hidden}>{body(lines, f"f{i}")}</g>')
         start += beat
-    still = f".frame {{ animation: none }} #g{len(drawn) - 1} {{ opacity: 1 }}"
-    rules.append(f"@media (prefers-reduced-motion: reduce) {{ {still} }}")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" role="img">\n'
-        f"<title>{escape(title)}</title>\n<style>\n" + "\n".join(rules) + "\n</style>\n"
+        f"<title>{escape(title)}</title>\n"
+        "<style>\n@media (prefers-reduced-motion: no-preference) {\n" + "\n".join(rules) + "\n}\n</style>\n"
         f'<rect width="100%" height="100%" rx="8" fill="{THEME.background_color.hex}"/>\n'
-        f'<g transform="translate({MARGIN}, {MARGIN})">\n' + "\n".join(groups) + "\n</g>\n</svg>\n"
+        f'<g transform="translate({MARGIN}, {MARGIN})" font-family="{FONT}" font-size="20" xml:space="preserve">\n'
+        + "\n".join(groups)
+        + "\n</g>\n</svg>\n"
     )
 
 
