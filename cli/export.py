@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("source")
 @click.option(
     "--out", "-o", type=click.Path(path_type=Path), metavar="DIR",
-    help="The folder to make. By default the graphs are put beside the weights.",
+    help="The folder to make. By default the graphs are put beside the weights; nano needs one.",
 )  # fmt: skip
 @click.option("--opset", type=click.IntRange(23, 24), default=23, show_default=True, help="ONNX operator set.")
 @click.option("--unified", is_flag=True, help="One graph for both passes.")
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 @click.option("--logits", is_flag=True, help="Give the denoising graph the output `logits`.")
 @click.option("--cpu", is_flag=True, help="Write quantized products as CPUs do them fastest, instead of MatMulNBits.")
 @click.option("--verify", is_flag=True, help="Run the graphs against SOURCE and print the error of each output.")
-@click.option("--force", is_flag=True, help="Replace what an earlier export left.")
+@click.option("--force", is_flag=True, help="Replace what an earlier export left, and nothing else.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as one JSON object.")
 def export(source: str, out: Path | None, as_json: bool, **options: Any) -> None:

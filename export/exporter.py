@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ..core import safetensors
-from ..core.checkpoint import Checkpoint, resolve
+from ..core.checkpoint import Checkpoint, inside, resolve
 from ..core.errors import DgemmaError, quoted, shown
+from ..core.files import read_bytes
 from . import manifest
+from .target import choose, left, opened
 
 OPSETS = (23, 24)
-_INDEX = "model.safetensors.index.json"
+_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _COPIED = (".json", ".jinja")
+_MAX_COPIED = 1 << 28  # bytes; a tokenizer or an index of a real model has some tens of megabytes
 _OUTDATED = ("dgemma-manifest.json", manifest.NAME)  # hashes of files as converted, and what is written anew
 
 
@@ -63,7 +65,7 @@ def export(
     Args:
         source: a folder, original or converted; `nano`; or a Hugging Face hub id.
         out: the folder to make; by default the graphs are put beside the weights. Elsewhere on the same disk the weight
-            files appear as hard links, so that nothing is copied.
+            files appear as hard links, so that nothing is copied. `nano`, a part of the package, needs one.
         opset: 23 or 24.
         unified: one graph, `unified.onnx`, with the inputs and outputs of both.
         standalone: copy the weights that the graphs read, and nothing else, into one file in `out`.
@@ -71,7 +73,7 @@ def export(
         logits: give denoise the output `logits`.
         cpu: write quantized products as a CPU does them fastest; the default is MatMulNBits, which every provider has.
         verify: compare the graphs with the source, run by another backend in float32.
-        force: replace what an earlier export left.
+        force: replace what an earlier export left, and nothing else; see `target.py`.
         revision: branch, tag or commit of a hub id.
         progress: called with a line for each stage.
 
@@ -89,25 +91,23 @@ def export(
     say("reading headers")
     original = Checkpoint.open(resolve(source, revision=revision))
     original.check()
-    folder = original.path if out is None else Path(out)
-    inside = folder.exists() and folder.resolve() == original.path.resolve()
-    if inside and standalone:
-        raise DgemmaError("standalone makes a folder of its own; give another out than the source")
-    if folder.exists() and not folder.is_dir():
-        raise DgemmaError(f"{shown(folder)}: is a file, and graphs are put into a folder")
-    where = folder / manifest.NAME
-    if not force and (where.exists() or (not inside and folder.exists() and any(folder.iterdir()))):
-        raise DgemmaError(f"{shown(folder)}: is not empty; give another folder, or force to write over it")
     _check_formats(original)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        where.unlink(missing_ok=True)  # what is half made must not look whole
-        if not inside:
+    target = choose(out, original)
+    if target.inside and standalone:
+        raise DgemmaError("standalone makes a folder of its own; give another out than the source")
+    options = {"opset": opset, "dtype": "float16" if fp16 else "float32", "logits": logits, "cpu": cpu}
+    copied = [] if target.inside else _copied(original, standalone)
+    coming = {manifest.NAME, *(f"{name}.onnx" for name in (["unified"] if unified else ["encode", "denoise"]))}
+    if not target.inside:
+        coming |= {*copied, *([_SINGLE] if standalone else [file.path.name for file in original.files])}
+    with opened(target, original, coming, force=force) as stage:
+        checkpoint = original
+        if not target.inside:
             say("copying weights" if standalone else "linking weights")
-            _bring(original, folder, standalone)
-        made = _write(Checkpoint.open(folder), folder, say, opset, unified, fp16, logits, cpu)
-    except OSError as error:
-        raise DgemmaError(f"{shown(error.filename or folder)}: {error.strerror or error}") from None
+            _bring(original, stage, copied, standalone)
+            checkpoint = Checkpoint.open(stage)
+        made = _write(checkpoint, stage, say, unified, options)
+    folder = target.path
     from .probe import has_fused_experts, lacking, require
 
     errors: dict[str, float] = {}
@@ -136,54 +136,60 @@ def _check_formats(checkpoint: Checkpoint) -> None:
             check(name, kind)
 
 
-def _bring(checkpoint: Checkpoint, folder: Path, standalone: bool) -> None:
-    """Make a folder that is a checkpoint of its own: settings and tokenizer copied, weights linked or copied."""
-    for path in sorted(checkpoint.path.iterdir()):
-        skipped = path.name in _OUTDATED or (standalone and path.name == _INDEX)
-        if path.is_file() and path.suffix in _COPIED and not skipped:
-            shutil.copyfile(path, folder / path.name)
+def _copied(checkpoint: Checkpoint, standalone: bool) -> list[str]:
+    """The files of a checkpoint that its copy needs besides the weights: settings and tokenizer."""
+    skipped = {*_OUTDATED, *([_INDEX] if standalone else [])}
+    return [
+        path.name
+        for path in sorted(checkpoint.path.iterdir())
+        if path.suffix in _COPIED and path.name not in skipped and (path.is_file() or path.is_symlink())
+    ]
+
+
+def _bring(checkpoint: Checkpoint, stage: Path, copied: list[str], standalone: bool) -> None:
+    """Make a folder that is a checkpoint of its own: small files copied, weights linked or copied."""
+    for name in copied:
+        with (stage / name).open("xb") as file:
+            file.write(read_bytes(inside(checkpoint.path, name), _MAX_COPIED))
     if standalone:
         tensors = {}
         for name in checkpoint.names:
             tensors |= {stored: file.tensor(stored) for file, stored in checkpoint.parts(name).values()}
-        safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+        safetensors.write(stage / _SINGLE, tensors, {"format": "pt"})
         return
     for file in checkpoint.files:
-        target = folder / file.path.name
-        target.unlink(missing_ok=True)
         try:
-            os.link(file.path.resolve(), target)
+            os.link(file.path.resolve(), stage / file.path.name)
         except OSError as error:
             raise DgemmaError(
-                f"{shown(target)}: the weights cannot be linked to ({error.strerror}); export into the checkpoint's "
+                f"{shown(file.path)}: the weights cannot be linked to ({error.strerror}); export into the checkpoint's "
                 "own folder, or with standalone, which copies them"
             ) from None
 
 
 def _write(
-    checkpoint: Checkpoint, folder: Path, say: Callable[[str], None], opset: int, unified: bool, fp16: bool,
-    logits: bool, cpu: bool,
-) -> dict[str, Any]:  # fmt: skip
+    checkpoint: Checkpoint, stage: Path, say: Callable[[str], None], unified: bool, options: dict[str, Any]
+) -> dict[str, Any]:
     import onnx_ir as ir
 
     from . import graphs
     from .weights import from_checkpoint
 
-    options = graphs.Options(opset=opset, dtype="float16" if fp16 else "float32", logits=logits, cpu=cpu)
+    how = graphs.Options(**options)
     writers = {"encode": graphs.encode_graph, "denoise": graphs.denoise_graph}
     if unified:
         writers = {"unified": graphs.unified_graph}
-    made = {}
+    made, written = {}, {}
     for name, write in writers.items():
         say(f"writing {name}.onnx")
-        made[name] = write(checkpoint.config, from_checkpoint(checkpoint), options)
-        partial = folder / f"{name}.onnx.partial"
-        partial.write_bytes(ir.to_proto(made[name]).SerializeToString())
-        partial.replace(folder / f"{name}.onnx")
-    weights = [file.path.name for file in checkpoint.files]
-    tokenizer = [name for name in ("tokenizer.json", "chat_template.jinja") if (folder / name).exists()]
-    data = manifest.describe(checkpoint.config, checkpoint.generation, made, weights, tokenizer, options.dtype)
-    (folder / manifest.NAME).write_text(json.dumps(data, indent=1) + "\n")
+        made[name] = write(checkpoint.config, from_checkpoint(checkpoint), how)
+        written[name] = ir.to_proto(made[name]).SerializeToString()
+        with (stage / f"{name}.onnx").open("xb") as file:
+            file.write(written[name])
+    tokenizer = [name for name in ("tokenizer.json", "chat_template.jinja") if (checkpoint.path / name).exists()]
+    data = manifest.describe(checkpoint, made, written, tokenizer, how) | {"files": left(stage)}
+    with (stage / manifest.NAME).open("x", encoding="utf-8") as file:
+        file.write(json.dumps(data, indent=1) + "\n")
     return made
 
 

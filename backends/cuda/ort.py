@@ -8,6 +8,7 @@ each pass are the few hundred numbers that `Draft` shows.
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...core.checkpoint import Checkpoint
-from ...core.config import ModelConfig, SamplerConfig, read_json
+from ...core.config import ModelConfig, SamplerConfig
 from ...core.errors import DgemmaError
 from ...core.model import Cache
 from ...core.ops import KV, Array, DType, Passes, dense
@@ -60,8 +61,8 @@ class OrtOps(NumpyOps, Passes):
 
         self._checkpoint = checkpoint
         where = checkpoint.path / NAME
-        if where.exists():
-            self._graphs = read(where, read_json(where), checkpoint.config, self.dtype)
+        if os.path.lexists(where):
+            self._graphs = read(where, checkpoint, self.dtype)
         for name in ("encode", "denoise"):
             self._session(name)
 
