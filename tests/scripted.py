@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,16 +32,17 @@ class Words:
 
 
 class ScriptedModel:
-    """Knows one token more on every pass over a canvas, from the left; commits canvas by canvas."""
+    """Knows one token more on every pass over a canvas, from the left; commits canvas by canvas, then takes a pause."""
 
     path = Path("scripted")
     backend, device, dtype = "numpy", "cpu", "float32"
     config = generation = SimpleNamespace(eos_token_ids=(EOS,))
 
-    def __init__(self, words: Sequence[str], *, canvas: int = 0, thinking: str = "") -> None:
+    def __init__(self, words: Sequence[str], *, canvas: int = 0, thinking: str = "", pause: float = 0.0) -> None:
         self.tokenizer = Words(words)
         self.canvas = canvas or len(words) + 1
         self.thinking = thinking
+        self.pause = pause
         self.asked: list[tuple[Any, dict[str, Any]]] = []
 
     def stream(self, prompt: Any, **options: Any) -> Iterator[Event]:
@@ -56,6 +58,7 @@ class ScriptedModel:
             tokens = tuple(int(i) for i in final if i != EOS)
             thinking = self.thinking if index == 0 else ""
             yield Commit(canvas=index, tokens=tokens, text=self.tokenizer.decode(tokens), thinking=thinking)
+            time.sleep(self.pause)
         yield Done(finish_reason="stop", stats=STATS)
 
 

@@ -158,7 +158,7 @@ from dgemma.core.convert import converter as convert, crew
 whole = crew.encode
 def slow(*args):
     print("in", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 crew.encode = slow
 convert.convert({str(folder)!r}, {str(tmp_path / "out")!r}, workers=1)
 """

@@ -31,13 +31,13 @@ def folder(tmp_path: Path) -> Path:
 # ---- Interruptions --------------------------------------------------------------------------------------------
 
 KILLED = """
-import sys, time
+import itertools, sys, time
 from dgemma.core.convert import converter as convert, crew, encode
 encode.BLOCK, encode.PIECE = 1 << 12, 1 << 10
 convert.SYNC_SECONDS = 0.01
-whole = crew.encode
+whole, count, enough = crew.encode, itertools.count(), int(sys.argv[4])
 def slow(*args):
-    time.sleep(0.01)
+    time.sleep(600 if next(count) >= enough + 4 else 0.01)  # it never ends before it is killed
     return whole(*args)
 crew.encode = slow
 print("ready", flush=True)
@@ -58,9 +58,11 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
     for _ in range(5):
-        enough = written() + draw.randint(2, 12)
+        fresh = draw.randint(2, 12)
+        enough = written() + fresh
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), recipe], stdout=subprocess.PIPE
+            [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), recipe, str(fresh)],
+            stdout=subprocess.PIPE,
         )
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         while written() < enough and process.poll() is None:
@@ -68,7 +70,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         time.sleep(draw.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.stdout.close()
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed: make it slower"
+        assert process.wait() == -signal.SIGKILL
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial" / MANIFEST).exists()
     assert written() > 10
     convert(folder, tmp_path / "out", recipe)
@@ -79,12 +81,12 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 # ---- Worker processes -----------------------------------------------------------------------------------------
 
 SLOW_WORKERS = """
-import sys, time
+import itertools, sys, time
 from dgemma.core.convert import converter as convert, crew, partial
 crew.SMALL, convert.SYNC_SECONDS = 0, 0
-whole = partial.Partial.note
+whole, count, enough = partial.Partial.note, itertools.count(), int(sys.argv[4])
 def slow(self, *entry):
-    time.sleep(0.01)
+    time.sleep(600 if next(count) >= enough else 0.01)  # it never ends before it is killed
     whole(self, *entry)
 partial.Partial.note = slow
 print("ready", flush=True)
@@ -104,7 +106,8 @@ def test_workers_write_the_same_bytes_also_after_a_kill(
     journal = tmp_path / "out.partial" / ".dgemma" / "journal.jsonl"
     for enough in (5, 20):
         process = subprocess.Popen(
-            [sys.executable, "-c", SLOW_WORKERS, str(folder), str(tmp_path / "out"), recipe], stdout=subprocess.PIPE
+            [sys.executable, "-c", SLOW_WORKERS, str(folder), str(tmp_path / "out"), recipe, str(enough)],
+            stdout=subprocess.PIPE,
         )
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         while process.poll() is None and (not journal.exists() or journal.read_bytes().count(b"\n") < enough):

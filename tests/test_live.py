@@ -255,6 +255,7 @@ def test_sinks_take_every_event() -> None:
 
 def test_progress_appears_only_if_it_lasts(monkeypatch: pytest.MonkeyPatch) -> None:
     console = terminal()
+    monkeypatch.setattr("dgemma.cli.output.PATIENCE", 1000.0)
     with Wait(console, "loading") as wait:
         wait.update(1, 2)
     assert written(console) == ""

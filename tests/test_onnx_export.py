@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,7 @@ def test_the_manifest_says_what_a_loop_needs(source: Path) -> None:
 
 @pytest.mark.parametrize("cpu", [False, True])
 def test_the_26b_structure_is_built_without_weights(cpu: bool) -> None:
-    """In seconds and little memory (docs/onnx.md has the measured ones), with every quantized format in place."""
+    """With every quantized format in place; how long it takes is in docs/onnx.md."""
     text = SIZES["26b"] | dict(model_type="diffusion_gemma_text", eos_token_id=1)
     config = ModelConfig.from_hf({"model_type": "diffusion_gemma", "text_config": text, "canvas_length": 256})
 
@@ -141,10 +140,8 @@ def test_the_26b_structure_is_built_without_weights(cpu: bool) -> None:
         return None if kept else recipes.parse("symmetric8-g32")  # type: ignore[return-value]
 
     # The full layers have no v_proj, self-conditioning has three matrices, and the head works in 32 parts.
-    began = time.perf_counter()
     get = imagined(weights.shapes(config), format_of)
     model = graphs.denoise_graph(config, get, graphs.Options(cpu=cpu))
-    assert time.perf_counter() - began < 10
     assert 2500 < sum(1 for _ in model.graph.all_nodes()) < (5000 if cpu else 4000)
     assert sum(node.op_type == "GegluMoE" for node in model.graph) == 30
     for node in model.graph:
