@@ -13,8 +13,8 @@ web: $(VENV)/.installed  ## build the page that runs nano in a browser: examples
 	PIP_CONSTRAINT=constraints.txt $(PIP) install -e ".[onnx]"
 	@$(BIN)/python examples/web/build.py
 
-test: check  ## set up, and run every test
-	$(BIN)/python -m pytest
+test: check  ## set up, and run every test, a module at a time on every core
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope
 
 check: $(VENV)/.dev  ## lint and types
 	$(BIN)/ruff format --check .

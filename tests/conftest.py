@@ -8,8 +8,10 @@ import signal
 # MLX on a GPU with tensor cores multiplies float32 in TF32 by default, which no parity test survives. It reads this
 # once, when it is first imported.
 os.environ["MLX_ENABLE_TF32"] = "0"
-# Matrices here are too small for two threads, which only wait for each other: on a busy machine, 50 times as long.
+# Matrices here are too small for two threads, which only wait for each other: on a busy machine, 50 times as long. The
+# programs that tests start are held to the same, since a test runs on every core.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
