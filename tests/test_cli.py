@@ -216,11 +216,13 @@ def scripted_child(*args: str | Path, words: str, pause: float = 0.0, **environm
     What a random model writes, and when it ends, is another processor's business.
     """
     code = f"""
+import sys
 import dgemma
-from dgemma.cli import main
+from dgemma.__main__ import run
 from scripted import ScriptedModel
 dgemma.load = lambda *args, **options: ScriptedModel([{words!r}] * 5000, canvas=1, pause={pause})
-main({list(map(str, args))!r}, prog_name="dgemma")
+sys.argv = {["dgemma", *map(str, args)]!r}
+run()
 """
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)} | environment
     return subprocess.Popen(  # unbuffered: `communicate` does not see what a buffer has
