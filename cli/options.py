@@ -70,12 +70,20 @@ sampling_options = _together(
         help="Passes over which the temperature falls; apart from --steps, so that a lower cap changes nothing else.",
     ),
     click.option(
+        "--temperature", "-t", type=click.FloatRange(min=0), metavar="T", show_default="1",
+        help="Multiplies the checkpoint's temperature schedule: 1 is as it stands, 0 is --greedy.",
+    ),
+    click.option(
+        "--greedy", is_flag=True,
+        help="Accept the most probable token everywhere, instead of one that is drawn.",
+    ),
+    click.option(
         "--t-max", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT,
         help="Temperature that the schedule starts from.",
     ),
     click.option(
         "--t-min", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT,
-        help="Temperature that the schedule falls towards.",
+        help="Temperature that it falls towards. One of the two takes the other with it where they would cross.",
     ),
     click.option(
         "--entropy-bound", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT,
@@ -84,6 +92,10 @@ sampling_options = _together(
     click.option(
         "--confidence", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT,
         help="A canvas that no longer changes is finished once its mean entropy is below this; 0 takes every step.",
+    ),
+    click.option(
+        "--stability", type=click.IntRange(min=0), metavar="N", **FROM_CHECKPOINT,
+        help="How many passes in a row must leave a canvas as it was before it is finished.",
     ),
     click.option(
         "--stop", multiple=True, metavar="TEXT",

@@ -20,6 +20,9 @@ from .reader import Reader, show
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 
+COLDEST = 1e-3
+"""The lowest temperature: zero would be divided by."""
+
 _MAX_JSON = 1 << 28  # bytes; a tokenizer or an index of a real model has some tens of megabytes
 
 
@@ -96,13 +99,20 @@ class SamplerConfig:
     """Nats. A stable canvas stops when its mean entropy is below it."""
     stability: int = 1
     """How many earlier argmax canvases must equal the newest; 0 asks for confidence alone."""
+    greedy: bool = False
+    """Accepted positions take their most probable token, not one that is drawn. Entropies, and with them what is
+    accepted and when a canvas is finished, stay those of the schedule."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "schedule_steps"):
             _check(name, getattr(self, name), int, 1, 100_000)
         _check("stability", self.stability, int, 0, 100_000)
+        if not isinstance(self.greedy, bool):
+            raise DgemmaError(f"greedy is {show(self.greedy)}, expected True or False")
+        if self.t_max == 0:
+            raise DgemmaError("t_max is 0, which divides by zero: for the most probable tokens use greedy (--greedy)")
         # A zero temperature divides by zero; the reference allows t_min = 0 because its last step never reaches it.
-        floats = {"t_min": (0.0, 100.0), "t_max": (1e-3, 100.0), "entropy_bound": (0.0, math.inf),
+        floats = {"t_min": (0.0, 100.0), "t_max": (COLDEST, 100.0), "entropy_bound": (0.0, math.inf),
                   "confidence": (0.0, math.inf)}  # fmt: skip
         for name, (low, high) in floats.items():
             value = getattr(self, name)
@@ -115,7 +125,7 @@ class SamplerConfig:
     def temperature(self, step: int) -> float:
         """Temperature of pass `step` (0 is the first). Passes beyond the schedule keep its last temperature."""
         remaining = max(self.schedule_steps - step, 1)
-        return max(self.t_min + (self.t_max - self.t_min) * (remaining / self.schedule_steps), 1e-3)
+        return max(self.t_min + (self.t_max - self.t_min) * (remaining / self.schedule_steps), COLDEST)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,7 +194,7 @@ class Engine:
             after, state = run(Cache(cache.layers, ops.extent(before)), *given)
         else:
             after, state = encode_and_step(ops, self.model, request.sampler, cache, *given)
-        return Cache(after.layers, before + tokens.shape[1]), state
+        return Cache(after.layers, before + tokens.shape[1]), self._settled(request, index + 1, 0, state)
 
     def _denoise(
         self, cache: Cache, request: Request, index: int, clock: _Clock, opened: sampling.StepState | None = None
@@ -214,6 +214,7 @@ class Engine:
             if begun < sampler.steps:
                 if begun or opened is None:
                     state = run(cache, state, *self._draws(request, index, begun))
+                    state = self._settled(request, index, begun, state)
                 reads.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
             if begun < ops.lookahead:
                 continue
@@ -239,6 +240,12 @@ class Engine:
         """Return what a pass is given besides the canvas: temperature, uniforms, noise."""
         temperature = np.full((1, 1), request.sampler.temperature(begun), np.float32)
         return self.ops.asarray(temperature), *self._noise(request.seed, index, begun + 1)
+
+    def _settled(self, request: Request, index: int, begun: int, state: sampling.StepState) -> sampling.StepState:
+        """Return a pass's state as the next one is to read it."""
+        if not request.sampler.greedy:
+            return state
+        return sampling.settle(self.ops, state, self._noise(request.seed, index, begun + 1)[1])
 
     def _noise(self, seed: int, canvas: int, index: int) -> tuple[Array, Array]:
         config = self.model.config

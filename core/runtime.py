@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,6 +18,7 @@ from .events import Commit, Done, Event, Generation
 from .model import denoise
 from .ops import Passes
 from .reader import show
+from .sampler import settings
 from .tokens import Message, Tokenizer
 
 if TYPE_CHECKING:
@@ -152,6 +152,8 @@ class DiffusionGemma:
         t_max: float | None = None,
         confidence: float | None = None,
         stability: int | None = None,
+        temperature: float | None = None,
+        greedy: bool | None = None,
         stop: str | Sequence[str] = (),
         eos: int | Sequence[int] | None = None,
         thinking: bool = False,
@@ -160,8 +162,8 @@ class DiffusionGemma:
         """Write until an end-of-sequence token, a stop string or the token budget. Arguments and errors as `stream`."""
         events = self.stream(
             prompt, max_new_tokens, seed, steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
-            t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, stop=stop, eos=eos,
-            thinking=thinking, raw=raw,
+            t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, temperature=temperature,
+            greedy=greedy, stop=stop, eos=eos, thinking=thinking, raw=raw,
         )  # fmt: skip
         tokens: list[int] = []
         text = thought = ""
@@ -193,6 +195,8 @@ class DiffusionGemma:
         t_max: float | None = None,
         confidence: float | None = None,
         stability: int | None = None,
+        temperature: float | None = None,
+        greedy: bool | None = None,
         stop: str | Sequence[str] = (),
         eos: int | Sequence[int] | None = None,
         thinking: bool = False,
@@ -210,9 +214,12 @@ class DiffusionGemma:
             schedule_steps: length of the temperature schedule, apart from the cap.
             entropy_bound: nats that the accepted tokens of one pass may sum to.
             t_min: temperature that the schedule ends at.
-            t_max: temperature that it starts from.
+            t_max: temperature that it starts from. Either one alone takes the other with it where they would cross.
             confidence: mean entropy, in nats, below which a stable canvas is finished; 0 always takes every step.
             stability: how many passes in a row must leave the canvas as it was.
+            temperature: what `t_min` and `t_max` are multiplied by; 0 is `greedy`.
+            greedy: accept the most probable token everywhere, instead of one that is drawn; entropies, and so what is
+                accepted in which pass, stay those of the temperature schedule.
             stop: strings that end the answer; neither they nor what follows is given out.
             eos: end-of-sequence token ids; an empty sequence never ends early.
             thinking: ask the chat template for a thinking channel.
@@ -223,11 +230,11 @@ class DiffusionGemma:
         """
         _integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
         _integer("seed", seed, 0, (1 << 64) - 1)
-        given = {
-            "steps": steps, "schedule_steps": schedule_steps, "entropy_bound": entropy_bound, "t_min": t_min,
-            "t_max": t_max, "confidence": confidence, "stability": stability,
-        }  # fmt: skip
-        sampler = replace(self.generation.sampler, **{key: one for key, one in given.items() if one is not None})
+        sampler = settings(
+            self.generation.sampler, steps=steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
+            t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, temperature=temperature,
+            greedy=greedy,
+        )  # fmt: skip
         many = not isinstance(stop, str) and isinstance(stop, Sequence)
         stops: tuple[Any, ...] = tuple(stop) if many else (stop,)
         if any(not isinstance(one, str) or not one for one in stops):

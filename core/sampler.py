@@ -11,10 +11,15 @@ not the sample. Source: transformers 5.23 `EntropyBoundSampler`, after Ben-Hamu 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .config import COLDEST, SamplerConfig
+from .errors import DgemmaError
+from .reader import show
 
 if TYPE_CHECKING:
-    from .config import SamplerConfig
     from .ops import Array, Ops
 
 
@@ -78,3 +83,38 @@ def advance(
         entropy=entropy,
         stop=confident & (stable >= sampler.stability),
     )
+
+
+def settle(ops: Ops, state: StepState, noise: Array) -> StepState:
+    """Put the most probable token wherever a pass accepted a position, in place of the one it drew.
+
+    Outside the pass, and so the same on every backend: the draw, alone of all it computes, is what greedy leaves out.
+    """
+    return state._replace(canvas=ops.where(state.accepted, state.argmax, noise))
+
+
+def settings(base: SamplerConfig, *, temperature: float | None = None, **given: Any) -> SamplerConfig:
+    """Return a checkpoint's settings with some of them changed; None leaves one as it is.
+
+    `temperature` multiplies the schedule, `t_min` and `t_max`: 1 is as it stands, and 0 is greedy, on the schedule as
+    it stands. One of `t_min` and `t_max` that is given alone takes the other with it where they would cross.
+
+    Raises:
+        DgemmaError: a value out of range.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, other, crosses in (("t_max", "t_min", min), ("t_min", "t_max", max)):
+        if _number(given.get(name)) and other not in given:
+            given[other] = crosses(given[name], getattr(base, other))
+    if temperature is None:
+        return replace(base, **given)
+    if not _number(temperature) or not 0 <= temperature <= 100:
+        raise DgemmaError(f"temperature is {show(temperature)}, expected a number from 0 (greedy) to 100")
+    if temperature == 0:
+        return replace(base, **given | {"greedy": True})
+    chosen = replace(base, **given)
+    return replace(chosen, t_min=chosen.t_min * temperature, t_max=max(chosen.t_max * temperature, COLDEST))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)

@@ -120,12 +120,13 @@ def test_options_reach_the_model(scripted: Any, tmp_path: Path) -> None:
     result = run(
         "generate", "x", "-m", tmp_path, "-n", 7, "--seed", 1, "--steps", 2, "--schedule-steps", 3, "--t-min", 0.1,
         "--t-max", 0.9, "--entropy-bound", 0.5, "--confidence", 0.25, "--stop", "a", "--stop", "b", "--thinking",
-        "--raw",
+        "--raw", "--temperature", 0.5, "--greedy", "--stability", 2,
     )  # fmt: skip
     assert result.exit_code == 0
     assert model.asked[0][1] == {
         "max_new_tokens": 7, "seed": 1, "steps": 2, "schedule_steps": 3, "t_min": 0.1, "t_max": 0.9,
         "entropy_bound": 0.5, "confidence": 0.25, "stop": ("a", "b"), "thinking": True, "raw": True,
+        "temperature": 0.5, "greedy": True, "stability": 2,
     }  # fmt: skip
 
 
