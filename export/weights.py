@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from ..core.errors import DgemmaError, quoted
+from ..core.errors import DgemmaError, quoted, shown
 from ..core.quant import Format
 from ..core.safetensors import DTYPES
 from .arrays import Array
@@ -111,22 +111,29 @@ def check(name: str, kind: Format) -> None:
         )
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, resolved: bool = False) -> Callable[[str], Weight]:
+def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Callable[[str], Weight]:
     """Return what `core.weights.build` asks for each weight: its place in the checkpoint's files.
 
-    With `resolved`, files have the names that links in the folder lead to, as in a Hugging Face cache.
+    A graph that stays in memory is lent its weights: files have the names that links in the folder lead to, as in a
+    Hugging Face cache, and numbers may lie anywhere, as in files that MLX writes. Quantized words are bytes and always
+    may.
 
     Raises (when called):
-        DgemmaError: a format that `check` refuses, or bytes that do not lie at a multiple of their width.
+        DgemmaError: a format that `check` refuses, or numbers that do not lie at a multiple of their width.
     """
 
     def get(name: str) -> Weight:
         places = {}
         for part, (file, stored) in checkpoint.parts(name).items():
             entry = file.entries[stored]
-            if entry.start % DTYPES[entry.dtype].itemsize:
-                raise DgemmaError(f"{quoted(name)} is not aligned in {file.path.name}; export with --standalone")
-            path = file.path.resolve() if resolved else file.path
+            if not in_memory and _TYPES[entry.dtype] is not ir.DataType.UINT8:
+                width = DTYPES[entry.dtype].itemsize
+                if entry.start % width:
+                    raise DgemmaError(
+                        f"{quoted(stored)} does not lie at a multiple of {width} bytes in {shown(file.path.name)}, as "
+                        "graphs in a folder need it; give --standalone and --out, which copies the weights so"
+                    )
+            path = file.path.resolve() if in_memory else file.path
             places[part] = Place(
                 name=stored, file=path.name, start=entry.start, dtype=entry.dtype, shape=entry.shape,
                 base=str(path.parent),

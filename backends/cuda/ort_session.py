@@ -132,11 +132,13 @@ class Weights:
         key = (path, start, tensor.dtype, shape)
         if key not in self._values:
             raw = self._file(path, checkpoint).raw(start, size)
-            if tensor.dtype.name == "BFLOAT16":  # which NumPy has not
-                array = raw.view(np.uint16).reshape(shape)
+            lacking = tensor.dtype.name == "BFLOAT16"  # which NumPy has not
+            array = raw.view(np.uint16 if lacking else tensor.dtype.numpy()).reshape(shape)
+            if not array.flags.aligned:  # where MLX has written it: the runtime trusts what it is lent
+                array = array.copy()
+            if lacking:
                 self._values[key] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
             else:
-                array = raw.view(tensor.dtype.numpy()).reshape(shape)
                 self._values[key] = ort.OrtValue.ortvalue_from_numpy(array)
         return self._values[key]
 
@@ -204,7 +206,7 @@ def _written(name: str, checkpoint: Checkpoint, dtype: DType, *, cpu: bool) -> i
         "encode": graphs.encode_graph, "denoise": graphs.denoise_graph, "states": graphs.states_graph,
         "logits": graphs.logits_graph,
     }[name]  # fmt: skip
-    return write(checkpoint.config, from_checkpoint(checkpoint, resolved=True), graphs.Options(dtype=dtype, cpu=cpu))
+    return write(checkpoint.config, from_checkpoint(checkpoint, in_memory=True), graphs.Options(dtype=dtype, cpu=cpu))
 
 
 def _first_line(error: Exception) -> str:
