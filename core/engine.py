@@ -99,7 +99,7 @@ class Engine:
         config = self.model.config
         budget = min(request.max_new_tokens, config.max_positions - len(request.prompt))
         canvases = -(-budget // config.canvas_length)
-        decoder = Decoder(self.tokenizer, request.stop)
+        decoder = Decoder(self.tokenizer, request.stop, request.prompt)
         # The last canvas is never encoded, so the cache has no room for it.
         kept = len(request.prompt) + (canvases - 1) * config.canvas_length
         cache = yield from self._prefill(request.prompt, kept, clock, config.canvas_length)

@@ -16,6 +16,9 @@ def shown(path: str | Path) -> str:
 
 
 def quoted(value: object, limit: int = 70) -> str:
-    """Return a name or value from a file for a message: on one line, in ASCII and short."""
-    text = ascii(value)
+    """Return a name or value from outside for a message: on one line, in ASCII and short."""
+    try:
+        text = ascii(value)
+    except Exception:  # a number of too many digits, or an object that cannot describe itself
+        text = f"a {type(value).__name__}"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -95,8 +96,13 @@ def load(
         model = weights.build(ops, checkpoint.config, get)
     config = checkpoint.config
     tokenizer = None
-    if (checkpoint.path / "tokenizer.json").exists():
-        tokenizer = Tokenizer(checkpoint.path, vocab_size=config.vocab_size, bos_token_id=config.bos_token_id)
+    if os.path.lexists(checkpoint.path / "tokenizer.json"):
+        tokenizer = Tokenizer(
+            checkpoint.path,
+            vocab_size=config.vocab_size,
+            bos_token_id=config.bos_token_id,
+            controls=(*config.image_token_ids, *config.eos_token_ids, config.pad_token_id),
+        )
     return DiffusionGemma(Engine(ops, model, tokenizer), checkpoint.generation, checkpoint.path)
 
 
@@ -158,12 +164,13 @@ class DiffusionGemma:
         eos: int | Sequence[int] | None = None,
         thinking: bool = False,
         raw: bool = False,
+        specials: bool = False,
     ) -> Generation:
         """Write until an end-of-sequence token, a stop string or the token budget. Arguments and errors as `stream`."""
         events = self.stream(
             prompt, max_new_tokens, seed, steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
             t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, temperature=temperature,
-            greedy=greedy, stop=stop, eos=eos, thinking=thinking, raw=raw,
+            greedy=greedy, stop=stop, eos=eos, thinking=thinking, raw=raw, specials=specials,
         )  # fmt: skip
         tokens: list[int] = []
         text = thought = ""
@@ -201,6 +208,7 @@ class DiffusionGemma:
         eos: int | Sequence[int] | None = None,
         thinking: bool = False,
         raw: bool = False,
+        specials: bool = False,
     ) -> Iterator[Event]:
         """Check the options, then yield `Prefill`, `Draft`, `Commit` and, last, `Done`.
 
@@ -223,7 +231,10 @@ class DiffusionGemma:
             stop: strings that end the answer; neither they nor what follows is given out.
             eos: end-of-sequence token ids; an empty sequence never ends early.
             thinking: ask the chat template for a thinking channel.
-            raw: take text as it stands, without the chat template.
+            raw: take text as it stands, without the chat template; all of it is yours, so special tokens spelled out in
+                it are those tokens.
+            specials: special tokens spelled out in messages, or in text, are those tokens too. Otherwise they are the
+                text that they look like: nobody can type a control token.
 
         Raises:
             DgemmaError: a prompt or an option that cannot be, in one line; raised here, before the first event.
@@ -242,7 +253,7 @@ class DiffusionGemma:
         if stops and self.engine.tokenizer is None:
             raise DgemmaError("stop: the checkpoint has no tokenizer, so there is no text to search")
         request = Request(
-            prompt=tuple(self.prompt_ids(prompt, thinking=thinking, raw=raw)),
+            prompt=tuple(self.prompt_ids(prompt, thinking=thinking, raw=raw, specials=specials)),
             max_new_tokens=max_new_tokens,
             seed=seed,
             sampler=sampler,
@@ -289,14 +300,16 @@ class DiffusionGemma:
             x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
             return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
 
-    def prompt_ids(self, prompt: Prompt, *, thinking: bool = False, raw: bool = False) -> list[int]:
+    def prompt_ids(
+        self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False
+    ) -> list[int]:
         """Return a prompt's token ids as the model would read them; arguments as `stream`."""
         if isinstance(prompt, str):
-            if not raw and self.tokenizer.has_template:
-                return self.tokenizer.render([{"role": "user", "content": prompt}], thinking=thinking)
-            return self.tokenizer.encode(prompt, bos=True)
+            if raw or not self.tokenizer.has_template:
+                return self.tokenizer.encode(prompt, bos=True, specials=raw or specials)
+            prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-            return self.tokenizer.render(cast("Sequence[Message]", prompt), thinking=thinking)
+            return self.tokenizer.render(cast("Sequence[Message]", prompt), thinking=thinking, specials=specials)
         return _ids(prompt, "the prompt")
 
     def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -312,7 +325,7 @@ def _ids(values: Any, what: str) -> list[int]:
     """Accept any sequence or array of integers."""
     try:
         array = np.asarray(values)
-    except (ValueError, TypeError, OverflowError):
+    except Exception:  # whatever the conversions of other libraries' arrays raise
         array = np.asarray("ragged")
     if array.size == 0:
         return []

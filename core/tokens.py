@@ -1,142 +1,207 @@
-"""Text to tokens and back: tokenizer, chat template, channels, and decoding a canvas at a time."""
+"""Text to tokens and back: tokenizer, channels, and decoding a canvas at a time."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .chat import Message, check_messages, find_template, token_variables
+from .checkpoint import inside
 from .config import read_json
-from .errors import DgemmaError
-
-Message = Mapping[str, Any]
+from .errors import DgemmaError, quoted, shown
+from .files import read_bytes
+from .rendering import Rendered, Renderer, hidden
+from .rust import call, first_line, load_tokenizer
 
 CHANNEL_OPEN, CHANNEL_CLOSE = "<|channel>", "<channel|>"
+LARGEST_TOKENIZER = 1 << 28
+"""Bytes of a tokenizer.json; Gemma's has 33 million."""
+
 _UNFINISHED = "\ufffd"  # what a cut UTF-8 sequence decodes to
+_ORDINARY = frozenset("_\"'\\")  # characters of tokens' spellings that words, quotes and escapes are written with
 
 
 class Tokenizer:
     """A checkpoint's `tokenizer.json` and chat template.
 
+    What is said in messages never becomes a control token, however it is spelled and whatever the template makes of it:
+    it is encoded as the text that it is. Control tokens are those that the tokenizer calls special, those that the
+    template writes, those that `tokenizer_config.json` names, and the channel's.
+
     Args:
-        folder: the checkpoint; its template is `chat_template.jinja` or `chat_template` in `tokenizer_config.json`.
-        vocab_size: ids from it on do not exist in the model.
+        folder: the checkpoint; where its template may be is told at `chat.find_template`.
+        vocab_size: ids from it on do not exist in the model. A tokenizer may have such ids among its added tokens;
+            text that holds one is refused.
         bos_token_id: what raw text begins with, if anything.
+        controls: ids that the model's config gives a meaning; they are control tokens too.
 
     Raises:
-        DgemmaError: no tokenizer, one that cannot be read, or one with more tokens than the model.
+        DgemmaError: no tokenizer, one that cannot be read, or one whose ordinary tokens are more than the model has.
     """
 
-    def __init__(self, folder: Path, *, vocab_size: int, bos_token_id: int | None = None) -> None:
-        from tokenizers import Tokenizer as Backend
-
+    def __init__(
+        self, folder: Path, *, vocab_size: int, bos_token_id: int | None = None, controls: Sequence[int] = ()
+    ) -> None:
         path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise DgemmaError(f"{path}: no such file; a checkpoint needs its tokenizer.json")
-        try:
-            self._backend = Backend.from_file(str(path))
-        except Exception as error:  # the Rust library raises plain Exception for every kind of bad file
-            raise DgemmaError(f"{path}: not a tokenizer: {str(error).splitlines()[0]}") from None
-        highest = max(self._backend.get_vocab(with_added_tokens=True).values(), default=0)
-        if highest >= vocab_size:
-            raise DgemmaError(f"{path}: token id {highest} is beyond the model's vocabulary of {vocab_size}")
+        self._where = shown(path)
+        self._backend = load_tokenizer(read_bytes(inside(folder, path.name), LARGEST_TOKENIZER), self._where)
+        # A folder that was saved after training has them, and then every prompt is cut or filled up to one length.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._added = dict(self._backend.get_added_tokens_decoder())
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        ordinary = max((i for i in ids if i not in self._added), default=0)
+        if ordinary >= vocab_size:
+            raise DgemmaError(f"{self._where}: token id {ordinary} is beyond the model's vocabulary of {vocab_size}")
+        self._complete = max(ids, default=0) < vocab_size
         self.vocab_size = vocab_size
         self.bos_token_id = bos_token_id
-        self._settings = read_json(settings) if (settings := folder / "tokenizer_config.json").is_file() else {}
-        self._template = _find_template(folder, self._settings)
+        self._meant = frozenset(controls)
+        settings = folder / "tokenizer_config.json"
+        data = read_json(inside(folder, settings.name)) if os.path.lexists(settings) else {}
+        self._names = token_variables(folder, data)
+        self._template = find_template(folder, data)
+        self._renderer = Renderer()
 
     @property
     def has_template(self) -> bool:
+        """Whether the checkpoint has a chat template; without one, text is given to the model as it stands."""
         return self._template is not None
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token spelled in full, such as `<|channel>`, or None."""
         return self._backend.token_to_id(token)
 
-    def encode(self, text: str, *, bos: bool = False) -> list[int]:
-        """Return token ids; special tokens spelled out in the text become those tokens."""
-        try:
-            ids = self._backend.encode(text, add_special_tokens=False).ids
-        except (TypeError, UnicodeError) as error:
-            raise DgemmaError(f"the prompt is not valid text: {str(error).splitlines()[0]}") from None
+    def encode(self, text: str, *, bos: bool = False, specials: bool = True) -> list[int]:
+        """Return token ids.
+
+        Args:
+            text: as it stands; line ends too.
+            bos: begin with the beginning-of-sequence token, if the model has one.
+            specials: special tokens spelled out in the text become those tokens; else they are encoded as text.
+
+        Raises:
+            DgemmaError: not text, text that the tokenizer fails on, or a token that the model does not have.
+        """
+        if not isinstance(text, str):
+            raise DgemmaError(f"the prompt is a {type(text).__name__}, expected text")
+        ids = self._ids(hidden(text, "" if specials else self._guarded))
         if bos and self.bos_token_id is not None and ids[:1] != [self.bos_token_id]:
             return [self.bos_token_id, *ids]
         return ids
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Return text; special tokens are left out unless asked for, ids without a token are skipped."""
-        return self._backend.decode(list(ids), skip_special_tokens=not special)
+        decode = self._backend.decode
+        return self._call("decode these token ids", lambda: decode(list(ids), skip_special_tokens=not special))
 
-    def render(self, messages: Sequence[Message], *, thinking: bool = False) -> list[int]:
-        """Lay chat messages out by the checkpoint's template, ready for the model's turn → token ids."""
-        messages = [_check_message(i, message) for i, message in enumerate(messages)]
-        if not messages:
-            raise DgemmaError("the chat has no messages")
+    def render(self, messages: Sequence[Message], *, thinking: bool = False, specials: bool = False) -> list[int]:
+        """Lay chat messages out by the checkpoint's template, ready for the model's turn → token ids.
+
+        Args:
+            messages: as `chat.check_messages` says.
+            thinking: ask the template for a thinking channel.
+            specials: special tokens spelled out in messages become those tokens. Whoever writes the messages can then
+                end their turn and speak as the model, or as the system.
+
+        Raises:
+            DgemmaError: what is wrong with which message, or with the template.
+        """
+        checked = check_messages(messages)
         if self._template is None:
             raise DgemmaError("this checkpoint has no chat template; give text or token ids instead of messages")
-        return self.encode(self._render(self._template, messages, thinking))
-
-    def _render(self, template: str, messages: Sequence[Message], thinking: bool) -> str:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        # The environment that templates are written for; the sandbox is because they arrive with the weights.
-        env = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trusted: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": thinking, "tools": None}
+        trusted |= {"documents": None} | self._names
+        if not trusted.get("bos_token") and self.bos_token_id is not None:
+            trusted["bos_token"] = self._backend.id_to_token(self.bos_token_id) or ""
+        rendered = self._renderer.render(
+            self._template.source,
+            trusted=trusted,
+            said={"messages": checked},
+            guarded="" if specials else self._guarded,
+            where=self._template.where,
         )
-        env.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        env.globals |= {
-            "raise_exception": refuse,
-            "strftime_now": lambda layout: datetime.now().astimezone().strftime(layout),
+        return self._ids(rendered)
+
+    def _ids(self, rendered: Rendered) -> list[int]:
+        """Encode text; control tokens with a hidden character in them are a user's, and become text."""
+        text, plain = rendered.text, rendered.plain
+        encoding = self._run(plain)
+        if text == plain:
+            return self._checked(encoding.ids)
+        ids: list[int] = []
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            spelled = self._controls.get(token)
+            at = -1 if spelled is None else plain.find(spelled, start, end)
+            if spelled is None or (at >= 0 and text.startswith(spelled, at)):
+                ids.append(token)
+            else:  # where it is not spelled there as it stands, the normalizer made it of other characters
+                ids += self._as_text(plain[start:end])
+        return self._checked(ids)
+
+    def _as_text(self, text: str) -> list[int]:
+        """Encode the spelling of a control token as if it were none: through all of the tokenizer but added tokens."""
+
+        def run() -> list[int]:
+            whole = text if (normalizer := self._backend.normalizer) is None else normalizer.normalize_str(text)
+            parts = [whole]
+            if (splitter := self._backend.pre_tokenizer) is not None:
+                parts = [part for part, _ in splitter.pre_tokenize_str(whole)]
+            return [token.id for part in parts for token in self._backend.model.tokenize(part)]
+
+        ids = self._call("encode this text", run)
+        if not any(token in self._controls for token in ids):
+            return ids
+        if len(text) == 1:
+            raise DgemmaError(f"{self._where}: {quoted(text)} in a message is a control token; leave it out")
+        return [token for character in text for token in self._as_text(character)]
+
+    @cached_property
+    def _controls(self) -> dict[int, str]:
+        """How control tokens are spelled, by id."""
+        written = self._template.source if self._template else ""
+        named = {CHANNEL_OPEN, CHANNEL_CLOSE, *self._names.values()}
+        return {
+            i: token.content
+            for i, token in self._added.items()
+            if i in self._meant
+            or token.special
+            or token.content in named
+            or (token.content in written and token.content.strip())
         }
-        names = ("bos_token", "eos_token", "pad_token", "unk_token")
-        tokens = {name: _token_text(self._settings.get(name)) for name in names}
-        if not tokens["bos_token"] and self.bos_token_id is not None:
-            tokens["bos_token"] = self._backend.id_to_token(self.bos_token_id) or ""
+
+    @cached_property
+    def _guarded(self) -> str:
+        """Characters of which every control token has at least one."""
+        found: set[str] = set()
+        for spelled in self._controls.values():
+            marks = {c for c in spelled if not (c.isalnum() or c.isspace() or c in _ORDINARY)}
+            found |= marks or set(spelled[:1])
+        return "".join(sorted(found))
+
+    def _run(self, text: str) -> Any:
         try:
-            return env.from_string(template).render(
-                messages=messages, add_generation_prompt=True, enable_thinking=thinking, tools=None, **tokens
+            text.encode()
+        except UnicodeError as error:
+            raise DgemmaError(f"the prompt is not valid text: {first_line(error)}") from None
+        return self._call("encode this text", lambda: self._backend.encode(text, add_special_tokens=False))
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        bad = None if self._complete else next((i for i in ids if i >= self.vocab_size), None)
+        if bad is not None:
+            name = quoted(self._backend.id_to_token(bad), 40)
+            last = self.vocab_size - 1
+            raise DgemmaError(
+                f"the text holds {name}, token {bad} of the tokenizer; the model has ids from 0 to {last}"
             )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise DgemmaError(f"the chat template refused the messages: {str(error).splitlines()[0]}") from None
+        return ids
 
-
-def _token_text(value: Any) -> str:
-    return value.get("content", "") if isinstance(value, dict) else value if isinstance(value, str) else ""
-
-
-def _find_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, UnicodeError) as error:
-            raise DgemmaError(f"{path}: not readable: {error}") from None
-    found = settings.get("chat_template")
-    if isinstance(found, list):  # named templates; "default" is the chat
-        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
-
-
-def _check_message(index: int, message: Any) -> Message:
-    where = f"message {index}"
-    if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
-        raise DgemmaError(f"{where}: expected an object with role and content")
-    content = message["content"]
-    if isinstance(content, list):
-        for part in content:
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind != "text" or not isinstance(part.get("text"), str):
-                raise DgemmaError(f"{where}: content of type {kind!r} is not supported; this version reads text only")
-    elif not isinstance(content, str):
-        raise DgemmaError(f"{where}: content must be text, found {type(content).__name__}")
-    return message
+    def _call(self, doing: str, function: Callable[[], Any]) -> Any:
+        return call(f"{self._where}: cannot {doing}", function)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,9 +220,11 @@ class Decoder:
 
     Keeps the thinking channel apart, cuts at stop strings exactly, and holds back what a later canvas may still
     change: a character whose bytes are not all there, and text that may be the beginning of a stop string.
+
+    `prompt` is what the tokens follow: where it leaves the thinking channel open, they begin inside it.
     """
 
-    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer | None, stop: Sequence[str] = (), prompt: Sequence[int] = ()) -> None:
         self.tokenizer = tokenizer
         self.stop = tuple(stop)
         self.released = 0  # how many tokens have been given out
@@ -165,6 +232,7 @@ class Decoder:
         self._text = self._thinking = ""  # what has been given out
         self._open = tokenizer.id_of(CHANNEL_OPEN) if tokenizer else None
         self._close = tokenizer.id_of(CHANNEL_CLOSE) if tokenizer else None
+        self._inside, self._named = self._begun(prompt)
 
     def push(self, tokens: Sequence[int], *, last: bool) -> Piece:
         """Add final tokens; `last` gives out what was held back."""
@@ -209,24 +277,32 @@ class Decoder:
                 low = middle + 1
         return low
 
+    def _begun(self, prompt: Sequence[int]) -> tuple[bool, bool]:
+        """Return whether a prompt ends inside the channel, and whether that has its name by then."""
+        ends = (self._open, self._close)
+        last = next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] in ends), None)
+        if self.tokenizer is None or self._open is None or last is None or prompt[last] != self._open:
+            return False, False
+        return True, "\n" in self.tokenizer.decode(prompt[last + 1 :])
+
     def _decode(self, count: int) -> tuple[str, str]:
         """Answer and thinking that the first `count` tokens say."""
         if self.tokenizer is None:
             return "", ""
         parts: dict[bool, list[str]] = {False: [], True: []}
         run: list[int] = []
-        inside = False
+        inside, named = self._inside, self._named
 
         def close() -> None:
             text = self.tokenizer.decode(run) if self.tokenizer else ""
             # A channel begins with its name on a line of its own.
-            parts[inside].append(text.partition("\n")[2] if inside else text)
+            parts[inside].append(text.partition("\n")[2] if inside and not named else text)
             run.clear()
 
         for token in self._tokens[:count]:
             if self._open is not None and token in (self._open, self._close):
                 close()
-                inside = token == self._open
+                inside, named = token == self._open, False
             else:
                 run.append(token)
         close()

@@ -128,7 +128,7 @@ BAD_MESSAGES = {
     "an image": ([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "'image' is not supported"),
     "a number": ([{"role": "user", "content": 3}], "must be text"),
     "an unknown role": ([{"role": "judge", "content": "x"}], "no role judge"),
-    "no role's type": ([{"role": None, "content": "x"}], "chat template refused"),
+    "no role's type": ([{"role": None, "content": "x"}], "message 0: role is None"),
 }
 
 
