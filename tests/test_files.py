@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dgemma.core import files
+from dgemma.core import config, files
 from said import says
 
 CANARY = b"the user's own"
@@ -191,3 +191,14 @@ def test_text_is_utf8(folder: Path) -> None:
         files.read_text(folder / "y", 100)
     with says("no"):
         files.read_text(folder / "\0", 100)
+
+
+def test_json_is_not_read_beyond_its_kind(folder: Path) -> None:
+    with (folder / "config.json").open("wb") as file:
+        file.truncate(10 << 30)
+    with says("config.json", "10,737,418,240 bytes", f"at most {config.MAX_JSON:,}"):
+        config.read_json(folder / "config.json")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with says("config.json", "not a regular file"):
+        config.read_json(folder / "config.json")
