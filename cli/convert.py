@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     "--out", "-o", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The folder to make.",
 )  # fmt: skip
 @click.option(
-    "--recipe", "-r", default="4bit", show_default=True, metavar="NAME",
-    help="What each part of the model is stored in: bf16, 8bit, 4bit, 4bit-mlx, nvfp4 or mxfp8.",
+    "--recipe", "-r", metavar="NAME",
+    help="What each part of the model is stored in: bf16, 8bit, 4bit, 4bit-mlx, nvfp4, mxfp8 or keep.  "
+    "[default: 4bit; keep, where SOURCE is quantized]",
 )  # fmt: skip
 @click.option(
     "--rules", type=click.Path(path_type=Path), metavar="FILE",

@@ -120,7 +120,7 @@ def inspect_folder(folder: Path, recipe: Recipe | None = None, *, mlx: bool = Fa
     source = read_source(open_files(folder), data, config, folder, hinted=(folder / "hf_quant_config.json").exists())
     image = sum(_stored_bytes(source, one.name) for one in source.image)
     stored = {one.name: (one.format, one.dtype) for one in source.text}
-    if recipe is not None:
+    if recipe is not None and not recipe.keep:
         return _inspection(config, "planned", recipe.name, _planned(config, recipe, mlx), int(image))
     sized = {name: (kind, _stored_bytes(source, name), dtype) for name, (kind, dtype) in stored.items()}
     return _inspection(config, source.layout, "", sized, int(image))

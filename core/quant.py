@@ -4,14 +4,15 @@ The byte layout is MLX's (FACTS §5), so that MLX, Triton and ONNX's MatMulNBits
 codes lie along the input dimension N as a little-endian bit stream in uint32 words, and `group_size` neighbours share a
 scale. With q the code of a weight, its value is
 
-    affine            scale·q + bias                           scale, bias: bf16
-    affine symmetric  scale·q + bias, bias = -2^(bits-1)·scale  exact in bf16, hence not stored
+    affine            scale·q + bias                           scale, bias: bf16, or float16 both
+    affine symmetric  scale·q + bias, bias = -2^(bits-1)·scale  exact in either width, hence not stored
     mxfp4, mxfp8      2^(scale-127) · e2m1(q) or e4m3(q)       scale: uint8, E8M0
     nvfp4             (e4m3(scale)·global_scale) · e2m1(q)     scale: uint8, E4M3; global_scale: float32, 1 where absent
 
-computed in float32 and rounded once to the dtype asked for. A product is exact in float32 (8 significant bits in a
-scale, 8 at most in a code; only a global scale makes it round), so a fused multiply-add gives the same, and the sum is
-all that rounds before the dtype does. Metal's kernels compute this since mlx 0.32.2, and so, bit for bit, does
+computed in float32 and rounded once to the dtype asked for. A product is exact in float32 (11 significant bits at most
+in a scale, 8 in a code; only a global scale makes it round), so a fused multiply-add gives the same, and the sum is
+all that rounds before the dtype does. What we quantize has bf16 scales; float16 ones are others', GGUF's and MLX's, and
+are kept because bf16 would round them. Metal's kernels compute this since mlx 0.32.2, and so, bit for bit, does
 `mx.dequantize` on the CPU when given float32 scales. Given bf16 scales, MLX's CPU path multiplies and adds in bf16: two
 roundings, not ours.
 
@@ -29,7 +30,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DgemmaError
-from .quant_bits import E2M1, E4M3, E8M0, F32, U8, U16, U32, from_bf16, pack, symmetric_biases, to_bf16, unpack
+from .quant_bits import (
+    E2M1,
+    E4M3,
+    E8M0,
+    F32,
+    U32,
+    from_bf16,
+    pack,
+    symmetric_biases,
+    to_bf16,
+    unpack,
+    widen,
+)
 from .quant_fit import NVFP4_RANGE, WIDEST, Scratch
 
 __all__ = [
@@ -132,15 +145,16 @@ class QTensor:
     """A quantized weight as stored. Arrays are held, never copied: they may be views of a mapped file.
 
     words         uint32 [..., N·bits/32]
-    scales        [..., N/group_size]: uint16 of bf16 bits (affine), uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4)
+    scales        [..., N/group_size]: uint16 of bf16 bits or float16 (affine), uint8 (E8M0 for mxfp4 and mxfp8, E4M3
+                  for nvfp4)
     biases        as scales; None exactly where the format derives them (symmetric) or has none
     global_scale  nvfp4 only, factor on all scales, None for 1: modelopt's `weight_scale_2`, MLX's `global_scale`/2688.
                   A number, or float32 [..., 1], one for each row, where experts were quantized one by one
     """
 
     words: U32
-    scales: U16 | U8
-    biases: U16 | None = None
+    scales: NDArray[Any]
+    biases: NDArray[Any] | None = None
     global_scale: np.float32 | F32 | None = None
     format: Format
 
@@ -152,6 +166,8 @@ class QTensor:
             )
         want = [*self.words.shape[:-1], kind.groups_per_row(self.shape[-1])]
         dtype = np.dtype(np.uint16 if kind.mode == "affine" else np.uint8)
+        if kind.mode == "affine" and self.scales.dtype == np.float16:
+            dtype = self.scales.dtype
         for name, array in (("scales", self.scales), ("biases", self.biases)):
             if array is not None and (array.dtype != dtype or list(array.shape) != want):
                 raise DgemmaError(
@@ -183,8 +199,8 @@ class QTensor:
         """Return the tensor with all axes before N as one, [R, N]; a view where the strides allow."""
         return self._map(lambda array: array.reshape(-1, array.shape[-1]))
 
-    def mlx_biases(self) -> U16 | None:
-        """Return the biases MLX wants, bf16 bits: those stored, or -2^(bits-1)·scale; None for the float modes."""
+    def mlx_biases(self) -> NDArray[Any] | None:
+        """Return the biases MLX wants, as wide as scales: those stored, or -2^(bits-1)·scale; None for float modes."""
         return symmetric_biases(self.scales, self.format.bits) if self.format.symmetric else self.biases
 
     def _map(self, change: Any) -> QTensor:
@@ -284,9 +300,10 @@ def dequantize(q: QTensor, dtype: str = "float32") -> NDArray[Any]:
             codes = unpack(part.words, q.format.bits).reshape(len(part.words), -1, size)
             value = codes.astype(np.float32) if table is None else np.take(table, codes)
             value *= scale_values(part)[..., None]
-            biases = part.mlx_biases()
-            if biases is not None:
-                value += from_bf16(biases)[..., None]
+            if part.biases is not None:
+                value += widen(part.biases)[..., None]
+            elif part.format.symmetric:
+                value += scale_values(part)[..., None] * np.float32(-(1 << (part.format.bits - 1)))
             value = value.reshape(-1, width)
             out[start : start + step] = to_bf16(value) if dtype == "bfloat16" else value
     return out.reshape(q.shape)
@@ -295,15 +312,15 @@ def dequantize(q: QTensor, dtype: str = "float32") -> NDArray[Any]:
 def scale_values(q: QTensor) -> F32:
     """Return the scales as float32 [..., N/group_size], the global scale included."""
     if q.format.mode == "affine":
-        return from_bf16(q.scales)
+        return widen(q.scales)
     value = np.take(E4M3 if q.format.mode == "nvfp4" else E8M0, q.scales)
     return value if q.global_scale is None else value * q.global_scale
 
 
 def carry(
     words: U32,
-    scales: U16 | U8,
-    biases: U16 | None = None,
+    scales: NDArray[Any],
+    biases: NDArray[Any] | None = None,
     *,
     format: Format,
     global_scale: float | np.float32 | F32 | None = None,
@@ -319,17 +336,20 @@ def carry(
         biases = None
     factor = np.float32(global_scale) if isinstance(global_scale, int | float) else global_scale
     q = QTensor(words=words, scales=scales, biases=biases, global_scale=factor, format=format)
-    finite = np.isfinite(scale_values(q)).all() and (q.biases is None or np.isfinite(from_bf16(q.biases)).all())
+    finite = np.isfinite(scale_values(q)).all() and (q.biases is None or np.isfinite(widen(q.biases)).all())
     if not finite:
         raise DgemmaError("the scales or biases of a quantized tensor hold NaN or infinity")
     return q
 
 
 def is_symmetric(scales: NDArray[Any], biases: NDArray[Any], bits: int) -> bool:
-    """Return whether biases are -2^(bits-1)·scale, bf16 bits both, and need not be stored; zeros may have any sign."""
-    if scales.dtype != np.uint16 or biases.dtype != np.uint16 or scales.shape != biases.shape:
+    """Return whether biases are -2^(bits-1)·scale, both bf16 bits or float16, and need not be stored.
+
+    Zeros may have any sign.
+    """
+    if scales.dtype not in (np.uint16, np.float16) or biases.dtype != scales.dtype or scales.shape != biases.shape:
         return False
-    return bool((from_bf16(symmetric_biases(scales, bits)) == from_bf16(biases)).all())
+    return bool((widen(symmetric_biases(scales, bits)) == widen(biases)).all())
 
 
 def relative_error(w: NDArray[Any], q: QTensor) -> float:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .errors import DgemmaError
 
 F32 = NDArray[np.float32]
+F16 = NDArray[np.float16]
 U8 = NDArray[np.uint8]
 U16 = NDArray[np.uint16]
 U32 = NDArray[np.uint32]
@@ -43,6 +44,11 @@ def from_bf16(bits: NDArray[Any]) -> F32:
     return wide.view(np.float32)
 
 
+def widen(x: NDArray[Any]) -> F32:
+    """Return the float32 values of scales or biases as stored, float16 or bf16 bits; exact."""
+    return x.astype(np.float32) if x.dtype == np.float16 else from_bf16(x)
+
+
 def bf16_down(x: F32) -> F32:
     """Return the largest bf16 value not above x, as float32."""
     bits = x.view(np.uint32)
@@ -50,10 +56,14 @@ def bf16_down(x: F32) -> F32:
     return ((bits + outward) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def symmetric_biases(scales: NDArray[Any], bits: int) -> U16:
-    """Return -2^(bits-1)·scale as bf16 bits: only sign and exponent change, so it is exact short of overflow."""
+def symmetric_biases(scales: NDArray[Any], bits: int) -> U16 | F16:
+    """Return -2^(bits-1)·scale in the scales' width: only sign and exponent change, so it is exact short of overflow.
+
+    float16 overflows early, above 511 for 8 bits and 8188 for 4; the bias is infinite then.
+    """
     with np.errstate(over="ignore"):
-        return to_bf16(from_bf16(scales) * np.float32(-(1 << (bits - 1))))
+        wide = widen(scales) * np.float32(-(1 << (bits - 1)))
+        return wide.astype(np.float16) if scales.dtype == np.float16 else to_bf16(wide)
 
 
 def pack_blocks(codes: U32, words: U32, bits: int) -> None:

@@ -2,7 +2,7 @@
 
     config.json    "quantization": {"group_size": 64, "bits": 4, "mode": "affine", "<module>": {"bits": 8, …}, …}
     <module>.weight        uint32 words [..., N·bits/32]
-    <module>.scales        [..., N/group_size], bf16 (affine) or bytes
+    <module>.scales        [..., N/group_size], bf16 or f16 (affine) or bytes
     <module>.biases        as the scales: affine only, and not where the entry says "symmetric": true
     <module>.global_scale  float32, or float32 [..., 1] with one for each row: nvfp4 of ours only
 
@@ -102,13 +102,13 @@ class Packed:
     """`weight`, `scales`, … → stored name."""
     nbytes: int
     exact: bool
-    """Whether scales and biases are in the width that a QTensor holds; not so where they are float16 or float32."""
+    """Whether scales and biases are in a width that a QTensor holds; not so where they are float32."""
 
     def read(self, get: Callable[[str], np.ndarray]) -> QTensor | np.ndarray:
         """Assemble it; `get` returns the array of a stored name, or of the same rows of all of them.
 
-        Scales of float16 or float32, as MLX writes for a model in that width, fit a QTensor only where bf16 has their
-        values; else the weight comes back dequantized, in float32: the same value, and none of the savings.
+        Scales of float32, as MLX writes for a model in that width, fit a QTensor only where bf16 has their values; else
+        the weight comes back dequantized, in float32: the same value, and none of the savings.
 
         Raises:
             DgemmaError: NaN or infinity among the scales.
@@ -120,10 +120,9 @@ class Packed:
             factor = np.float32(factor.reshape(())[()])
         try:
             if self.exact:
-                width = np.uint16 if self.format.mode == "affine" else np.uint8
-                bias = None if biases is None else biases.view(width)
-                return carry(parts["weight"], scales.view(width), bias, format=self.format, global_scale=factor)
-            assert biases is not None  # `find` lets symmetric formats have bf16 only
+                bias = None if biases is None else bits_of(biases)
+                return carry(parts["weight"], bits_of(scales), bias, format=self.format, global_scale=factor)
+            assert biases is not None  # `find` lets symmetric formats have bf16 or float16 only
             wide = [part.astype(np.float32) for part in (scales, biases)]
             narrow = [to_bf16(part) for part in wide]
             if all((from_bf16(b) == a).all() for a, b in zip(wide, narrow, strict=True)):
@@ -131,6 +130,11 @@ class Packed:
             return _dequantize_wide(parts["weight"], wide[0], wide[1], self.format)
         except DgemmaError as error:
             raise DgemmaError(f"{quoted(self.module)}: {error}") from None
+
+
+def bits_of(array: np.ndarray) -> np.ndarray:
+    """View scales or biases of a file as a QTensor has them: float16 as it is, bf16 and bytes as their bits."""
+    return array if array.dtype == np.float16 else array.view(f"u{array.dtype.itemsize}")
 
 
 def _dequantize_wide(words: np.ndarray, scales: Any, biases: Any, kind: Format) -> np.ndarray:
@@ -178,7 +182,7 @@ def _packed(module: str, entries: Mapping[str, Entry], kind: Format | None) -> P
     width = words.shape[-1] * 32 // kind.bits
     leading = words.shape[:-1]
     grouped = (*leading, kind.groups_per_row(width))
-    known = ("BF16",) if kind.symmetric else _SCALES.get(kind.mode, _E8M0)
+    known = ("BF16", "F16") if kind.symmetric else _SCALES.get(kind.mode, _E8M0)
     wanted: dict[str, tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]] = {"scales": (known, (grouped,))}
     if kind.mode == "affine":
         if "biases" in parts:
@@ -202,7 +206,7 @@ def _packed(module: str, entries: Mapping[str, Entry], kind: Format | None) -> P
         shape=(*leading, width),
         parts=parts,
         nbytes=sum(entries[name].nbytes for name in parts.values()),
-        exact=kind.mode != "affine" or scales.dtype == "BF16",
+        exact=kind.mode != "affine" or scales.dtype in ("BF16", "F16"),
     )
 
 

@@ -139,7 +139,7 @@ def test_a_quantized_image_tower_is_carried(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 def test_mlx_folders_of_other_widths_load_for_what_they_mean(tmp_path: Path, dtype: str) -> None:
-    """MLX stores scales in the model's own width; a QTensor has bf16 only, so these come dequantized."""
+    """MLX stores scales in the model's own width. float16 is kept; of float32 a QTensor has none, so it is dense."""
     folder, _ = published(tmp_path, "mlx")
     draw = np.random.default_rng(1)
 
@@ -157,9 +157,20 @@ def test_mlx_folders_of_other_widths_load_for_what_they_mean(tmp_path: Path, dty
     want = codes * np.repeat(scales, 64, -1) + np.repeat(biases, 64, -1)
     checkpoint = Checkpoint.open(folder)
     checkpoint.check()
-    assert_close_f32(checkpoint.tensor(f"{module}.weight"), want)
-    with says("already", "--requantize"):
-        dgemma.convert(folder, tmp_path / "out", "4bit-mlx")
+    stored = checkpoint.tensor(f"{module}.weight")
+    assert isinstance(stored, QTensor) == (dtype == "float16")
+    assert_close_f32(dense(stored, "float32"), want)
+    if dtype == "float32":
+        with says("already", "--requantize"):
+            dgemma.convert(folder, tmp_path / "out", "4bit-mlx")
+        return
+    report = dgemma.convert(folder, tmp_path / "out", "4bit-mlx", verify=True)
+    assert report.counts.keys() == {"carried", "stored"}
+    after = SafetensorsFile.open(tmp_path / "out" / "model-00001-of-00001.safetensors")
+    assert all(file.tensor(name).tobytes() == after.tensor(name).tobytes() for name in file.entries)
+    want = logits(checkpoint.config, checkpoint.tensor, "numpy")
+    for backend in ("inference", "mlx"):
+        assert_close_f32(logits(checkpoint.config, checkpoint.tensor, backend), want, backend)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -24,7 +24,7 @@ from .graph import Buffers, Capture, Graphs, on
 from .head import VocabHead
 from .inference import InferenceOps
 from .load import Stager, bucketed, free_memory, refusal, releasing, room
-from .packed import QuantizedTensor, Scratch
+from .packed import QuantizedTensor, Scratch, as_scales
 from .torch_ops import TORCH_DTYPES, Array
 
 LEAST_CONTEXT = 1024
@@ -183,14 +183,11 @@ class CardOps(InferenceOps):
         """Copy a stored weight through the ring of pinned buffers (`load.Stager`)."""
         if not isinstance(weight, QTensor):
             return self._send(np.asarray(weight)).to(TORCH_DTYPES[self.dtype])
-        affine = weight.format.mode == "affine"
-        scales = self._send(weight.scales)
-        biases = None if weight.biases is None else self._send(weight.biases)
         factor = weight.global_scale
         return QuantizedTensor(
             words=self._send(weight.words),
-            scales=scales.view(torch.bfloat16) if affine else scales,
-            biases=None if biases is None else biases.view(torch.bfloat16),
+            scales=as_scales(self._send(weight.scales)),
+            biases=None if weight.biases is None else as_scales(self._send(weight.biases)),
             global_scale=None if factor is None else self._send(np.asarray(factor)),
             format=weight.format,
         )

@@ -95,7 +95,10 @@ class CudaOps(CardOps):
             return part
         names = ("gate_proj", "up_proj") if isinstance(part, Mlp) else ("q_proj", "k_proj", "v_proj")
         weights = {name: weight for name in names if (weight := getattr(part, name)) is not None}
-        kinds = {weight.format if isinstance(weight, QuantizedTensor) else weight.dtype for weight in weights.values()}
+        kinds = {
+            (weight.format, weight.scales.dtype) if isinstance(weight, QuantizedTensor) else weight.dtype
+            for weight in weights.values()
+        }
         if len(kinds) > 1 or not all(map(unpack.supports, weights.values())):
             return part
         joined = linear_kernels.stacked(tuple(weights.values()))

@@ -27,20 +27,19 @@ class QuantizedTensor:
     """A quantized weight [..., N] on a device, packed as the file has it; `core.quant.QTensor` in torch's types."""
 
     words: Tensor  # int32 [..., N·bits/32]: a little-endian bit stream along N. On the CPU a view of the memory map
-    scales: Tensor  # [..., N/group_size]: bfloat16 (affine), uint8 (E8M0 for mxfp4 and mxfp8, E4M3 for nvfp4)
-    biases: Tensor | None  # bfloat16, as scales; None where symmetric (-2^(bits-1)·scale) and in the float modes
+    scales: Tensor  # [..., N/group_size]: bfloat16 or float16 (affine), uint8 (E8M0: mxfp4 and mxfp8, E4M3: nvfp4)
+    biases: Tensor | None  # as wide as the scales; None where symmetric (-2^(bits-1)·scale) and in the float modes
     global_scale: Tensor | None  # nvfp4: float32, 0-d or [..., 1] with one for each row; None for 1
     format: Format
 
     @classmethod
     def from_host(cls, q: QTensor, device: torch.device | str = "cpu") -> QuantizedTensor:
         """Bring a stored tensor to a device; on the CPU nothing is copied."""
-        width = torch.bfloat16 if q.format.mode == "affine" else torch.uint8
         factor = None if q.global_scale is None else from_numpy(np.asarray(q.global_scale))
         return cls(
             words=from_numpy(q.words).to(device),
-            scales=from_numpy(q.scales).view(width).to(device),
-            biases=None if q.biases is None else from_numpy(q.biases).view(width).to(device),
+            scales=as_scales(from_numpy(q.scales)).to(device),
+            biases=None if q.biases is None else as_scales(from_numpy(q.biases)).to(device),
             global_scale=None if factor is None else factor.to(device),
             format=q.format,
         )
@@ -91,6 +90,11 @@ class QuantizedTensor:
             global_scale=factor if factor is None or factor.ndim == 0 else factor.flatten(0, -2),
             format=self.format,
         )
+
+
+def as_scales(tensor: Tensor) -> Tensor:
+    """View the bits of bf16 scales or biases, which come as integers, as what they are; others are so already."""
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor
 
 
 def from_numpy(array: np.ndarray) -> Tensor:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ...core.quant import QTensor
+from ...core.quant import QTensor, scale_values
 
 Array = mx.array
 
@@ -30,7 +30,9 @@ class QuantizedTensor:
     """
 
     words: Array  # uint32 [..., F, N·bits/32]
-    scales: Array  # [..., F, N/group_size]: bfloat16 or float32 (affine), uint8 (mxfp4 and mxfp8: E8M0, nvfp4: E4M3)
+    scales: (
+        Array  # [..., F, N/group_size]: bfloat16, float16 or float32 (affine), uint8 (mxfp4, mxfp8: E8M0, nvfp4: E4M3)
+    )
     biases: Array | None  # as scales; None in the float modes
     factor: Array | None  # float32 [..., F], [..., 1] where all rows of a matrix share it: the global scale; None for 1
     group_size: int
@@ -44,13 +46,15 @@ class QuantizedTensor:
 
     @classmethod
     def from_host(cls, q: QTensor, *, wide: bool) -> QuantizedTensor:
-        """Copy a stored tensor into MLX's memory; `wide` holds bf16 scales and biases in float32."""
+        """Copy a stored tensor into MLX's memory; `wide` holds scales and biases of 16 bits in float32."""
+        biases = q.mlx_biases()
+        if biases is not None and biases.dtype == np.float16 and not np.isfinite(biases).all():
+            biases, wide = scale_values(q) * np.float32(-(1 << (q.format.bits - 1))), True  # too large for float16
 
         def from_bits(bits: np.ndarray) -> Array:
-            narrow = mx.array(bits).view(mx.bfloat16)
+            narrow = mx.array(bits).view(mx.bfloat16) if bits.dtype == np.uint16 else mx.array(bits)
             return narrow.astype(mx.float32) if wide else narrow
 
-        biases = q.mlx_biases()
         factor = None if q.global_scale is None else np.atleast_1d(np.asarray(q.global_scale, np.float32))
         if factor is not None and factor.ndim > 1:
             factor = factor[..., 0]

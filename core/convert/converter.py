@@ -88,7 +88,7 @@ class Report:
 def convert(
     source: str | Path,
     out: str | Path,
-    recipe: str = recipes.DEFAULT,
+    recipe: str | None = None,
     *,
     rules: str | Path | None = None,
     mlx: bool = False,
@@ -108,7 +108,7 @@ def convert(
         source: a folder, or a Hugging Face hub id, which is downloaded; bf16, f16 or f32, MLX's quantized layout,
             modelopt's NVFP4, or compressed-tensors' NVFP4 and FP8.
         out: the folder to make. Until it is whole it is called `<out>.partial`.
-        recipe: a name in `recipes.RECIPES`.
+        recipe: a name in `recipes.RECIPES`; by default `4bit`, and `keep` where the source is quantized already.
         rules: a file of one's own rules, in place of a recipe.
         mlx: store what MLX's own loaders ask for, so that the folder loads in mlx-vlm: biases of symmetric formats, and
             no global scales.
@@ -128,9 +128,9 @@ def convert(
     meter = Meter(progress)
     fresh = False
     try:
-        chosen = recipes.find(recipe) if rules is None else recipes.read_rules(rules)
+        chosen = recipes.read_rules(rules) if rules is not None else recipes.find(recipe) if recipe else None
         job = prepare(source, chosen, revision=revision, mlx=mlx, requantize=requantize)
-        if rules is not None and (unused := chosen.unused([item.weight.module for item in job.text])):
+        if rules is not None and (unused := job.recipe.unused([item.weight.module for item in job.text])):
             raise DgemmaError(f"{shown(rules)}: {quoted(unused[0], 60)} matches no module that is left to it")
         target.check(out, job, force=force)
         if force or not target.finished(out, job):

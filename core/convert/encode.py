@@ -107,6 +107,9 @@ def _carried(q: QTensor, item: Item) -> QTensor:
 def _parts(item: Item, q: QTensor) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {"weight": q.words, "scales": q.scales}
     for one in item.components:
+        # Both widths take two bytes, so that a slip would write sound files of wrong weights.
+        if one.kind == "scales" and (one.dtype == "F16") != (q.scales.dtype == np.float16):
+            raise DgemmaError(f"{item.weight.name}: scales of another width than planned, by a fault of dgemma's")
         if one.kind == "biases":
             biases = q.mlx_biases()
             assert biases is not None

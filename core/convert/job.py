@@ -22,7 +22,7 @@ from ..quantized import Quantization
 from ..safetensors import SafetensorsFile
 from .layouts import Source, read_source
 from .plan import Item, Shard, decide, lay_out, wanted, written
-from .recipes import Recipe
+from .recipes import DEFAULT, KEEP, RECIPES, Recipe
 
 VERSION = 1
 """Of the bytes that a plan leads to; raised with any change of code that changes them."""
@@ -125,9 +125,16 @@ class Job:
 
 
 def prepare(
-    source: str | Path, recipe: Recipe, *, revision: str | None = None, mlx: bool = False, requantize: bool = False
+    source: str | Path,
+    recipe: Recipe | None,
+    *,
+    revision: str | None = None,
+    mlx: bool = False,
+    requantize: bool = False,
 ) -> Job:
     """Read a source's headers and decide everything.
+
+    Without a recipe a quantized source is kept as it is, and a float one gets the default.
 
     Raises:
         DgemmaError: a source that is damaged or of no known layout, or a recipe that cannot be had from it.
@@ -140,6 +147,7 @@ def prepare(
     files = open_files(folder)
     hinted = os.path.lexists(folder / "hf_quant_config.json")
     found = read_source(files, data, config, folder, hinted=hinted)
+    recipe = recipe or (KEEP if any(one.quantized for one in found.text) else RECIPES[DEFAULT])
     items = decide(found, recipe, mlx=mlx, requantize=requantize)
     return Job(
         name=_name(source, folder),

@@ -8,14 +8,21 @@
     compressed-tensors  <module>.weight_packed           as modelopt's weight
                         <module>.weight_scale            as modelopt's
                         <module>.weight_global_scale     F32 [1], a divisor of all scales: the reciprocal of the above
+        integers        <module>.weight_packed           I32 [F, N·bits/32], 2, 4 or 8 bits; or weight, I8 [F, N]
+                        <module>.weight_scale            BF16, F16 or F32 [F, groups], [F, 1] or [F]
+                        <module>.weight_zero_point       I32, packed along F, or I8 [F, groups]; absent where symmetric
     float8, in both     <module>.weight                  F8_E4M3 [F, N]
                         <module>.weight_scale            BF16, F16 or F32: [F, 1], [F], or one number
+    fp8                 <module>.weight                  F8_E4M3 [F, N]
+                        <module>.weight_scale_inv        F32 [⌈F/128⌉, ⌈N/128⌉], or one number; multiplies as well
 
-Experts may stand one by one, `…experts.7.gate_proj`, with gate and up apart; here they are one weight again.
-Scales of activations (`input_scale`, `input_global_scale`, `k_scale`, `v_scale`) are of no use and left out.
-Sources: NVIDIA's modelopt export, vllm-project/compressed-tensors (nvfp4 and
-naive_quantized compressors), and what others read of the headers of nvidia/diffusiongemma-26B-A4B-it-NVFP4 and
-RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic.
+Experts may stand one by one, `…experts.7.gate_proj`, with gate and up apart; here they are one weight again. They may
+be stacked as well, [E, 2F, D]: `…experts.gate_up_proj`, and `…experts.gate_up_proj_scale_inv` beside it.
+Scales of activations, static ones too, are left out: what they stand for is arithmetic in 8 bits, and activations are
+floats here. A g_idx, columns in another order than the groups, is refused by name.
+Sources: NVIDIA's modelopt export, vllm-project/compressed-tensors (nvfp4, pack_quantized and
+naive_quantized compressors), transformers' FineGrainedFP8Config, and what others read of the headers of
+nvidia/diffusiongemma-26B-A4B-it-NVFP4 and RedHatAI/diffusiongemma-26B-A4B-it-FP8-dynamic.
 """
 
 from __future__ import annotations
@@ -32,14 +39,21 @@ from ..config import ModelConfig
 from ..errors import DgemmaError, quoted, shown
 from ..quantized import Packed, Quantization, module_of
 from ..safetensors import SafetensorsFile
-from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Stored, Weight
+from .integers import FLOATS, float8_block_part, integer_part
+from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Part, Stored, Weight
 
-METHODS = ("modelopt", "compressed-tensors")
-FLOATS = ("BF16", "F16", "F32")
+METHODS = ("modelopt", "compressed-tensors", "fp8", "fbgemm_fp8")
 
-_LEFT_OUT = ("input_scale", "input_global_scale", "output_scale", "k_scale", "v_scale", "weight_shape")
-_QUANTIZED = ("weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale")
+_LEFT_OUT = (
+    "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
+    "output_zero_point", "k_scale", "v_scale", "q_scale", "weight_shape",
+)  # fmt: skip
+_QUANTIZED = (
+    "weight_packed", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_scale_inv", "weight_zero_point",
+    "weight_g_idx",
+)  # fmt: skip
 _EXPERT = re.compile(r"(.+)\.(?:moe\.)?experts\.(\d{1,6})\.(gate_proj|up_proj|down_proj)", re.ASCII)
+_STACK = re.compile(r"(.+\.experts\.(?:gate_up_proj|down_proj))(?:[._](.+))?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +106,15 @@ def read_source(
     else:
         plain, modules = {}, {}
         for name in entries:
-            module, _, kind = name.rpartition(".")
+            module, kind = _split(name) if method else name.rpartition(".")[::2]
             if (_tied(name) and name not in needed) or (method and kind in _LEFT_OUT):
                 dropped.append(name)
             elif (method and kind in (*_QUANTIZED, "weight")) or (kind == "weight" and _EXPERT.fullmatch(module)):
                 modules.setdefault(module, {})[kind] = stored[name]
             else:
-                plain[name] = name
-        found |= _by_module(modules, where, config)
+                bare = name.removesuffix(".weight")  # MLX spells experts so
+                plain[bare if bare in needed else name] = name
+        found |= _by_module(modules, where, config, data)
     for name, stored_name in plain.items():
         entry = entries[stored_name]
         found[name] = Weight(name=name, shape=entry.shape, dtype=entry.dtype, format=None, parts=(stored[stored_name],))
@@ -132,16 +147,48 @@ def _mlx_weight(name: str, packed: Packed, stored: Mapping[str, Stored]) -> Weig
         format=packed.format if packed.exact else None,
         parts=(MlxPart(packed=packed, stored={one: stored[one] for one in packed.parts.values()}),),
         factor="none" if factor is None else "rows" if rows else "one",
+        scales="F16" if packed.exact and stored[packed.parts["scales"]].entry.dtype == "F16" else "BF16",
     )
 
 
-def _by_module(modules: Mapping[str, dict[str, Stored]], where: str, config: ModelConfig) -> dict[str, Weight]:
-    """Put together what modelopt and compressed-tensors keep apart, and experts that stand one by one."""
+def _split(name: str) -> tuple[str, str]:
+    """Return the module and the kind of a tensor's name; those of stacked experts are spelled with underscores."""
+    if not (match := _STACK.fullmatch(name)):
+        module, _, kind = name.rpartition(".")
+        return module, kind
+    module, kind = match.groups()
+    kind = kind or "weight"
+    plain = kind == "weight" or kind.startswith("weight_") or kind in _LEFT_OUT
+    return module, kind if plain else f"weight_{kind}"
+
+
+def _block(data: Mapping[str, Any]) -> tuple[int, int]:
+    """Return the block that float8 scales are for, as config.json declares it; 128 by 128 where it does not."""
+    outer = data.get("quantization_config")
+    found = [outer.get("weight_block_size")] if isinstance(outer, Mapping) else []
+    groups = outer.get("config_groups") if isinstance(outer, Mapping) else None
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        found.append(weights.get("block_structure") if isinstance(weights, Mapping) else None)
+    for block in found:
+        if isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in block):
+            return block[0], block[1]
+        if block is not None:
+            raise DgemmaError(f"config.json: the block of float8 scales is {quoted(block, 40)}, expected two sizes")
+    return 128, 128
+
+
+def _by_module(
+    modules: Mapping[str, dict[str, Stored]], where: str, config: ModelConfig, data: Mapping[str, Any]
+) -> dict[str, Weight]:
+    """Put together what quantizers keep apart, and experts that stand one by one."""
     found: dict[str, Weight] = {}
+    block = _block(data)
+    widths = {module_of(name): shape[-1] for name, shape in weights.shapes(config).items()}
     experts: dict[str, dict[tuple[int, str], Weight]] = {}
     for module, parts in modules.items():
         try:
-            one = _module_weight(module, parts)
+            one = _module_weight(module, parts, block, _width(module, widths, config))
         except DgemmaError as error:
             raise DgemmaError(f"{where}: {quoted(module)}: {error}") from None
         if match := _EXPERT.fullmatch(module):
@@ -169,7 +216,7 @@ def _fused(
         raise DgemmaError(f"{where}: {quoted(name)}: there is an expert {max(over)}, but config.json has {experts}")
     first = pieces[0]
     for one in pieces:
-        if (one.shape, one.dtype, one.format) != (first.shape, first.dtype, first.format):
+        if (one.shape, one.dtype, one.format, one.scales) != (first.shape, first.dtype, first.format, first.scales):
             raise DgemmaError(f"{where}: {quoted(name)}: {quoted(one.name)} differs in shape or format from its like")
     return Weight(
         name=name,
@@ -178,11 +225,24 @@ def _fused(
         format=first.format,
         parts=tuple(part for one in pieces for part in one.parts),
         factor="none" if first.factor == "none" else "rows",
+        scales=first.scales,
     )
 
 
-def _module_weight(module: str, parts: Mapping[str, Stored]) -> Weight:
-    name = f"{module}.weight"
+def _width(module: str, widths: Mapping[str, int], config: ModelConfig) -> int:
+    """Return the length that a module's rows should have; 0 where the model has no such module."""
+    if match := _EXPERT.fullmatch(module):
+        return config.expert_size if match[3] == "down_proj" else config.hidden_size
+    return widths.get(module, 0)
+
+
+def _module_weight(module: str, parts: Mapping[str, Stored], block: tuple[int, int], width: int) -> Weight:
+    name = module if _STACK.fullmatch(module) else f"{module}.weight"
+    if "weight_g_idx" in parts:
+        raise DgemmaError(
+            "has weight_g_idx, an order of columns (activation ordering) that no format here has; "
+            "convert the bf16 original, or a copy quantized without it"
+        )
     packed = "weight_packed" in parts
     codes = parts.get("weight_packed" if packed else "weight")
     if codes is None:
@@ -192,19 +252,20 @@ def _module_weight(module: str, parts: Mapping[str, Stored]) -> Weight:
     dtype, shape = codes.entry.dtype, codes.entry.shape
     extra = set(parts) - {"weight", "weight_packed"}
     if not extra:
-        if dtype == "F8_E4M3" or packed:
+        if dtype in ("F8_E4M3", "I8") or packed:
             raise DgemmaError("has no weight_scale")
         return Weight(name=name, shape=shape, dtype=dtype, format=None, parts=(codes,))
     factor = "weight_global_scale" if packed else "weight_scale_2"
     if dtype == "F8_E4M3" and not packed:
-        _only(extra, {"weight_scale"})
-        scale = parts["weight_scale"].entry
-        if len(shape) != 2 or scale.dtype not in FLOATS or scale.shape not in ((), (1,), shape[:1], (*shape[:1], 1)):
-            found = f"{scale.dtype} {quoted(list(scale.shape), 60)}"
-            raise DgemmaError(f"weight_scale is {found}; of float8 only scales per row or per tensor can be read")
-        part = Float8Part(codes=codes, scales=parts["weight_scale"])
-        return Weight(name=name, shape=shape, dtype="quantized", format=None, parts=(part,))
-    _only(extra, {"weight_scale", factor})
+        return _float8_weight(name, codes, parts, extra, block)
+    if factor not in extra and (dtype in ("I32", "I8") or (packed and dtype != "U8")):
+        _only(extra - {"weight_zero_point"}, {"weight_scale"})
+        scale = parts["weight_scale"]
+        made, shape = integer_part(module, codes, scale, parts.get("weight_zero_point"), width)
+        scales = "F16" if scale.entry.dtype == "F16" else "BF16"
+        return Weight(name=name, shape=shape, dtype="quantized", format=made.format, parts=(made,), scales=scales)
+    if dtype == "U8":
+        _only(extra, {"weight_scale", factor})
     if dtype != "U8" or len(shape) != 2 or shape[-1] % 8:
         raise DgemmaError(f"weight is {dtype} {quoted(list(shape), 60)}, expected U8 [F, N/2], N a multiple of 16")
     scale, wanted = parts["weight_scale"].entry, (shape[0], shape[1] // 8)
@@ -217,6 +278,20 @@ def _module_weight(module: str, parts: Mapping[str, Stored]) -> Weight:
     return Weight(
         name=name, shape=(shape[0], 2 * shape[1]), dtype="quantized", format=NVFP4, parts=(part,), factor="one"
     )
+
+
+def _float8_weight(
+    name: str, codes: Stored, parts: Mapping[str, Stored], extra: set[str], block: tuple[int, int]
+) -> Weight:
+    kind = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
+    _only(extra, {kind})
+    shape, scales = codes.entry.shape, parts[kind]
+    rows = scales.entry.shape in ((), (1,), shape[:1], (*shape[:1], 1)) and scales.entry.dtype in FLOATS
+    if len(shape) == 2 and rows and 0 not in shape:
+        part: Part = Float8Part(codes=codes, scales=scales)
+    else:
+        part = float8_block_part(codes, scales, block)
+    return Weight(name=name, shape=shape, dtype="quantized", format=None, parts=(part,))
 
 
 def _only(extra: set[str], wanted: set[str]) -> None:

@@ -85,9 +85,12 @@ def decide(source: Source, recipe: Recipe, *, mlx: bool, requantize: bool) -> tu
     if twice and not requantize:
         one = twice[0].weight
         why = " without the global scale that MLX's layers do not know" if mlx and one.factor != "none" else ""
+        could = all(item.weight.format and _holds(item.weight.format, item.weight, mlx) for item in twice)
+        keep = "keep their codes with --recipe keep, " if could and not recipe.keep else ""
+        published = f" ({one.kind})" if one.kind else ""
         raise DgemmaError(
             f"{len(twice)} weights are quantized already and recipe {quoted(recipe.name, 30)} would round them again, "
-            f"such as {one.name} to {twice[0].described}{why}; better convert the bf16 original, "
+            f"such as {one.name}{published} to {twice[0].described}{why}; better {keep}convert the bf16 original, "
             "or allow it with --requantize"
         )
     return tuple(items)
@@ -95,18 +98,23 @@ def decide(source: Source, recipe: Recipe, *, mlx: bool, requantize: bool) -> tu
 
 def wanted(weight: Weight, recipe: Recipe) -> bool:
     """Whether a recipe asks to quantize a weight, groups that divide or not."""
+    if recipe.keep and (not weight.quantized or weight.format is not None):
+        return weight.quantized
     return len(weight.shape) > 1 and isinstance(recipe.target(weight.module), Format)
 
 
 def wanted_format(module: str, shape: tuple[int, ...], recipe: Recipe) -> Format | None:
     """Return the format that a recipe gives a float weight of a shape; None where it stays as it is."""
+    if recipe.keep:
+        return None
     target = recipe.target(module)
     fits = isinstance(target, Format) and len(shape) > 1 and shape[-1] % target.group_size == 0
     return target if isinstance(target, Format) and fits else None
 
 
 def _item(weight: Weight, recipe: Recipe, *, mlx: bool, image: bool) -> Item:
-    target = "stored" if image else recipe.target(weight.module)
+    kept_as_it_is = recipe.keep and (not weight.quantized or (weight.format and _holds(weight.format, weight, mlx)))
+    target = "stored" if image or kept_as_it_is else recipe.target(weight.module)
     fallback = ""
     if isinstance(target, Format) and len(weight.shape) < 2:
         target = "stored"
@@ -136,7 +144,9 @@ def _item(weight: Weight, recipe: Recipe, *, mlx: bool, image: bool) -> Item:
         factor=factor,
         fallback=fallback,
         image=image,
-        components=_components(weight, written(kept, mlx) if kept else None, dtype, factor),
+        components=_components(
+            weight, written(kept, mlx) if kept else None, dtype, factor, weight.scales if how == "carried" else "BF16"
+        ),
     )
 
 
@@ -157,17 +167,17 @@ def written(kind: Format, mlx: bool) -> Format:
     return Format(bits=kind.bits, group_size=kind.group_size) if mlx and kind.symmetric else kind
 
 
-def _components(weight: Weight, kind: Format | None, dtype: str, factor: Factor) -> tuple[Component, ...]:
+def _components(weight: Weight, kind: Format | None, dtype: str, factor: Factor, scales: str) -> tuple[Component, ...]:
     if kind is None:
         row = weight.width * DTYPES[dtype].itemsize
         return (Component(name=weight.name, kind="weight", dtype=dtype, shape=weight.shape, row_bytes=row),)
     lead, words, groups = weight.shape[:-1], kind.words_per_row(weight.width), kind.groups_per_row(weight.width)
-    scale = "BF16" if kind.mode == "affine" else "U8"
+    scale = scales if kind.mode == "affine" else "U8"
     parts: list[tuple[str, str, tuple[int, ...]]] = [
         ("weight", "U32", (*lead, words)), ("scales", scale, (*lead, groups)),
     ]  # fmt: skip
     if kind.stores_biases:
-        parts.append(("biases", "BF16", (*lead, groups)))
+        parts.append(("biases", scale, (*lead, groups)))
     if factor != "none":
         parts.append(("global_scale", "F32", () if factor == "one" else (*lead, 1)))
     return tuple(

@@ -9,6 +9,7 @@ A recipe is an ordered list of rules, a glob over module paths and what it gets;
     4bit-mlx    8 g64 +b    8 g64 +b    8 g64 +b    4 g64 +b    4 g64 +b    8 g64 +b
     nvfp4       8 g32       8 g32       8 g32       8 g32       nvfp4       stored
     mxfp8       mxfp8       mxfp8       mxfp8       mxfp8       mxfp8       stored
+    keep        as the source has it; of what no format here holds, and with --requantize only, 8bit
 
 8 g32 are symmetric codes of 8 bits, one bf16 scale for 32 weights; +b is MLX's affine, with a bias beside each scale.
 `stored` leaves a tensor as the source has it, and so are norms, scales and scalars, and the image tower, in every
@@ -21,7 +22,7 @@ import json
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +46,8 @@ class Recipe:
     """Globs over module paths, such as `model.decoder.layers.3.mlp.up_proj`; * crosses dots. No match: stored."""
     otherwise: Literal["bf16", "stored"] = "stored"
     """What a matrix gets whose rows the groups of its format do not divide. Such tensors are always named."""
+    keep: bool = False
+    """Whether the rules are only for weights that are quantized in what no format here holds."""
 
     def target(self, module: str) -> Target:
         for glob, target in self.rules:
@@ -61,14 +64,14 @@ class Recipe:
     def from_json(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of `to_json`."""
         rules: list[tuple[str, Target]] = [(glob, parse(target)) for glob, target in data["rules"]]
-        return cls(name=data["name"], rules=tuple(rules), otherwise=data["otherwise"])
+        return cls(name=data["name"], rules=tuple(rules), otherwise=data["otherwise"], keep="keep" in data)
 
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "rules": [[glob, spell(target)] for glob, target in self.rules],
             "otherwise": self.otherwise,
-        }
+        } | ({"keep": True} if self.keep else {})
 
 
 def parse(text: str) -> Target:
@@ -124,12 +127,16 @@ RECIPES: dict[str, Recipe] = {
     ),
 }
 DEFAULT = "4bit"
+"""Of a float checkpoint."""
+KEEP = replace(RECIPES["8bit"], name="keep", keep=True)
+"""The default of one that is quantized already."""
 
 
 def find(name: str) -> Recipe:
-    if name not in RECIPES:
-        raise DgemmaError(f"no recipe {quoted(name, 40)}; known: {', '.join(RECIPES)}, or give a file of rules")
-    return RECIPES[name]
+    table = RECIPES | {KEEP.name: KEEP}
+    if name not in table:
+        raise DgemmaError(f"no recipe {quoted(name, 40)}; known: {', '.join(table)}, or give a file of rules")
+    return table[name]
 
 
 def read_rules(path: str | Path) -> Recipe:

@@ -17,7 +17,7 @@ from ..errors import DgemmaError, quoted, shown
 from ..files import open_file
 from ..quant import Format, QTensor, carry, is_symmetric
 from ..quant_bits import E4M3
-from ..quantized import Packed, module_of
+from ..quantized import Packed, bits_of, module_of
 from ..safetensors import DTYPES, Entry
 
 NVFP4 = Format(mode="nvfp4", bits=4, group_size=16)
@@ -58,6 +58,10 @@ class Weight:
     parts: tuple[Part, ...]
     factor: Factor = "none"
     """Global scales: none, one number, or one for each row."""
+    kind: str = ""
+    """What its publisher calls the format, such as Q4_K, where messages should say so."""
+    scales: str = "BF16"
+    """The file's code for the scales and biases of an affine format: BF16 or F16."""
 
     @property
     def module(self) -> str:
@@ -166,7 +170,7 @@ class MlxPart:
         """Whether all biases are what a symmetric format derives from the scales."""
         scales, biases = (self.stored[self.packed.parts[part]] for part in ("scales", "biases"))
         return all(
-            is_symmetric(scales.read(i, j).view(np.uint16), biases.read(i, j).view(np.uint16), self.packed.format.bits)
+            is_symmetric(bits_of(scales.read(i, j)), bits_of(biases.read(i, j)), self.packed.format.bits)
             for i, j in blocks(self.rows, scales.entry.shape[-1])
         )
 
@@ -220,7 +224,8 @@ class Float8Part:
         one = math.prod(scales.shape) == 1
         whole = Stored(path=self.scales.path, entry=scales) if one else self.scales
         factor = whole.number() if one else _column(whole).read(start, stop).astype(np.float32)
-        return np.take(E4M3, self.codes.read(start, stop).view(np.uint8)) * factor
+        with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite, and the result then says so
+            return np.take(E4M3, self.codes.read(start, stop).view(np.uint8)) * factor
 
 
 def _column(stored: Stored) -> Stored:

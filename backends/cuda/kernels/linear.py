@@ -120,7 +120,12 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     first = weights[0]
     if isinstance(first, torch.Tensor):
         return torch.cat([weight for weight in weights if isinstance(weight, torch.Tensor)])
-    packed = [weight for weight in weights if isinstance(weight, QuantizedTensor) and weight.format == first.format]
+    packed = [
+        weight
+        for weight in weights
+        if isinstance(weight, QuantizedTensor)
+        and (weight.format, weight.scales.dtype) == (first.format, first.scales.dtype)
+    ]
     scales = [weight.global_scale for weight in packed]
     if len(packed) != len(weights) or any((scale is None) != (scales[0] is None) for scale in scales):
         raise DgemmaError("only weights of one format can share a product")

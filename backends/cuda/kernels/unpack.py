@@ -249,7 +249,12 @@ def _weights(
     # tl.reshape, not [:, :, None]: the compiler carries the operand's layout back through a reshape, up to the load
     # from shared memory, but not through an expansion, and would then move every weight through shared memory again.
     pair = tl.reshape(pair, (words.shape[0], scales.shape[1], PER_GROUP))
-    if BIASED:
+    if scales.dtype == tl.float16:  # bf16 would round such a scale: the product is made wide, and rounded once
+        pair = pair.to(tl.float32) * scales.to(tl.float32)
+        if BIASED:
+            pair = pair + biases.to(tl.float32)
+        pair = pair.to(tl.bfloat16)
+    elif BIASED:
         pair = tl.fma(pair, tl.broadcast_to(scales, pair.shape), tl.broadcast_to(biases, pair.shape))
     else:
         pair = pair * scales
@@ -264,7 +269,7 @@ def dequantized(
 ):  # fmt: skip
     """Return a tile's weights, bf16 [N, WORDS·32/BITS] in arranged order.
 
-    words int32 [N, WORDS], scales [N, GROUPS] bf16 or, FLOAT, the bits of E4M3; biases as scales, where BIASED.
+    words int32 [N, WORDS], scales [N, GROUPS] bf16, float16 or, FLOAT, the bits of E4M3; biases too, where BIASED.
     """
     HALF: tl.constexpr = 16 // BITS
     scales = tl.reshape(scales, (N, GROUPS, 1))
