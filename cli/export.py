@@ -70,11 +70,23 @@ def describe(report: Report) -> list[str]:
         lines.append(f"  the onnxruntime installed here has no CPU kernel for {', '.join(report.lacking)}")
     if report.errors:
         lines.append("  largest error against the source in float32:")
-        lines += [f"    {name}: {_figure(name, error)}" for name, error in report.errors.items()]
+        lines += [f"    {name}: {figure}" for name, figure in _figures(report.errors).items()]
     return lines
 
 
-def _figure(name: str, error: float) -> str:
-    if name == "entropy":
-        return f"{error:.1e} nats"
-    return f"NMSE {error:.1e}" if name == "next_soft_embedding" else f"{error:.2%} of positions differ"
+def _figures(errors: dict[str, float]) -> dict[str, str]:
+    """Say an error of each output; a layer's keys and values, `present.N.key` and `present.N.value`, on one line."""
+    lines: dict[str, str] = {}
+    for name, error in errors.items():
+        if name == "entropy":
+            said = f"{error:.1e} nats"
+        elif name in ("token", "argmax", "accepted", "next_canvas"):
+            said = f"{error:.2%} of positions differ"
+        else:
+            said = f"NMSE {error:.1e}"
+        layer, _, part = name.rpartition(".")
+        if layer.startswith("present."):
+            lines[layer] = ", ".join([*([lines[layer]] if layer in lines else []), f"{part} {said}"])
+        else:
+            lines[name] = said
+    return lines

@@ -13,7 +13,7 @@ import numpy as np
 from .. import backends
 from ..core import model as definition
 from ..core import runtime, sampler
-from ..core.config import SamplerConfig, read_json
+from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted
 from . import manifest
 
@@ -23,8 +23,8 @@ SEED = 20
 def verify(folder: Path, source: Path) -> dict[str, float]:
     """Return each output's largest error over prompts of one token, a window and its neighbours, and two windows.
 
-    Floats: ‖got − want‖² / ‖want‖², and of the entropy, which may be all but zero, the largest difference in nats.
-    Integers and masks: the share of positions that differ.
+    Floats, the cache and the logits among them: ‖got − want‖² / ‖want‖², and of the entropy, which may be all but zero,
+    the largest difference in nats. Integers and masks: the share of positions that differ.
 
     Raises:
         DgemmaError: onnxruntime is not installed, or does not take the graphs.
@@ -107,13 +107,16 @@ def _tokens(ids: np.ndarray, at: int) -> dict[str, np.ndarray]:
 
 
 def _compare(graphs: Graphs, model: runtime.DiffusionGemma, length: int) -> dict[str, float]:
+    """Compare every output, behind a prompt of a length and behind a canvas that follows it."""
     ops, weights, config = model.ops, model.engine.model, model.config
     draw = np.random.default_rng([SEED, length])
     canvas_length, vocab = config.canvas_length, config.vocab_size
     errors: dict[str, float] = {}
 
-    def note(name: str, figure: float) -> None:
-        errors[name] = max(errors.get(name, 0.0), figure)
+    def note(found: dict[str, float]) -> None:
+        for name, figure in found.items():
+            # Whatever is no number is the worst there is, and stays so.
+            errors[name] = max(errors.get(name, 0.0), figure if np.isfinite(figure) else np.inf)
 
     cache, at = graphs.empty(1), 0
     theirs = definition.new_cache(
@@ -126,33 +129,60 @@ def _compare(graphs: Graphs, model: runtime.DiffusionGemma, length: int) -> dict
             definition.encode(ops, weights, theirs, ops.asarray(tokens, "int32")),
         )
         at += size
-        # The cache's own numbers are compared by what is made of them: backends lay it out as they like.
-        state = sampler.start(
-            ops, ops.asarray(draw.integers(0, vocab, (1, canvas_length)), "int32"), config.hidden_size
-        )
+        note(_cache_errors(graphs, cache, model, theirs, at))
+        canvas = ops.asarray(draw.integers(0, vocab, (1, canvas_length)), "int32")
+        soft = sampler.start(ops, canvas, config.hidden_size).soft
         for _ in range(2):  # without and with a mean embedding
-            uniform = draw.random((1, canvas_length)).astype(np.float32)
-            noise = draw.integers(0, vocab, (1, canvas_length))
-            heat = np.full((1, 1), 0.7, np.float32)
-            got = graphs.denoise(
-                cache, ops.to_numpy(state.canvas), at, soft_embedding=ops.to_numpy(state.soft).astype(graphs.dtype),
-                temperature=heat, uniform=uniform, noise=noise.astype(np.int64),
-                entropy_bound=np.asarray([0.1], np.float32),
-            )  # fmt: skip
-            state = definition.step(
-                ops, weights, SamplerConfig(entropy_bound=0.1), theirs, state, ops.asarray(heat), ops.asarray(uniform),
-                ops.asarray(noise, "int32"),
-            )  # fmt: skip
-            want = {
-                "argmax": state.argmax, "accepted": state.accepted, "next_canvas": state.canvas,
-                "next_soft_embedding": state.soft, "entropy": state.entropy,
+            given = {
+                "temperature": np.full((1, 1), 0.7, np.float32),
+                "uniform": draw.random((1, canvas_length)).astype(np.float32),
+                "noise": draw.integers(0, vocab, (1, canvas_length)), "entropy_bound": np.asarray([0.1], np.float32),
             }  # fmt: skip
-            for name, array in want.items():
-                mine, other = got[name].astype(np.float64), ops.to_numpy(array).astype(np.float64)
-                if name == "entropy":
-                    note(name, float(np.abs(mine - other).max()))
-                elif name == "next_soft_embedding":
-                    note(name, float(np.square(mine - other).sum() / np.square(other).sum()))
-                else:
-                    note(name, float((mine != other).mean()))
+            got = graphs.denoise(
+                cache, ops.to_numpy(canvas), at, soft_embedding=ops.to_numpy(soft).astype(graphs.dtype), **given
+            )
+            want = _step(model, theirs, canvas, soft, given, logits="logits" in got)
+            note({name: _error(name, got[name], ops.to_numpy(array)) for name, array in want.items()})
+            canvas, soft = want["next_canvas"], want["next_soft_embedding"]
     return errors
+
+
+def _step(
+    model: runtime.DiffusionGemma, cache: definition.Cache, canvas: Any, soft: Any, given: dict[str, np.ndarray],
+    *, logits: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """A step's outputs by the graph's names, from the source."""
+    ops, weights = model.ops, model.engine.model
+    heat, uniform = (ops.asarray(given[name]) for name in ("temperature", "uniform"))
+    x = definition.denoise(ops, weights, cache, canvas, soft)
+    token, argmax, entropy, mean = ops.vocab_head(
+        x, weights.embed_tokens, model.config.softcap, ops.cast(heat, ops.wide), uniform
+    )
+    accepted = sampler.accept(ops, entropy, float(given["entropy_bound"][0]))
+    made = {
+        "token": token, "argmax": argmax, "entropy": entropy, "accepted": accepted,
+        "next_canvas": ops.where(accepted, token, ops.asarray(given["noise"], "int32")), "next_soft_embedding": mean,
+    }  # fmt: skip
+    return made | ({"logits": ops.logits(x, weights.embed_tokens, model.config.softcap)} if logits else {})
+
+
+def _cache_errors(
+    graphs: Graphs, cache: dict[str, np.ndarray], model: runtime.DiffusionGemma, theirs: definition.Cache, at: int
+) -> dict[str, float]:
+    found = {}
+    for one, config, kept in zip(graphs.about["layers"], model.config.layers, theirs.layers, strict=True):
+        rows = at if config.window is None else min(at, config.window - 1)
+        for past, present, array in zip(one["past"], one["present"], kept, strict=True):
+            found[present] = _error(present, cache[past], model.ops.to_numpy(array)[:, :, :rows])
+    return found
+
+
+def _error(name: str, got: np.ndarray, want: np.ndarray) -> float:
+    if got.shape != want.shape:
+        return np.inf
+    if want.dtype.kind in "iub":
+        return float((got != want).mean())
+    mine, other = got.astype(np.float64), want.astype(np.float64)
+    if name == "entropy":
+        return float(np.abs(mine - other).max())
+    return float(np.square(mine - other).sum() / max(np.square(other).sum(), np.finfo(np.float64).tiny))
