@@ -78,14 +78,17 @@ def export(
         progress: called with a line for each stage.
 
     Raises:
-        DgemmaError: what cannot be read, is quantized in a format without an exact operator, or cannot be written.
+        DgemmaError: what cannot be read, is quantized in a format without an exact operator, or cannot be written; or
+            a graph that onnx's checker, which reads each as it was written, finds faulty.
     """
     began = time.perf_counter()
     say = progress or (lambda line: None)
     if opset not in OPSETS:
         raise DgemmaError(f"opset is {quoted(opset, 20)}, expected one of {', '.join(map(str, OPSETS))}")
-    if find_spec("onnx_ir") is None:
-        raise DgemmaError("writing ONNX graphs needs onnx-ir: pip install 'dgemma[onnx]'")
+    for what, package in {"writing": "onnx_ir", "checking": "onnx"}.items():
+        if find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise DgemmaError(f"{what} ONNX graphs needs {name}: pip install 'dgemma[onnx]'")
     if verify and find_spec("onnxruntime") is None:
         raise DgemmaError("verifying ONNX graphs needs onnxruntime: pip install 'dgemma[onnx]'")
     say("reading headers")
@@ -173,6 +176,7 @@ def _write(
     import onnx_ir as ir
 
     from . import graphs
+    from .check import check
     from .weights import from_checkpoint
 
     how = graphs.Options(**options)
@@ -184,8 +188,10 @@ def _write(
         say(f"writing {name}.onnx")
         made[name] = write(checkpoint.config, from_checkpoint(checkpoint), how)
         written[name] = ir.to_proto(made[name]).SerializeToString()
-        with (stage / f"{name}.onnx").open("xb") as file:
+        path = stage / f"{name}.onnx"
+        with path.open("xb") as file:
             file.write(written[name])
+        check(path)
     tokenizer = [name for name in ("tokenizer.json", "chat_template.jinja") if (checkpoint.path / name).exists()]
     data = manifest.describe(checkpoint, made, written, tokenizer, how) | {"files": left(stage)}
     with (stage / manifest.NAME).open("x", encoding="utf-8") as file:

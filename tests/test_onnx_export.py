@@ -190,6 +190,27 @@ def test_what_cannot_be_is_said_in_one_line(source: Path, tmp_path: Path) -> Non
         dgemma.load(source, backend="onnx")
 
 
+@pytest.mark.parametrize("kind", ["CumSum", "ArgMax"])  # an attribute that there is not, and one that no shape fits
+def test_a_graph_that_the_checker_finds_faulty_is_not_left(
+    source: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    import onnx_ir as ir
+
+    written = graphs.denoise_graph
+
+    def bent(*arguments: Any) -> Any:
+        model = written(*arguments)
+        node = next(one for one in model.graph if one.op_type == kind)
+        node.attributes["axis"] = ir.AttrInt64("axis", 99)
+        return model
+
+    monkeypatch.setattr(graphs, "denoise_graph", bent)
+    for out in (None, source.parent / "out"):
+        with says("denoise.onnx: onnx ", "finds it faulty: "):
+            dgemma.export(source, out)
+    assert not [*source.glob("*.onnx"), *source.glob("*.partial")] and not (source.parent / "out").exists()
+
+
 def test_operators_that_are_not_there_are_named() -> None:
     import onnx_ir as ir
 
@@ -365,6 +386,7 @@ def test_what_is_not_installed_is_named_and_an_exported_folder_needs_onnxruntime
     )
     out = str(tmp_path / "out")
     assert without("onnx_ir", "export", out) == f"writing ONNX graphs needs onnx-ir: {install}"
+    assert without("onnx", "export", out) == f"checking ONNX graphs needs onnx: {install}"
     assert without("onnxruntime", "export", out) == f"verifying ONNX graphs needs onnxruntime: {install}"
     assert without("onnxruntime", "load", "nano", BOARD) == f"backend 'onnx' is not installed: {install}"
     assert not (tmp_path / "out").exists()
