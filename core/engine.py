@@ -26,6 +26,7 @@ from .model import Cache, Model, encode, encode_and_step, new_cache, step
 from .ops import Array, Ops
 from .random import step_noise
 from .tokens import Decoder, Tokenizer, split_at_end
+from .turns import Stream, Turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,7 @@ class _Clock:
 
     began: float = field(default_factory=time.perf_counter)
     away: float = 0.0
-    """Seconds that the reader of the events has held the engine up."""
+    """Seconds between the turns: the reader of the events had them, or another generation the model."""
     prefill: float = 0.0
     first_draft: float | None = None
     first_text: float | None = None
@@ -59,13 +60,14 @@ class _Clock:
 
 
 class Engine:
-    """Generates with one model on one backend. One generation at a time; not safe for threads."""
+    """Generates with one model on one backend: any number of generations, whose passes take turns (`core.turns`)."""
 
     def __init__(self, ops: Ops, model: Model, tokenizer: Tokenizer | None) -> None:
         self.ops = ops
         self.model = model
         self.tokenizer = tokenizer
-        self._passes: dict[tuple[Callable[..., Any], SamplerConfig], Callable[..., Any]] = {}
+        self.turns = Turns(ops)
+        self._passes: dict[Callable[..., Any], Callable[..., Any]] = {}
         self._encoder: Callable[..., Cache] | None = None
 
     def check(self, request: Request) -> None:
@@ -82,18 +84,17 @@ class Engine:
                 "shorten the prompt"
             )
 
-    def generate(self, request: Request) -> Iterator[Event]:
-        """Yield the events of a checked request until `Done`. Closing the iterator early leaves nothing behind."""
+    def generate(self, request: Request) -> Stream:
+        """Return the events of a checked request until `Done`; closing or dropping them early leaves nothing behind."""
         clock = _Clock()
-        for event in self._generate(request, clock):
-            handed = time.perf_counter()
-            yield event
-            if not self.ops.lookahead:  # where passes run on beside the reader, its time is theirs too
-                clock.away += time.perf_counter() - handed
+        return Stream(self.turns, self._write(request, clock), self._absent(clock))
 
-    def _generate(self, request: Request, clock: _Clock) -> Iterator[Event]:
-        with self.ops.guarded("generating"):
-            yield from self._write(request, clock)
+    def _absent(self, clock: _Clock) -> Callable[[float], None]:
+        def count(seconds: float) -> None:
+            if not self.ops.lookahead:  # where passes run on beside the reader, its time is theirs too
+                clock.away += seconds
+
+        return count
 
     def _write(self, request: Request, clock: _Clock) -> Iterator[Event]:
         config = self.model.config
@@ -190,8 +191,8 @@ class Engine:
         before = int(cache.length)
         given = ops.asarray(tokens, "int32"), self._start(request, index + 1), *self._draws(request, index + 1, 0)
         if ops.encode_sizes:  # compiled where encode passes are
-            run = self._compiled(encode_and_step, request.sampler)
-            after, state = run(Cache(cache.layers, ops.extent(before)), *given)
+            rules = ops.thresholds(request.sampler)
+            after, state = self._compiled(encode_and_step)(rules, Cache(cache.layers, ops.extent(before)), *given)
         else:
             after, state = encode_and_step(ops, self.model, request.sampler, cache, *given)
         return Cache(after.layers, before + tokens.shape[1]), self._settled(request, index + 1, 0, state)
@@ -204,7 +205,7 @@ class Engine:
         `opened` is the state after the first pass, where that has run already.
         """
         ops, sampler = self.ops, request.sampler
-        run = self._compiled(step, sampler)
+        run, rules = self._compiled(step), ops.thresholds(sampler)
         cache = Cache(cache.layers, ops.extent(int(cache.length)))
         state = opened or self._start(request, index)
         reads: deque[Callable[[], list[np.ndarray]]] = deque()
@@ -213,7 +214,7 @@ class Engine:
         for begun in range(sampler.steps + ops.lookahead):
             if begun < sampler.steps:
                 if begun or opened is None:
-                    state = run(cache, state, *self._draws(request, index, begun))
+                    state = run(rules, cache, state, *self._draws(request, index, begun))
                     state = self._settled(request, index, begun, state)
                 reads.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
             if begun < ops.lookahead:
@@ -254,18 +255,15 @@ class Engine:
         )
         return self.ops.asarray(uniforms[None]), self.ops.asarray(tokens[None])
 
-    def _compiled(self, function: Callable[..., Any], sampler: SamplerConfig) -> Callable[..., Any]:
-        """Return `step` or `encode_and_step`, compiled; only what is baked into it tells one from another."""
-        baked = SamplerConfig(
-            entropy_bound=sampler.entropy_bound, confidence=sampler.confidence, stability=sampler.stability
-        )
-        if (function, baked) not in self._passes:
+    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return `step` or `encode_and_step`, compiled, as a function of what comes behind ops and model."""
+        if function not in self._passes:
 
-            def run(*arrays: Any) -> Any:
-                return function(self.ops, self.model, baked, *arrays)
+            def run(*arguments: Any) -> Any:
+                return function(self.ops, self.model, *arguments)
 
-            self._passes[function, baked] = self.ops.compile(run)
-        return self._passes[function, baked]
+            self._passes[function] = self.ops.compile(run)
+        return self._passes[function]
 
     def _stats(self, request: Request, decoder: Decoder, clock: _Clock) -> Stats:
         return Stats(

@@ -13,9 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .config import AttentionConfig, ModelConfig, SamplerConfig
+from .config import AttentionConfig, ModelConfig
 from .ops import KV, Array, Ops, Passes, Rope, Span
-from .sampler import StepState
+from .sampler import Sampling, StepState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +215,7 @@ def encode_and_denoise(
 
 
 def step(
-    ops: Ops, model: Model, sampler: SamplerConfig, cache: Cache, state: StepState,
+    ops: Ops, model: Model, sampler: Sampling, cache: Cache, state: StepState,
     temperature: Array, uniforms: Array, noise: Array,
 ) -> StepState:  # fmt: skip
     """One denoising pass with head, acceptance, renoising and stop test inside; nothing is read back.
@@ -229,7 +229,7 @@ def step(
 
 
 def encode_and_step(
-    ops: Ops, model: Model, sampler: SamplerConfig, cache: Cache, tokens: Array, state: StepState,
+    ops: Ops, model: Model, sampler: Sampling, cache: Cache, tokens: Array, state: StepState,
     temperature: Array, uniforms: Array, noise: Array,
 ) -> tuple[Cache, StepState]:  # fmt: skip
     """`encode` of a finished canvas, int32 [B, L], and the next one's first `step`, in one pass over the weights."""
@@ -241,7 +241,7 @@ def encode_and_step(
 
 
 def _predict(
-    ops: Ops, model: Model, sampler: SamplerConfig, x: Array, state: StepState,
+    ops: Ops, model: Model, sampler: Sampling, x: Array, state: StepState,
     temperature: Array, uniforms: Array, noise: Array,
 ) -> StepState:  # fmt: skip
     """Turn a denoising pass's states [B, L, D] into the next state of the canvas."""

@@ -26,15 +26,17 @@ import numpy as np
 
 from . import reference
 from . import sampler as sampling
+from .config import SamplerConfig
 from .quant import QTensor, dequantize
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint
-    from .config import ModelConfig, SamplerConfig
+    from .config import ModelConfig
     from .model import Attention, Cache, Experts, Layer, Mlp, Router
-    from .sampler import StepState
+    from .sampler import Sampling, StepState
 
 Part = TypeVar("Part", bound="Attention | Mlp")
+Result = TypeVar("Result")
 Array = Any
 DType = Literal["float64", "float32", "bfloat16", "float16", "int32", "bool"]
 Reduction = Literal["sum", "max", "min", "mean", "any", "all", "argmax"]
@@ -109,6 +111,8 @@ class Ops(ABC):
     """Denoising passes that the engine starts before it reads what the one before them came to."""
     joined: bool = False
     """Whether a canvas is read in the next one's first pass, `model.encode_and_step`, not in a pass of its own."""
+    survives_fork: ClassVar[bool] = False
+    """Whether a forked child can go on with a model that its parent loaded: not where the runtime keeps threads."""
 
     # ---- Primitives -------------------------------------------------------------------------------------------
 
@@ -263,7 +267,7 @@ class Ops(ABC):
         return reference.vocab_head(self, x, table, softcap, temperature, u)
 
     def advance(
-        self, sampler: SamplerConfig, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
+        self, sampler: Sampling, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
         noise: Array,
     ) -> StepState:  # fmt: skip
         """Accept, renoise and test whether the canvas is finished; see `core.sampler.advance`."""
@@ -276,6 +280,15 @@ class Ops(ABC):
         """
         return function
 
+    def thresholds(self, sampler: SamplerConfig) -> Sampling:
+        """Return what compiled passes are given of a sampler's settings: constants, which tell one pass from another.
+
+        A backend that would compile anew for each returns arrays.
+        """
+        return SamplerConfig(
+            entropy_bound=sampler.entropy_bound, confidence=sampler.confidence, stability=sampler.stability
+        )
+
     def extent(self, length: int) -> int | Array:
         """Return a context length as compiled functions take it: an int, or int32 [1] where a new int would retrace."""
         return length
@@ -286,6 +299,13 @@ class Ops(ABC):
         On a backend that looks ahead the copies are made behind the work that is under way, and later passes may start.
         """
         return lambda: [self.to_numpy(x) for x in arrays]
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Do some work that runs passes, such as getting an engine's next event; one call at a time.
+
+        By default in the caller's thread. A backend whose runtime belongs to threads has one of its own.
+        """
+        return work()
 
     def guarded(self, doing: str) -> AbstractContextManager[None]:
         """Within, running out of memory releases what was taken and is a DgemmaError that says what would fit."""
@@ -345,6 +365,6 @@ class Passes(ABC):
 
     @abstractmethod
     def step(
-        self, sampler: SamplerConfig, cache: Cache, state: StepState, temperature: Array, uniforms: Array, noise: Array
+        self, sampler: Sampling, cache: Cache, state: StepState, temperature: Array, uniforms: Array, noise: Array
     ) -> StepState:
         """See `core.model.step`."""

@@ -51,6 +51,9 @@ def load(
 ) -> DiffusionGemma:
     """Load a checkpoint.
 
+    The model serves any number of generations, in any threads; they take turns, see `DiffusionGemma.stream`. A forked
+    child cannot go on with it, but for the numpy backend, and is told so: it loads its own, or is started by `spawn`.
+
     Args:
         name: `nano` (shipped with the package), a folder, or a Hugging Face hub id.
         backend: `auto`, `mlx`, `torch`, `onnx` or `numpy`; `auto` is mlx on Apple silicon and torch elsewhere.
@@ -214,6 +217,10 @@ class DiffusionGemma:
 
         What is None comes from the checkpoint's `generation_config.json`.
 
+        Streams of one model may be interleaved, in one thread or in many, and each gives what it gives alone. The rule:
+        one lock per model is held from one event to the next, by `logits` for its pass too, and never while the reader
+        has an event. Closing a stream (`close`, from any thread) or dropping it frees all that it held.
+
         Args:
             prompt: text (one user message, if the checkpoint has a chat template), chat messages, or token ids.
             max_new_tokens: at most so many tokens are emitted.
@@ -291,7 +298,8 @@ class DiffusionGemma:
         wanted = (len(canvas), self.config.vocab_size)
         if given is not None and (given.shape != wanted or given.dtype.kind != "f"):
             raise DgemmaError(f"previous_logits is {given.dtype} {given.shape}, expected floats of shape {wanted}")
-        with ops.guarded("computing logits"):
+
+        def run() -> np.ndarray:
             if given is None:
                 soft = ops.asarray(np.zeros(shape, np.float32), ops.dtype)
             else:
@@ -299,6 +307,8 @@ class DiffusionGemma:
             cache = self.engine.prefill(prompt, len(canvas))
             x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
             return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+
+        return self.engine.turns.take("computing logits", run)
 
     def prompt_ids(
         self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False

@@ -23,6 +23,17 @@ if TYPE_CHECKING:
     from .ops import Array, Ops
 
 
+class Thresholds(NamedTuple):
+    """What a pass reads of a `SamplerConfig`, as arrays: one compiled pass serves every setting."""
+
+    entropy_bound: Array  # wide [1, 1], nats
+    confidence: Array  # wide [1], nats
+    stability: Array  # int32 [1]
+
+
+Sampling = SamplerConfig | Thresholds
+
+
 class StepState(NamedTuple):
     """What one pass hands to the next, and to whoever watches."""
 
@@ -50,7 +61,7 @@ def start(ops: Ops, noise: Array, hidden_size: int) -> StepState:
     )
 
 
-def accept(ops: Ops, entropy: Array, bound: float) -> Array:
+def accept(ops: Ops, entropy: Array, bound: float | Array) -> Array:
     """Accept positions in order of rising entropy while the sum of those before stays within the bound.
 
     entropy wide [B, L] → bool [B, L]. No sort is needed: each position sums the entropies that sort before its own,
@@ -66,7 +77,7 @@ def accept(ops: Ops, entropy: Array, bound: float) -> Array:
 
 
 def advance(
-    ops: Ops, sampler: SamplerConfig, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
+    ops: Ops, sampler: Sampling, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
     noise: Array,
 ) -> StepState:  # fmt: skip
     """Turn one pass's predictions into the next state; shapes as in `StepState`, noise int32 [B, L]."""

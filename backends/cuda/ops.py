@@ -26,10 +26,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from ...core.config import SamplerConfig
 from ...core.model import Attention, Mlp
 from ...core.ops import KV, DType, Rope, Span
-from ...core.sampler import StepState
+from ...core.sampler import Sampling, StepState
 from .blocks import Weight
 from .card import CardOps
 from .graph import Capture
@@ -332,7 +331,7 @@ class CudaOps(CardOps):
         return head_kernels.vocab_head(x, table, softcap, temperature, u, arch=self._arch)
 
     def advance(
-        self, sampler: SamplerConfig, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
+        self, sampler: Sampling, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
         noise: Array,
     ) -> StepState:  # fmt: skip
         if not self.kernels:

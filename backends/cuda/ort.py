@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from ...core.checkpoint import Checkpoint
-from ...core.config import ModelConfig, SamplerConfig
+from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
 from ...core.model import Cache
 from ...core.ops import KV, Array, DType, Passes, dense
-from ...core.sampler import StepState
+from ...core.sampler import Sampling, StepState
 from ..numpy import NumpyOps
 from .ort_session import Session, Weights, open_session, provider_of
 
@@ -44,6 +44,7 @@ class OrtOps(NumpyOps, Passes):
     """Passes run as sessions; what is around them, 512 numbers a step, is NumPy's."""
 
     name = "onnx"
+    survives_fork = False  # a session's threads stay with the parent
 
     def __init__(self, dtype: DType, device: str) -> None:
         super().__init__(dtype)
@@ -52,7 +53,6 @@ class OrtOps(NumpyOps, Passes):
         self._sessions: dict[str, Session] = {}
         self._checkpoint: Checkpoint | None = None
         self._graphs: dict[str, Path] = {}
-        self._spare: dict[tuple[Any, ...], list[Any]] = {}
 
     # ---- Graphs -----------------------------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class OrtOps(NumpyOps, Passes):
         return session.run(feeds, {"states": session.host()})["states"].numpy()
 
     def step(
-        self, sampler: SamplerConfig, cache: Cache, state: StepState, temperature: Array, uniforms: Array, noise: Array
+        self, sampler: Sampling, cache: Cache, state: StepState, temperature: Array, uniforms: Array, noise: Array
     ) -> StepState:
         session = self._session("denoise")
         shape = noise.shape
@@ -129,9 +129,8 @@ class OrtOps(NumpyOps, Passes):
             "entropy_bound": np.asarray([sampler.entropy_bound], np.float32), **self._context(cache, shape),
         }  # fmt: skip
         places: dict[str, Any] = {name: session.host() for name in ("argmax", "entropy", "accepted")}
-        # Two of each, and the pass writes into those that it does not read.
-        places["next_canvas"] = self._other(session, "int64", shape, state.canvas)
-        places["next_soft_embedding"] = self._other(session, self.dtype, (*shape, self.config.hidden_size), state.soft)
+        # New ones for every pass: kept ones would be where two generations meet.
+        places |= {name: session.device for name in ("next_canvas", "next_soft_embedding")}
         made = session.run(feeds, places)
         argmax, entropy, accepted = (made[name].numpy() for name in ("argmax", "entropy", "accepted"))
         argmax = argmax.astype(np.int32)
@@ -145,12 +144,6 @@ class OrtOps(NumpyOps, Passes):
             entropy=entropy,
             stop=(entropy.mean(-1) < sampler.confidence) & (stable >= sampler.stability),
         )
-
-    def _other(self, session: Session, dtype: str, shape: tuple[int, ...], used: Any) -> Any:
-        pair = self._spare.setdefault((dtype, shape), [])
-        if not pair:
-            pair += [session.allocate(shape, dtype) for _ in range(2)]
-        return pair[1] if used is pair[0] else pair[0]
 
     def _context(self, cache: Cache, shape: tuple[int, ...]) -> dict[str, Any]:
         batch, length = shape

@@ -70,9 +70,6 @@ class Session:
         """Asks `run` for an output on the host."""
         return ("cpu", 0)
 
-    def allocate(self, shape: tuple[int, ...], dtype: str) -> ort.OrtValue:
-        return ort.OrtValue.ortvalue_from_shape_and_type(shape, np.dtype(dtype), *self._device)
-
     def run(self, feeds: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, ort.OrtValue]:
         """Run once.
 

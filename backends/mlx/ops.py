@@ -7,20 +7,24 @@ so, and what it does on Metal is unverified here. On the CPU `mx.fast` falls bac
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from ...core import reference
-from ...core.errors import DgemmaError
-from ...core.ops import KV, DType, Ops, Reduction, Rope, Span, Unary, dense
+from ...core.config import SamplerConfig
+from ...core.errors import DgemmaError, quoted
+from ...core.ops import KV, DType, Ops, Reduction, Result, Rope, Span, Unary, dense
 from ...core.quant import QTensor
+from ...core.sampler import Sampling, Thresholds
 from . import attention as attending
 from .compiling import compiled
 from .experts import expert_mlp, gated, grouped_matmul
 from .head import capped, vocab_head
+from .owner import Owner
 from .packed import QuantizedTensor, Weight, mix, project
 
 if TYPE_CHECKING:
@@ -51,6 +55,7 @@ class MlxOps(Ops):
         self.on_cpu = mx.default_device().type == mx.cpu
         self._counts: dict[int, Array] = {}
         self.compiles = compile and not (self.on_cpu and shutil.which("g++") is None)
+        self._owner = Owner(mx.default_device())
         self.gated = mx.compile(gated) if self.compiles else gated
 
     # ---- Primitives -------------------------------------------------------------------------------------------
@@ -191,6 +196,27 @@ class MlxOps(Ops):
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return compiled(function) if self.compiles else function
+
+    def thresholds(self, sampler: SamplerConfig) -> Sampling:
+        if not self.compiles:
+            return super().thresholds(sampler)
+        return Thresholds(
+            entropy_bound=mx.array([[sampler.entropy_bound]], mx.float32),
+            confidence=mx.array([sampler.confidence], mx.float32),
+            stability=mx.array([sampler.stability], mx.int32),
+        )
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        return self._owner.run(work)
+
+    @contextmanager
+    def guarded(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:  # Python's own are of kinds of it
+                raise
+            raise DgemmaError(f"mlx failed while {doing}: {quoted(str(error), 150)}") from None
 
     def extent(self, length: int) -> int | Array:
         return mx.array([length], mx.int32) if self.compiles else length

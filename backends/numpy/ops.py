@@ -19,6 +19,7 @@ Array = np.ndarray
 
 class NumpyOps(Ops):
     name = "numpy"
+    survives_fork = True
 
     def __init__(self, dtype: DType = "float32") -> None:
         self.dtype = dtype

@@ -19,8 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ....core.config import SamplerConfig
-from ....core.sampler import StepState
+from ....core.sampler import Sampling, StepState
 
 Tensor = torch.Tensor
 
@@ -59,7 +58,7 @@ def _advance(
 
 
 def advance(
-    sampler: SamplerConfig, state: StepState, token: Tensor, argmax: Tensor, entropy: Tensor, soft: Tensor,
+    sampler: Sampling, state: StepState, token: Tensor, argmax: Tensor, entropy: Tensor, soft: Tensor,
     noise: Tensor,
 ) -> StepState:  # fmt: skip
     """`core.sampler.advance`: token, argmax and noise int32 [B, L], entropy float32 [B, L], soft [B, L, D]."""
