@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from .convert import amount
-from .options import LARGEST_PROMPT, budget_options, decode, ways_options
+from .options import budget_options, read_file, ways_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,12 +78,7 @@ def _cases(file: Path | None, one_by_one: tuple[str, ...]) -> list[Case]:
         raise click.UsageError("a prompt is empty")
     if file is not None:
         where = "stdin" if str(file) == "-" else str(file)
-        try:
-            with click.open_file(str(file), "rb") as stream:
-                data = stream.read(LARGEST_PROMPT + 1)
-        except OSError as error:
-            raise click.ClickException(f"{where}: {error.strerror or error}") from None
-        cases += read_prompts(decode(data, where), where)
+        cases += read_prompts(read_file(file), where)
     return cases
 
 

@@ -11,8 +11,12 @@ from typing import Any, TypeVar
 import click
 
 from ..backends import DTYPES, MODULES
+from ..core.files import read_bytes
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+_STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
+"""What shells put for `<(command)`: pipes that are being written. Other pipes may have nobody at their other end."""
 
 LARGEST_PROMPT = 64 << 20
 """Bytes read of a file or of stdin: no context holds more, and `< /dev/zero` has to end somewhere."""
@@ -118,11 +122,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if prompt not in (None, "-") and file is not None:
         raise click.UsageError("give PROMPT or --file, not both")
     if file is not None:
-        try:
-            with file.open("rb") as stream:
-                text = decode(stream.read(LARGEST_PROMPT + 1), str(file))
-        except OSError as error:
-            raise click.ClickException(f"{file}: {error.strerror or error}") from None
+        text = read_file(file)
     elif prompt is not None and prompt != "-":
         text = decode(prompt.encode(errors="surrogateescape"), "PROMPT", chop=False)
     elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
@@ -132,6 +132,23 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     if not text.strip():
         raise click.UsageError("the prompt is empty")
     return text
+
+
+def read_file(file: Path) -> str:
+    """Return the text of a file that holds prompts; - is stdin.
+
+    Raises:
+        DgemmaError, click.ClickException: not a file, not readable, not UTF-8, or more than any model reads.
+    """
+    if str(file) == "-":
+        return decode(sys.stdin.buffer.read(LARGEST_PROMPT + 1) if sys.stdin else b"", "stdin")
+    if not str(file).startswith(_STREAMS):
+        return decode(read_bytes(file, LARGEST_PROMPT), str(file))
+    try:
+        with file.open("rb") as stream:
+            return decode(stream.read(LARGEST_PROMPT + 1), str(file))
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror or error}") from None
 
 
 def decode(data: bytes, where: str, *, chop: bool = True) -> str:

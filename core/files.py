@@ -388,8 +388,10 @@ def _look(path: str | Path, folder: int | None = None) -> os.stat_result | None:
 def _check_regular(found: os.stat_result, where: str) -> None:
     # The kernel's own files, such as /proc/self/environ, call themselves regular and empty.
     kernels = found.st_size == 0 and (proc := _look("/proc")) is not None and found.st_dev == proc.st_dev
-    if not stat.S_ISREG(found.st_mode) or kernels:
-        raise DgemmaError(f"{where}: not a regular file")
+    if not stat.S_ISREG(found.st_mode):
+        raise DgemmaError(f"{where}: not a regular file, but {_kind(found)}")
+    if kernels:
+        raise DgemmaError(f"{where}: not a regular file, but one of the kernel's")
 
 
 def _kind(found: os.stat_result) -> str:

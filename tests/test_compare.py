@@ -299,19 +299,27 @@ def test_the_command_says_every_figure(without_work: list[Any], tmp_path: Path) 
     [
         ([], 2, "no prompts: give --prompts FILE"),
         (["-p", " "], 2, "a prompt is empty"),
-        (["--prompts", "absent"], 1, "absent: No such file"),
+        (["--prompts", "absent"], 1, "absent: no such file"),
         (["--prompts", "empty"], 1, "empty: no prompts"),
         (["--prompts", "latin"], 1, "latin: not UTF-8"),
-        (["--prompts", "."], 1, "Is a directory"),
+        (["--prompts", "."], 1, "not a regular file, but a folder"),
+        (["--prompts", "pipe"], 1, "not a regular file, but a pipe"),
+        (["--prompts", "zero"], 1, "not a regular file, but a device"),
+        (["--prompts", "huge"], 1, "expected at most"),
+        (["--prompts", b"\xff.txt"], 1, "?.txt: no such file"),
     ],
 )
 def test_errors_of_the_command_are_one_line(
-    without_work: list[Any], tmp_path: Path, monkeypatch: Any, args: list[str], code: int, words: str
+    without_work: list[Any], tmp_path: Path, monkeypatch: Any, args: list[Any], code: int, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").touch()
     (tmp_path / "latin").write_bytes(b"caf\xe9")
-    result = run("one", "two", *args)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(10 << 30)
+    result = run("one", "two", *map(os.fsdecode, args))
     assert result.exit_code == code and result.stdout == "" and not without_work
     assert result.stderr.startswith("dgemma: error: ") and words in result.stderr and result.stderr.count("\n") == 1
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dgemma.cli import options
 from dgemma.core import config, files
 from said import says
 
@@ -202,3 +203,21 @@ def test_json_is_not_read_beyond_its_kind(folder: Path) -> None:
     os.mkfifo(folder / "config.json")
     with says("config.json", "not a regular file"):
         config.read_json(folder / "config.json")
+
+
+def test_prompts_come_from_files_and_from_what_shells_make_for_commands(folder: Path) -> None:
+    (folder / "x").write_bytes(b"\xef\xbb\xbf4 boards\r\n")
+    assert options.read_file(folder / "x") == "4 boards"
+    reading, writing = os.pipe()
+    os.write(writing, b"4 boards\n")
+    os.close(writing)
+    assert options.read_file(Path(f"/dev/fd/{reading}")) == "4 boards"  # what `<(command)` is
+    os.close(reading)
+    os.mkfifo(folder / "pipe")
+    for name, kind in (("pipe", "a pipe"), (".", "a folder")):
+        with says(kind):
+            options.read_file(folder / name)
+    with (folder / "huge").open("wb") as file:
+        file.truncate(10 << 30)
+    with says("huge", "at most"):
+        options.read_file(folder / "huge")
