@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import stat
 import sys
@@ -22,14 +21,8 @@ from pathlib import Path
 from typing import IO
 
 from .errors import DgemmaError, shown
+from .folder import ALWAYS, NO_WAIT, Folder, fresh_name, kind_of, look
 
-SUFFIX = ".partial"
-"""Of files that are being written."""
-
-# Zero where an operating system lacks them. Not waiting matters for a pipe that took a file's place after the look.
-_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
-_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
-_ALWAYS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 FULL = (errno.ENOSPC, errno.EDQUOT)
 MAX_NAME = 255
 """Bytes of a file's name, on every file system in use."""
@@ -48,7 +41,7 @@ def open_file(path: Path) -> FileIO:
     try:
         # Asked before opening: opening a pipe would wait for its other end, and opening some devices does things.
         _check_regular(os.stat(path), where)
-        handle = os.open(path, os.O_RDONLY | _NO_WAIT | _ALWAYS)
+        handle = os.open(path, os.O_RDONLY | NO_WAIT | ALWAYS)
         try:
             _check_regular(os.fstat(handle), where)
             return FileIO(handle)
@@ -150,12 +143,12 @@ def path_when_done(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     old = check_target(path)
-    inner = path.with_name(_fresh_name())
+    inner = path.with_name(fresh_name())
     try:
         os.mkdir(inner, 0o700)
         try:
             part = inner / "file"
-            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _ALWAYS, 0o666), "wb") as file:
+            with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | ALWAYS, 0o666), "wb") as file:
                 mode = stat.S_IMODE((old or os.fstat(file.fileno())).st_mode) & 0o777
             yield part
             part.chmod(mode)  # a library may have made it private
@@ -203,154 +196,14 @@ def check_target(path: str | Path) -> os.stat_result | None:
             raise DgemmaError(f"{shown(above)}: is not a folder, so nothing can be written in it")
         if not os.access(above, os.W_OK | os.X_OK):
             raise DgemmaError(f"{shown(above)}: nothing may be written there; choose another folder")
-        found = _look(path)
+        found = look(path)
     except FileNotFoundError:
         raise DgemmaError(f"{where}: no folder is there to write it in; make it first") from None
     except (OSError, ValueError) as error:
         raise _refused(error, where) from None
     if found is not None and not stat.S_ISREG(found.st_mode):
-        raise DgemmaError(f"{where}: is {_kind(found)}, and is not written over; remove it, or choose another name")
+        raise DgemmaError(f"{where}: is {kind_of(found)}, and is not written over; remove it, or choose another name")
     return found
-
-
-class Folder:
-    """An open folder, and its files by their plain names: whatever takes the folder's place later is not touched.
-
-    Args:
-        path: the folder.
-        follow: allow it to be a link itself.
-        parent: an open folder that it is in, by its name alone.
-
-    Raises:
-        OSError: it cannot be opened; ENOTDIR or ELOOP where it is something else.
-    """
-
-    def __init__(self, path: Path, *, follow: bool = True, parent: Folder | None = None) -> None:
-        self.path = path
-        self._handle: int | None = None
-        if os.open in os.supports_dir_fd:
-            flags = os.O_RDONLY | os.O_DIRECTORY | _ALWAYS | (0 if follow else _NO_LINK)
-            above = None if parent is None else parent._handle
-            self._handle = os.open(path if above is None else path.name, flags, dir_fd=above)
-
-    def __enter__(self) -> Folder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """What tells it from every other folder, whatever their names."""
-        found = os.stat(self.path if self._handle is None else self._handle)
-        return found.st_dev, found.st_ino
-
-    def names(self) -> list[str]:
-        return sorted(os.listdir(self.path if self._handle is None else self._handle))
-
-    def open(self, name: str, flags: int, mode: int = 0o666) -> int:
-        """Open a file that is no link; returns its descriptor, which a child process does not inherit."""
-        with self._naming(name):
-            return os.open(self._at(name), flags | _NO_LINK | _NO_WAIT | _ALWAYS, mode, dir_fd=self._handle)
-
-    def open_own(self, name: str, flags: int) -> int:
-        """Open a file under a name that anybody could have guessed, and that ought to be of this user's making.
-
-        Raises:
-            DgemmaError: a link, no regular file, one with another name besides, or another user's.
-        """
-        if (there := self.look(name)) is not None:
-            self._check_own(there, name)
-        handle = self.open(name, flags)
-        try:
-            self._check_own(os.fstat(handle), name)
-        except BaseException:
-            os.close(handle)
-            raise
-        return handle
-
-    def check_own(self) -> None:
-        """Refuse a folder that is another user's, who could exchange what is in it.
-
-        Raises:
-            DgemmaError: it is.
-        """
-        if not self._is_own(os.stat(self.path if self._handle is None else self._handle)):
-            raise DgemmaError(f"{shown(self.path)}: belongs to another user; remove it, or choose another name")
-
-    def fresh(self, mode: int = 0o666) -> tuple[str, int]:
-        """Make a file under a name that nobody could guess; returns the name, and a descriptor to write to."""
-        name = _fresh_name()
-        return name, self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write a small file whole, in place of what has the name."""
-        fresh, handle = self.fresh()
-        try:
-            with self._naming(name), os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(handle)
-            self.rename(fresh, name)
-        except BaseException:
-            with suppress(OSError):
-                self.remove(fresh)
-            raise
-
-    def look(self, name: str) -> os.stat_result | None:
-        """Return what stands under a name, not what it links to; None where nothing does."""
-        with self._naming(name):
-            return _look(self._at(name), self._handle)
-
-    def remove(self, name: str) -> None:
-        with self._naming(name):
-            os.unlink(self._at(name), dir_fd=self._handle)
-
-    def rename(self, old: str, new: str) -> None:
-        """Give a file another name, in place of what has it."""
-        with self._naming(new):
-            os.replace(self._at(old), self._at(new), src_dir_fd=self._handle, dst_dir_fd=self._handle)
-
-    def sync(self) -> None:
-        """Bring names to the disk, where an operating system asks for that."""
-        if self._handle is not None:
-            os.fsync(self._handle)
-
-    def _at(self, name: str) -> str:
-        return name if self._handle is not None else os.path.join(self.path, name)
-
-    @contextmanager
-    def _naming(self, name: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path / name)) from None
-
-    def _check_own(self, found: os.stat_result, name: str) -> None:
-        fault = None
-        if not stat.S_ISREG(found.st_mode):
-            fault = f"is {_kind(found)}"
-        elif found.st_nlink > 1:
-            fault = "has another name besides"
-        elif not self._is_own(found):
-            fault = "belongs to another user"
-        if fault is not None:
-            raise DgemmaError(f"{shown(self.path / name)}: {fault}, and is not of dgemma's making; remove it")
-
-    def _is_own(self, found: os.stat_result) -> bool:
-        if sys.platform == "win32" or found.st_uid == os.geteuid():
-            return True
-        # Some network and foreign file systems give every file one owner: what a file made here and now has counts.
-        name, handle = self.fresh()
-        with os.fdopen(handle, "wb"):
-            own = os.fstat(handle).st_uid
-        self.remove(name)
-        return found.st_uid == own
 
 
 def why(error: OSError | ValueError) -> str:
@@ -364,10 +217,6 @@ def why(error: OSError | ValueError) -> str:
     return error.strerror or str(error)
 
 
-def _fresh_name() -> str:
-    return f".dgemma-{secrets.token_hex(8)}{SUFFIX}"
-
-
 def _refused(error: OSError | ValueError, where: str) -> DgemmaError:
     return error if isinstance(error, DgemmaError) else DgemmaError(f"{where}: {why(error)}")
 
@@ -378,23 +227,10 @@ def _culprit(error: OSError, path: Path, fresh: str) -> str:
     return shown(path if fresh in named.parts or named.name == path.name else named)
 
 
-def _look(path: str | Path, folder: int | None = None) -> os.stat_result | None:
-    try:
-        return os.stat(path, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return None
-
-
 def _check_regular(found: os.stat_result, where: str) -> None:
     # The kernel's own files, such as /proc/self/environ, call themselves regular and empty.
-    kernels = found.st_size == 0 and (proc := _look("/proc")) is not None and found.st_dev == proc.st_dev
+    kernels = found.st_size == 0 and (proc := look("/proc")) is not None and found.st_dev == proc.st_dev
     if not stat.S_ISREG(found.st_mode):
-        raise DgemmaError(f"{where}: not a regular file, but {_kind(found)}")
+        raise DgemmaError(f"{where}: not a regular file, but {kind_of(found)}")
     if kernels:
         raise DgemmaError(f"{where}: not a regular file, but one of the kernel's")
-
-
-def _kind(found: os.stat_result) -> str:
-    """Return what something is that is no regular file."""
-    kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
-    return kinds.get(stat.S_IFMT(found.st_mode), "a device")

@@ -24,7 +24,8 @@ from typing import Any
 from ..core.checkpoint import PACKAGED, Checkpoint, resolve
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
-from ..core.files import SUFFIX, Folder, open_file, why
+from ..core.files import open_file, why
+from ..core.folder import SUFFIX, Folder
 from . import manifest
 
 GRAPHS = ("encode.onnx", "denoise.onnx", "unified.onnx")

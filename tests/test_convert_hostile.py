@@ -18,7 +18,7 @@ from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.convert import convert
 from dgemma.core.convert import converter as engine
 from dgemma.core.errors import DgemmaError
-from dgemma.core.files import Folder
+from dgemma.core.folder import Folder
 from published import MANIFEST, SHARD, floats, hashes, left
 from said import check_line, says
 from test_files import CANARY, IN_THE_WAY

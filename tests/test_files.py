@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Callable
@@ -89,7 +90,7 @@ def test_other_names_of_a_file_keep_their_contents(folder: Path, canary: Path) -
 
 
 def test_a_fresh_name_is_opened_exclusively(folder: Path, canary: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0")
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0")
     (folder / ".dgemma-0.partial").symlink_to(canary)
     with says("x", "File exists"):
         files.write_bytes(folder / "x", b"new")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dgemma.core import files, safetensors
+from dgemma.core import safetensors
 from said import says
 
 
@@ -64,7 +65,7 @@ def test_what_is_written_is_read_by_the_library_and_by_us(tmp_path: Path, name: 
 
 
 def test_nothing_is_written_through_links(tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(files.secrets, "token_hex", lambda count: "0")
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "0")
     (tmp_path / "canary").write_bytes(b"mine")
     tensors = {"x": np.ones(3, np.float32)}
     for name in ("w", "w.partial", ".dgemma-0.partial"):

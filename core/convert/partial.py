@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DgemmaError, quoted, shown
-from ..files import Folder, read_bytes
+from ..files import read_bytes
+from ..folder import Folder
 from .plan import Shard
 
 HIDDEN = ".dgemma"
