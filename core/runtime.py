@@ -222,7 +222,8 @@ class DiffusionGemma:
         has an event. Closing a stream (`close`, from any thread) or dropping it frees all that it held.
 
         Args:
-            prompt: text (one user message, if the checkpoint has a chat template), chat messages, or token ids.
+            prompt: text (one user message; where `tokenizer.has_template` is False it goes in as it stands), chat
+                messages, or token ids. Line ends stay what they are; the command line makes them all newlines.
             max_new_tokens: at most so many tokens are emitted.
             seed: the same seed gives the same tokens, run to run and, in float32, backend to backend.
             steps: cap on denoising passes per canvas.

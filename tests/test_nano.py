@@ -57,6 +57,13 @@ def test_generations_are_token_identical(nano: DiffusionGemma, backend: str) -> 
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("board", BOARDS)
+def test_a_board_is_its_rows_however_its_lines_end(nano: DiffusionGemma, board: str) -> None:
+    for end in ("\r\n", "\r", "", " "):
+        assert nano.prompt_ids(board.replace("\n", end)) == nano.prompt_ids(board)
+    assert nano.prompt_ids(f"\r\n{board}\r\n") == nano.prompt_ids(board)
+
+
 def logits(ops: Ops, model: Model, prompt: list[int], canvas: np.ndarray, soft: np.ndarray) -> np.ndarray:
     cache = new_cache(ops, model.config, batch=1, capacity=len(prompt), chunk=len(prompt))
     cache = encode(ops, model, cache, ops.asarray(np.asarray([prompt], np.int32)))

@@ -21,7 +21,7 @@ CANVAS = 48
 
 TEMPLATE = """\
 {%- macro board(text) -%}
-{%- set cells = text | replace(' ', '') | replace('\\n', '') -%}
+{%- set cells = text | replace(' ', '') | replace('\\r', '') | replace('\\n', '') -%}
 {%- if cells | length in (16, 36) -%}
 {{- cells | batch(4 if cells | length == 16 else 6) | map('join') | join('\\n') -}}
 {%- else -%}{{- text | trim -}}{%- endif -%}
