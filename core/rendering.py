@@ -19,14 +19,17 @@ from typing import IO, Any
 import psutil
 
 from .errors import DgemmaError
-from .template_worker import said_type
+from .template_worker import hidden_by
 
 SECONDS = 5
 """How long one rendering may take. One of a real template takes a few milliseconds."""
 MEMORY = 1 << 30
 """Bytes that the process may take, its prompt and the Python in it included."""
 LARGEST = 64 << 20
-"""Characters of a rendered prompt, and of what is given to a template: no context holds more."""
+"""Characters that may be given to a template: no context holds more."""
+GROWTH = 8
+"""How many times as long a prompt may be as what was given for it, and `ROOM` characters more."""
+ROOM = 1 << 20
 
 _START = 60  # seconds in which the process has to be there: Python and jinja2, from a slow disk
 _GRACE = 3  # seconds after which a process that the system should have ended is ended here
@@ -49,8 +52,8 @@ class Rendered:
 
 def hidden(text: str, guarded: str) -> Rendered:
     """Return text of a user's with the characters `guarded` hidden in it, as in what a template makes of messages."""
-    kind = said_type(guarded, set(text))
-    return Rendered(text=text.translate(kind.hide), show=kind.show)
+    show, hide = hidden_by(guarded, set(text))
+    return Rendered(text=text.translate(hide), show=show)
 
 
 class Renderer:
@@ -87,6 +90,7 @@ class Renderer:
             DgemmaError: whatever goes wrong with it, in one line.
         """
         request = {"template": template, "trusted": dict(trusted), "said": dict(said), "guarded": guarded}
+        request["largest"] = ROOM + GROWTH * len(json.dumps(request))
         if os.getpid() != self._owner:  # another thread may have held the lock when this process was forked off
             self._owner, self._lock, self._process = os.getpid(), Lock(), None
         with self._lock:
@@ -148,7 +152,7 @@ class _Process:
             raise DgemmaError(f"{_CANNOT}: {_line(said)}") from None
         self.end = weakref.finalize(self, _end, self._child, os.getpid())
         path = [one or os.getcwd() for one in sys.path if isinstance(one, str)]
-        hello = {"path": path, "seconds": seconds, "memory": memory, "largest": LARGEST}
+        hello = {"path": path, "seconds": seconds, "memory": memory}
         reply = self.ask(json.dumps(hello).encode(), _START)
         if "ready" not in reply:
             self.end()
@@ -194,11 +198,11 @@ def _resident(pid: int) -> int:
 
 
 def _end(child: subprocess.Popen[bytes], owner: int) -> None:
-    if os.getpid() != owner:  # a fork's copy of this object: the process is not its own
+    if os.getpid() == owner:
+        child.kill()
+        child.wait()
+    else:  # a fork's copy of this object: the process is its parent's
         child.returncode = 0
-        return
-    child.kill()
-    child.wait()
     for stream in (child.stdin, child.stdout):
         if stream is not None:
             stream.close()

@@ -105,6 +105,7 @@ def load(
             vocab_size=config.vocab_size,
             bos_token_id=config.bos_token_id,
             controls=(*config.image_token_ids, *config.eos_token_ids, config.pad_token_id),
+            context=config.max_positions,
         )
     return DiffusionGemma(Engine(ops, model, tokenizer), checkpoint.generation, checkpoint.path)
 

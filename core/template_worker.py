@@ -26,102 +26,103 @@ HIDDEN_FROM, HIDDEN_TO = 0xF0000, 0xFFFFD
 class Said(str):
     """Text with hidden characters in it, which answers a template's questions as if it had none.
 
-    Lengths and places are the same either way. What an operation of Python's own makes of it keeps them hidden.
+    Lengths and places are the same either way. What an operation of Python's own makes of it keeps them hidden. Names
+    that strings do not have begin with an underscore, which a template cannot reach.
     """
 
-    hide: ClassVar[Mapping[int, int]] = {}
-    show: ClassVar[Mapping[int, int]] = {}
+    _hide: ClassVar[Mapping[int, int]] = {}
+    _show: ClassVar[Mapping[int, int]] = {}
 
     @classmethod
-    def keep(cls, text: str) -> str:
+    def _keep(cls, text: str) -> str:
         """Return text that may have hidden characters in it, as this kind where it does."""
-        return cls(text) if any(chr(code) in text for code in cls.show) else str(text)
+        return cls(text) if any(chr(code) in text for code in cls._show) else str(text)
 
     @classmethod
-    def of(cls, text: str) -> str:
+    def _of(cls, text: str) -> str:
         """Return a user's text with its characters hidden."""
-        return cls.keep(text.translate(cls.hide))
+        return cls._keep(text.translate(cls._hide))
 
     @property
-    def plain(self) -> str:
-        return str.translate(self, self.show)
+    def _text(self) -> str:
+        return str.translate(self, self._show)
 
     def __str__(self) -> str:
         return self
 
     def __repr__(self) -> str:
-        return self.of(repr(self.plain))
+        return self._of(repr(self._text))
 
     def __hash__(self) -> int:
-        return hash(self.plain)
+        return hash(self._text)
 
     def __eq__(self, other: object) -> bool:
-        return self.plain == _plain(other)
+        return self._text == _plain(other)
 
     def __ne__(self, other: object) -> bool:
-        return self.plain != _plain(other)
+        return self._text != _plain(other)
 
     def __lt__(self, other: str) -> bool:
-        return self.plain < _plain(other)
+        return self._text < _plain(other)
 
     def __le__(self, other: str) -> bool:
-        return self.plain <= _plain(other)
+        return self._text <= _plain(other)
 
     def __gt__(self, other: str) -> bool:
-        return self.plain > _plain(other)
+        return self._text > _plain(other)
 
     def __ge__(self, other: str) -> bool:
-        return self.plain >= _plain(other)
+        return self._text >= _plain(other)
 
     def __contains__(self, part: object) -> bool:
-        return _plain(part) in self.plain
+        return _plain(part) in self._text
 
     def __getitem__(self, key: Any) -> str:
-        return self.keep(str.__getitem__(self, key))
+        return self._keep(str.__getitem__(self, key))
 
     def __iter__(self) -> Iterator[str]:
-        return map(self.keep, str.__iter__(self))
+        return map(self._keep, str.__iter__(self))
 
     def __add__(self, other: str) -> str:
-        return self.keep(str.__add__(self, other))
+        return self._keep(str.__add__(self, other))
 
     def __radd__(self, other: Any) -> Any:
-        return self.keep(str.__add__(other, self)) if isinstance(other, str) else NotImplemented
+        return self._keep(str.__add__(other, self)) if isinstance(other, str) else NotImplemented
 
     # Where a template names what it looks for, it is looked for in the plain text and the piece is cut from this one;
     # what cannot be hidden is found here as well.
 
     def split(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
         if sep is None or self._never_hidden(sep):
-            return [self.keep(part) for part in str.split(self, sep, maxsplit)]
-        return self._cut(self.plain.split(_plain(sep), maxsplit), len(sep))
+            return [self._keep(part) for part in str.split(self, sep, maxsplit)]
+        return self._cut(self._text.split(_plain(sep), maxsplit), len(sep))
 
     def rsplit(self, sep: str | None = None, maxsplit: int = -1) -> list[str]:  # type: ignore[override]
         if sep is None or self._never_hidden(sep):
-            return [self.keep(part) for part in str.rsplit(self, sep, maxsplit)]
-        return self._cut(self.plain.rsplit(_plain(sep), maxsplit), len(sep))
+            return [self._keep(part) for part in str.rsplit(self, sep, maxsplit)]
+        return self._cut(self._text.rsplit(_plain(sep), maxsplit), len(sep))
 
     def partition(self, sep: str) -> tuple[str, str, str]:  # type: ignore[override]
-        before, found, after = self._cut(self.plain.partition(_plain(sep)), 0)
+        before, found, after = self._cut(self._text.partition(_plain(sep)), 0)
         return before, found, after
 
     def rpartition(self, sep: str) -> tuple[str, str, str]:  # type: ignore[override]
-        before, found, after = self._cut(self.plain.rpartition(_plain(sep)), 0)
+        before, found, after = self._cut(self._text.rpartition(_plain(sep)), 0)
         return before, found, after
 
     def replace(self, old: str, new: str, count: int = -1) -> str:  # type: ignore[override]
         if self._never_hidden(old):
-            return self.keep(str.replace(self, old, new, count))
-        return self.keep(str.join(new, self.split(old, count)))
+            return self._keep(str.replace(self, old, new, count))
+        return self._keep(str.join(new, self.split(old, count)))
 
     def strip(self, chars: str | None = None) -> str:  # type: ignore[override]
         return self.lstrip(chars).rstrip(chars)
 
     def lstrip(self, chars: str | None = None) -> str:  # type: ignore[override]
-        return self[len(self) - len(self.plain.lstrip(_plain(chars))) :]
+        return self[len(self) - len(self._text.lstrip(_plain(chars))) :]
 
     def rstrip(self, chars: str | None = None) -> str:  # type: ignore[override]
-        return self[: len(self.plain.rstrip(_plain(chars)))]
+        return self[: len(self._text.rstrip(_plain(chars)))]
 
     def removeprefix(self, prefix: str) -> str:  # type: ignore[override]
         return self[len(prefix) if self.startswith(prefix) else 0 :]
@@ -130,7 +131,7 @@ class Said(str):
         return self[: len(self) - (len(suffix) if self.endswith(suffix) else 0)]
 
     def _never_hidden(self, part: str) -> bool:
-        return not isinstance(part, Said) and part.translate(self.hide) == part
+        return not isinstance(part, Said) and part.translate(self._hide) == part
 
     def _cut(self, parts: Iterable[str], gap: int) -> list[str]:
         """Return the pieces that lie where these lie in the plain text, `gap` characters apart."""
@@ -144,7 +145,7 @@ class Said(str):
 def _plain(value: Any) -> Any:
     """Return a value, and what it holds, without anything hidden."""
     if isinstance(value, Said):
-        return value.plain
+        return value._text
     if isinstance(value, tuple | list):
         return type(value)(map(_plain, value))
     if isinstance(value, dict):
@@ -156,12 +157,12 @@ def _complete() -> None:
     """Give `Said` the rest of what strings can do: questions ask the plain text, changes keep what is hidden."""
 
     def asking(name: str) -> Callable[..., Any]:
-        return lambda self, *args: getattr(self.plain, name)(*map(_plain, args))
+        return lambda self, *args: getattr(self._text, name)(*map(_plain, args))
 
     def changing(name: str) -> Callable[..., Any]:
         def change(self: Said, *args: Any) -> Any:
             made = getattr(str, name)(self, *args)
-            return [self.keep(part) for part in made] if isinstance(made, list) else self.keep(made)
+            return [self._keep(part) for part in made] if isinstance(made, list) else self._keep(made)
 
         return change
 
@@ -177,11 +178,11 @@ def _complete() -> None:
 _complete()
 
 
-def said_type(guarded: str, used: set[str]) -> type[Said]:
-    """Return the kind of `Said` that hides the characters `guarded`, by ones that are not `used`."""
+def hidden_by(guarded: str, used: set[str]) -> tuple[dict[int, int], dict[int, int]]:
+    """Return what shows hidden characters and what hides them: code points to those that are not `used`, and back."""
     free = (code for code in range(HIDDEN_FROM, HIDDEN_TO) if chr(code) not in used)
-    hide = dict(zip(map(ord, guarded), free, strict=False))
-    return type("Said", (Said,), {"hide": hide, "show": {there: here for here, there in hide.items()}})
+    show = dict(zip(free, map(ord, guarded), strict=False))
+    return show, {here: there for there, here in show.items()}
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:
@@ -199,7 +200,7 @@ def _joined(parts: Iterable[Any]) -> str:
     parts = list(parts)
     whole = "".join(parts)
     kind = next((type(part) for part in parts if isinstance(part, Said)), None)
-    return whole if kind is None else kind.keep(whole)
+    return whole if kind is None else kind._keep(whole)
 
 
 def _holds(value: Any) -> bool:
@@ -261,7 +262,7 @@ def compiled(source: str) -> Any:
 
         def run(value: Any, *args: Any, **options: Any) -> Any:
             made = function(_plain(value), *map(_plain, args), **{key: _plain(one) for key, one in options.items()})
-            return env.said.of(str(made)) if always or _holds(value) else made
+            return env.said._of(str(made)) if always or _holds(value) else made
 
         return run
 
@@ -274,7 +275,7 @@ def compiled(source: str) -> Any:
     return env.from_string(source)
 
 
-def answer(request: dict[str, Any], largest: int) -> dict[str, Any]:
+def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Render one template → its text and what is hidden in it, or what went wrong."""
     import jinja2
 
@@ -288,12 +289,13 @@ def answer(request: dict[str, Any], largest: int) -> dict[str, Any]:
     try:
         used: set[str] = set(request["template"])
         _mapped([request["said"], request["trusted"]], lambda text: used.update(text) or text)
-        kind = said_type(request["guarded"], used)
+        show, hide = hidden_by(request["guarded"], used)
+        kind = type("Said", (Said,), {"_hide": hide, "_show": show})
         template.environment.said = kind
-        text = template.render(request["trusted"] | _mapped(request["said"], kind.of))
-        if len(text) > largest:
-            return {"refused": f"it makes {len(text):,} characters of them, expected at most {largest:,}"}
-        return {"text": str.__str__(text), "show": list(kind.show.items())}
+        text = template.render(request["trusted"] | _mapped(request["said"], kind._of))
+        if len(text) > request["largest"]:
+            return {"refused": f"it makes {len(text):,} characters of them, expected at most {request['largest']:,}"}
+        return {"text": str.__str__(text), "show": list(show.items())}
     except MemoryError:
         return {"memory": True}
     except BaseException as error:
@@ -347,7 +349,7 @@ def main() -> None:
     send(stdout, {"ready": True})
     while (request := receive(stdin)) is not None:
         limit(settings["seconds"], settings["memory"])
-        reply = answer(request, settings["largest"])
+        reply = answer(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         send(stdout, reply)
 

@@ -21,6 +21,9 @@ CHANNEL_OPEN, CHANNEL_CLOSE = "<|channel>", "<channel|>"
 LARGEST_TOKENIZER = 1 << 28
 """Bytes of a tokenizer.json; Gemma's has 33 million."""
 
+LONG = 1 << 20
+"""Characters that are tokenized without asking whether they can fit: in at most some seconds."""
+
 _UNFINISHED = "\ufffd"  # what a cut UTF-8 sequence decodes to
 _ORDINARY = frozenset("_\"'\\")  # characters of tokens' spellings that words, quotes and escapes are written with
 
@@ -38,13 +41,20 @@ class Tokenizer:
             text that holds one is refused.
         bos_token_id: what raw text begins with, if anything.
         controls: ids that the model's config gives a meaning; they are control tokens too.
+        context: how many tokens the model can read. Text that is longer however it is tokenized is not tokenized.
 
     Raises:
         DgemmaError: no tokenizer, one that cannot be read, or one whose ordinary tokens are more than the model has.
     """
 
     def __init__(
-        self, folder: Path, *, vocab_size: int, bos_token_id: int | None = None, controls: Sequence[int] = ()
+        self,
+        folder: Path,
+        *,
+        vocab_size: int,
+        bos_token_id: int | None = None,
+        controls: Sequence[int] = (),
+        context: int | None = None,
     ) -> None:
         path = folder / "tokenizer.json"
         self._where = shown(path)
@@ -61,6 +71,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos_token_id = bos_token_id
         self._meant = frozenset(controls)
+        self._context = context
         settings = folder / "tokenizer_config.json"
         data = read_json(inside(folder, settings.name)) if os.path.lexists(settings) else {}
         self._names = token_variables(folder, data)
@@ -188,7 +199,17 @@ class Tokenizer:
             text.encode()
         except UnicodeError as error:
             raise DgemmaError(f"the prompt is not valid text: {first_line(error)}") from None
+        if len(text) > LONG and self._context is not None and len(text) > self._context * self._longest:
+            raise DgemmaError(
+                f"the prompt has {len(text):,} characters, more than the model's context of {self._context:,} tokens "
+                "can hold; shorten the prompt"
+            )
         return self._call("encode this text", lambda: self._backend.encode(text, add_special_tokens=False))
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
 
     def _checked(self, ids: list[int]) -> list[int]:
         bad = None if self._complete else next((i for i in ids if i >= self.vocab_size), None)

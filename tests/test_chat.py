@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from chats import laid_out, opened, user, with_template
-from dgemma.core.rendering import Renderer
 from dgemma.core.tokens import Tokenizer
 from said import says
 
@@ -187,128 +183,6 @@ def test_a_template_that_cannot_be_read_is_refused_not_ignored(tmp_path: Path, k
     word = unreadable(folder, kind)
     with says(word):
         opened(folder)
-
-
-# ---- What templates may not do --------------------------------------------------------------------------------------
-
-FAULTS = {
-    "{{ 1 / 0 }}": "ZeroDivisionError",
-    "{{ (10.0 ** 200) ** 200 }}": "OverflowError",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
-    "{{ raise_exception('m' * 1000000) }}": "mmm",
-    "{{ raise_exception('line\nline\x00\u2028x') }}": "line line x",
-    "{{ raise_exception({'a': [1]}) }}": "{'a': [1]}",
-    "{{ raise_exception() }}": "TypeError",
-    "{{ messages[0].content.encode('cp000') }}": "LookupError",
-    "{{ '%d' % 'x' }}": "TypeError",
-    "{{ 'x' | nosuch }}": "nosuch",
-    "{% include 'x' %}": "refused",
-    "{{ nothing.at_all }}": "undefined",
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "unsafe",
-    "{{ strftime_now(3) }}": "TypeError",
-    "{{ [].append(1) }}": "SecurityError",
-    "{{ range(10 ** 9) }}": "OverflowError",
-    "{{ messages | tojson(indent={}) }}": "refused",
-    "{{": "not a chat template: line 1",
-    "{% if %}{% endfor %}": "not a chat template",
-    "{% break %}": "SyntaxError",
-    "{% generation %}": "not a chat template",
-    "{{ " + "(" * 3000 + ")" * 3000 + " }}": "RecursionError",
-    "{{ " + "+".join("1" * 20000) + " }}": "RecursionError",
-    "{% for x in y %}" * 25 + "{% endfor %}" * 25: "SyntaxError",
-    "{{ messages[0].role[:1] * 67108865 }}": "67,108,865 characters",
-}
-
-
-@pytest.fixture(scope="module")
-def renderer() -> Renderer:
-    return Renderer(seconds=0.5, memory=400 << 20)
-
-
-def rendered(renderer: Renderer, template: str) -> str:
-    given = {"messages": [user("hi<|turn>")]}
-    return renderer.render(template, trusted={}, said=given, guarded="<|>", where="x.jinja").plain
-
-
-@pytest.mark.parametrize("template", FAULTS, ids=range(len(FAULTS)))
-def test_whatever_a_template_raises_is_one_line(tmp_path: Path, template: str) -> None:
-    with says("x.jinja", FAULTS[template]):
-        rendered(Renderer(), template)
-
-
-TWICE = "{% set n = namespace(x='x', l=['x'], m=['x']) %}{% for i in range(60) %}"
-ENDLESS = {
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}": "0.5 seconds",
-    "{{ 'x' * 10 ** 10 }}": "400 MiB",
-    "{{ [0] * 10 ** 10 }}": "400 MiB",
-    "{{ '%10000000000d' % 1 }}": "stopped",
-    "{{ 'x'.center(10 ** 10) }}": "400 MiB",
-    "{{ 'x' | center(10 ** 10) }}": "400 MiB",
-    "{{ '{:>10000000000}'.format(1) }}": "400 MiB",
-    "{{ 9 ** (9 ** 9) }}": "stopped",
-    "{{ (2 ** 20000) | string }}": "4300 digits",
-    "{{ lipsum(10 ** 9) }}": "stopped",
-    "{{ ('x' * 10 ** 6) | indent(10 ** 9, true) }}": "stopped",
-    TWICE + "{% set n.x = n.x + n.x %}{% endfor %}": "stopped",
-    TWICE + "{% set n.x = n.x ~ n.x %}{% endfor %}": "stopped",
-    TWICE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l }}": "stopped",
-    TWICE + "{% set n.l = [n.l, n.l] %}{% set n.m = [n.m, n.m] %}{% endfor %}{{ n.l == n.m }}": "stopped",
-    TWICE + "{% set n.l = [n.l, n.l] %}{% endfor %}{{ n.l | tojson }}": "stopped",
-    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}": "0.5 seconds",
-    "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}": "",
-}
-
-
-@pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
-def test_a_template_has_an_end_in_time_and_in_memory(renderer: Renderer, template: str) -> None:
-    began = time.monotonic()
-    with says("x.jinja", ENDLESS[template]):
-        rendered(renderer, template)
-    assert time.monotonic() - began < 10
-    assert rendered(renderer, "{{ messages[0].content }}") == "hi<|turn>"  # and the next one runs
-
-
-def test_memory_is_looked_at_from_outside_where_the_system_does_not() -> None:
-    renderer = Renderer(seconds=5, memory=200 << 20, watch=True)
-    with says("200 MiB"):
-        rendered(renderer, TWICE + "{% set n.l = n.l + ['x' * 2 ** 24 ~ i] %}{% endfor %}")
-
-
-def children() -> list[int]:
-    return [one.pid for one in psutil.Process().children() if "template_worker" in " ".join(one.cmdline())]
-
-
-def test_the_process_is_kept_replaced_and_ended() -> None:
-    before = set(children())
-    renderer = Renderer()
-    assert rendered(renderer, "a") == rendered(renderer, "a")
-    (first,) = set(children()) - before
-    psutil.Process(first).kill()  # as a system short of memory does
-    assert rendered(renderer, "b") == "b"
-    (second,) = set(children()) - before
-    assert second != first
-    del renderer
-    assert set(children()) == before
-
-
-def test_threads_take_turns() -> None:
-    renderer, found = Renderer(), dict[int, str]()
-
-    def run(i: int) -> None:
-        found[i] = rendered(renderer, str(i) * 3)
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(8)]
-    for one in threads:
-        one.start()
-    for one in threads:
-        one.join()
-    assert found == {i: str(i) * 3 for i in range(8)}
-
-
-def test_no_python_to_run_it_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.executable", "/nowhere/python")
-    with says("cannot be started"):
-        rendered(Renderer(), "a")
 
 
 # ---- Messages -------------------------------------------------------------------------------------------------------

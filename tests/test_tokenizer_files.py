@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from chats import laid_out, opened, user, with_template
-from dgemma.core.tokens import Decoder
+from dgemma.core.tokens import Decoder, Tokenizer
 from said import says
-from tiny import IDS, VOCAB
+from tiny import IDS, SPECIAL, VOCAB
 
 
 def edited(tmp_path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
@@ -93,6 +93,17 @@ def test_files_longer_than_any_are_not_read(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("dgemma.core.tokens.LARGEST_TOKENIZER", 1000)
     with says("tokenizer.json", "expected at most 1,000"):
         opened(folder)
+
+
+def test_text_that_cannot_fit_is_not_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dgemma.core.tokens.LONG", 100)
+    tokenizer = Tokenizer(with_template(tmp_path), vocab_size=VOCAB, context=10)
+    longest = max(map(len, SPECIAL))
+    assert len(tokenizer.encode("x" * 10 * longest)) == 10 * longest  # these ten tokens could be the longest
+    with says("characters", "10 tokens", "shorten"):
+        tokenizer.encode("x" * (10 * longest + 1))
+    with says("characters"):
+        tokenizer.render([user("x" * 1000)])
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
