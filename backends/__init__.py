@@ -44,6 +44,20 @@ def choose(name: str = "auto") -> str:
     return name
 
 
+def native(name: str, device: str = "auto") -> tuple[DType, ...] | None:
+    """Return the low precisions that the processor multiplies faster than float32; None where that is not known.
+
+    It is of torch on the CPU alone, and asking imports torch.
+    """
+    if name != "torch" or available()["torch"] is not None or device.startswith("cuda"):
+        return None
+    import torch
+
+    from .cuda import processor
+
+    return None if device == "auto" and torch.cuda.is_available() else processor.native()
+
+
 def make(name: str, *, device: str = "auto", dtype: DType = "float32") -> Ops:
     """Return a backend's ops, ready to run.
 

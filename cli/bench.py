@@ -142,7 +142,9 @@ def _model(ops: Ops, config: Any, plan: Plan) -> Model:
     from ..core.errors import DgemmaError
     from ..core.inspect import inspect_config
 
-    held = inspect_config(config, recipes.find(plan.recipe)).held(ops.name, ops.dtype)
+    held = inspect_config(config, recipes.find(plan.recipe)).held(
+        ops.name, ops.dtype, gpu=ops.name == "torch" and ops.device.type == "cuda"
+    )
     if _on_torch(ops) and ops.device.type == "cuda":
         from ..backends.cuda.bench import maker
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import click
@@ -68,7 +69,8 @@ def examine(model: str, *, backend: str, device: str, dtype: str, context: int) 
             raise DgemmaError(f"backend {chosen!r} does not work: {error}")
         gpu = _gpu(chosen, device, frameworks)
         report["chosen"] = {"backend": chosen, "device": gpu["device"] if gpu else "cpu", "why": why}
-        report["model"] = _fit(model, chosen, gpu, dtype, context, report["system"]["free_memory_bytes"])
+        native = frameworks.get(chosen, {}).get("native") if gpu is None else None
+        report["model"] = _fit(model, chosen, gpu, native, dtype, context, report["system"]["free_memory_bytes"])
         report["chosen"]["dtype"] = report["model"]["dtype"]
         if not report["model"]["fits"]:
             report["problems"].append(f"{model} does not fit")
@@ -78,12 +80,18 @@ def examine(model: str, *, backend: str, device: str, dtype: str, context: int) 
 
 
 def _fit(
-    model: str, backend: str, gpu: dict[str, Any] | None, dtype: str, context: int, free_memory: int
+    model: str,
+    backend: str,
+    gpu: dict[str, Any] | None,
+    native: Sequence[DType] | None,
+    dtype: str,
+    context: int,
+    free_memory: int,
 ) -> dict[str, Any]:
     from .fit import describe, judge
 
     described = describe(model)
-    width = described.auto_dtype(backend) if dtype == "auto" else cast("DType", dtype)
+    width = described.auto_dtype(backend, native) if dtype == "auto" else cast("DType", dtype)
     free = gpu["free"] if gpu else free_memory
     result = judge(described, dtype=width, gpu=gpu is not None, backend=backend, free=free, context=context)
     return {"name": model} | result
@@ -127,9 +135,10 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     ]
     cores = f"{system['cores']} cores, " if system["cores"] else ""
     backends = [f"{name:<6} {one['error'] or 'works, ' + one['version']}" for name, one in report["backends"].items()]
+    products = _products(report["frameworks"].get("torch", {}).get("native"))
     sections = [
         ("dgemma", [f"{report['dgemma']} on Python {system['python']}, {system['os']}, {system['machine']}"]),
-        ("CPU", [f"{system['cpu']}, {cores}{system['threads']} threads", *_listed(system["features"])]),
+        ("CPU", [f"{system['cpu']}, {cores}{system['threads']} threads", *_listed(system["features"]), *products]),
         ("memory", [f"{size(system['memory_bytes'])}, {size(system['free_memory_bytes'])} free"]),
         ("GPU", cards or ["none that an installed framework can use"]),
         ("backends", backends),
@@ -143,6 +152,15 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     if report["problems"]:
         sections.append(("PROBLEM" if len(report["problems"]) == 1 else "PROBLEMS", report["problems"]))
     return sections
+
+
+def _products(native: Sequence[str] | None) -> list[str]:
+    """What torch multiplies on the CPU; None where it did not say."""
+    if native is None:
+        return []
+    if native:
+        return [f"torch multiplies float32 and, faster, {' and '.join(native)}; auto takes the width that is stored"]
+    return ["torch multiplies float32 here and emulates bfloat16: auto takes float32, over weights as they are stored"]
 
 
 def _listed(names: list[str]) -> list[str]:

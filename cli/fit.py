@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ from ..core.config import ModelConfig, read_json
 from ..core.convert import recipes
 from ..core.errors import DgemmaError
 from ..core.inspect import WIDTH, Inspection, cache_size, inspect_config, inspect_folder
+from ..core.memory import stays_narrow
 from ..core.ops import DType, Ops
 from ..core.runtime import auto_dtype
 
@@ -37,15 +39,18 @@ class Described:
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in weights.shapes(self.config).values())
 
-    def auto_dtype(self, backend: str) -> DType:
-        return auto_dtype(self.config, self.stored, backend)
+    def auto_dtype(self, backend: str, native: Sequence[DType] | None) -> DType:
+        return auto_dtype(self.config, self.stored, backend, lambda: native)
 
-    def held(self, backend: str, dtype: DType) -> int:
+    def held(self, backend: str, dtype: DType, *, gpu: bool) -> int:
         """Bytes of weights in a backend's memory."""
         if self.quantized is not None:
-            return int(self.quantized.held(backend, dtype))
+            return int(self.quantized.held(backend, dtype, gpu=gpu))
         copies = 2 if backend == "onnx" and dtype != self.stored else 1  # see Inspection.held
-        return copies * self.parameters * WIDTH[dtype]
+        narrow = 0
+        if backend == "torch" and dtype == "float32" != self.stored and not gpu:
+            narrow = sum(math.prod(shape) for shape in weights.shapes(self.config).values() if stays_narrow(shape))
+        return copies * self.parameters * WIDTH[dtype] - 2 * narrow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +131,7 @@ def need(described: Described, *, dtype: DType, gpu: bool, backend: str) -> Need
     layer = chunk * 4 * (expert + 3 * config.intermediate_size + 8 * config.hidden_size + 4 * widest)
     cache = cache_size(config, dtype)
     return Need(
-        weights=described.held(backend, dtype),
+        weights=described.held(backend, dtype, gpu=gpu),
         fixed_cache=cache.fixed,
         cache_per_token=cache.per_token,
         working=max(head, layer) + (0 if gpu else RUNTIME_BYTES[backend]),
@@ -152,7 +157,7 @@ def judge(described: Described, *, dtype: DType, gpu: bool, backend: str, free: 
         narrow = need(described, dtype="bfloat16", gpu=gpu, backend=backend).total(context)
         if WIDTH[dtype] > 2 and narrow <= free and backend != "onnx":
             remedies.append({"what": "--dtype bfloat16", "bytes": narrow})
-        four_bit = inspect_config(config, recipes.find("4bit")).held(backend, dtype)
+        four_bit = inspect_config(config, recipes.find("4bit")).held(backend, dtype, gpu=gpu)
         converted = int(total - needed.weights + four_bit)
         if described.quantized is None and converted <= free:
             remedies.append({"what": "dgemma convert --recipe 4bit", "bytes": converted})
@@ -167,7 +172,7 @@ def judge(described: Described, *, dtype: DType, gpu: bool, backend: str, free: 
         "dtype": dtype,
         "context": context,
         "weights_bytes": needed.weights,
-        "weights_bytes_by_dtype": {name: described.held(backend, name) for name in WIDTH},
+        "weights_bytes_by_dtype": {name: described.held(backend, name, gpu=gpu) for name in WIDTH},
         "packed": described.quantized is not None and backend != "numpy",
         "cache_bytes_per_1000_tokens": 1000 * needed.cache_per_token,
         "cache_bytes_fixed": needed.fixed_cache,

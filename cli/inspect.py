@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .convert import amount
 
 if TYPE_CHECKING:
     from ..core.inspect import Inspection
+    from ..core.ops import DType
 
 BACKENDS = ("torch", "mlx", "onnx", "numpy")
 
@@ -93,9 +95,16 @@ def needed(found: Inspection, context: int) -> dict[str, int]:
 
     described = Described(where=Path(), config=found.config, stored=found.stored, file_bytes=None, quantized=found)
     return {
-        name: need(described, dtype=described.auto_dtype(name), gpu=False, backend=name).total(context)
-        for name in BACKENDS
+        name: need(described, dtype=_dtype(found, name), gpu=False, backend=name).total(context) for name in BACKENDS
     }
+
+
+def _dtype(found: Inspection, backend: str) -> DType:
+    """What a backend computes in by default, on the CPU."""
+    from ..backends import native
+    from ..core.runtime import auto_dtype
+
+    return auto_dtype(found.config, found.stored, backend, partial(native, backend, "cpu"))
 
 
 def not_on_onnx(found: Inspection) -> list[str]:
@@ -106,9 +115,8 @@ def not_on_onnx(found: Inspection) -> list[str]:
 
 def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str, object]:
     from ..core.inspect import cache_size
-    from ..core.runtime import auto_dtype
 
-    dtype, need = auto_dtype(found.config, found.stored), needed(found, context)
+    dtype, need = _dtype(found, BACKENDS[0]), needed(found, context)
     cache = cache_size(found.config, dtype)
     return {
         "layout": found.layout, "recipe": found.recipe or None, "parameters": found.parameters,
@@ -116,9 +124,7 @@ def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str
         "bits_per_weight": found.bits_per_weight,
         "parts": [asdict(part) | {"bits_per_weight": part.bits_per_weight} for part in found.parts],
         "dtype": dtype, "cache_bytes_fixed": cache.fixed, "cache_bytes_per_1000_tokens": 1000 * cache.per_token,
-        "weights_bytes": {
-            name: round(found.held(name, auto_dtype(found.config, found.stored, name))) for name in BACKENDS
-        },
+        "weights_bytes": {name: round(found.held(name, _dtype(found, name))) for name in BACKENDS},
         "needed_bytes": need,
         "context": context, "memory_bytes": memory["total"], "free_bytes": memory["free"],
         "fits": {name: size <= memory["free"] for name, size in need.items()},
@@ -153,7 +159,7 @@ def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[st
         f"    {'':<6} {'weights':>10} {'cache':>10} {'in all':>10}",
     ]
     for name, size in need.items():
-        own = auto_dtype(found.config, found.stored, name)
+        own = _dtype(found, name)
         held, cache = found.held(name, own), cache_size(found.config, own)
         kept = cache.fixed + cache.per_token * context
         how = ", weights unpacked" if found.quantized and name == "numpy" else f", in {own}" if own != dtype else ""

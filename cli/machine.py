@@ -19,15 +19,16 @@ PROBE_SECONDS = 120  # the first import of a framework from a slow disk takes it
 
 # What each framework says of itself; printed as JSON on the last line. A crash, as of a broken driver, is its own.
 PROBES = {
-    "torch": """
-import json, torch
+    "torch": f"""
+import json, runpy, torch
+native = runpy.run_path({str(Path(__file__).parents[1] / "backends" / "cuda" / "processor.py")!r})["native"]()
 cards = []
 for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     card = torch.cuda.get_device_properties(i)
     free, total = torch.cuda.mem_get_info(i)
-    cards.append({"name": card.name, "device": f"cuda:{i}", "total": total, "free": free,
-                  "capability": f"{card.major}.{card.minor}"})
-print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda, "gpus": cards}))
+    cards.append(dict(name=card.name, device=f"cuda:{{i}}", total=total, free=free,
+                      capability=f"{{card.major}}.{{card.minor}}"))
+print(json.dumps(dict(version=torch.__version__, cuda=torch.version.cuda, gpus=cards, native=native)))
 """,
     "mlx": """
 import json

@@ -14,6 +14,7 @@ from .convert.layouts import Source, read_source
 from .convert.plan import wanted_format, written
 from .convert.recipes import Recipe, spell
 from .errors import DgemmaError, shown
+from .memory import stays_narrow
 from .ops import DType, Ops
 from .quant import Format
 from .quantized import module_of
@@ -69,6 +70,8 @@ class Inspection:
     """Width of most of what is not quantized."""
     floats: int
     """Parameters that are not quantized."""
+    narrow: int
+    """Of these, the ones in 16 bits whose width torch on the CPU leaves to the pass; see `memory.stays_narrow`."""
     packed: float
     """Bytes of those that are."""
     derived: float
@@ -90,17 +93,19 @@ class Inspection:
     def bits_per_weight(self) -> float:
         return 8 * self.text_bytes / self.parameters
 
-    def held(self, backend: str, dtype: DType) -> float:
+    def held(self, backend: str, dtype: DType, *, gpu: bool = False) -> float:
         """Return the bytes of weights that a backend holds when it computes in a dtype.
 
-        Quantized weights stay packed, as they are stored; NumPy, the oracle, unpacks them. ONNX Runtime's sessions, one
+        Quantized weights stay packed, as they are stored, and torch on the CPU leaves 16-bit ones as they are when it
+        computes in float32; NumPy, the oracle, unpacks them. ONNX Runtime's sessions, one
         for each kind of pass, share what they map from a file; of weights in another width each makes a copy.
         """
         if backend == "numpy":
             return self.parameters * WIDTH[dtype]
         if backend == "onnx" and not self.quantized and dtype != self.stored:
             return 2 * self.parameters * WIDTH[dtype]
-        return self.floats * WIDTH[dtype] + self.packed + (self.derived if backend == "mlx" else 0)
+        mapped = self.narrow if backend == "torch" and dtype == "float32" and not gpu else 0
+        return self.floats * WIDTH[dtype] - 2 * mapped + self.packed + (self.derived if backend == "mlx" else 0)
 
 
 def part_of(name: str) -> str:
@@ -193,6 +198,7 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
         image_bytes=image,
         stored=widths.most_common(1)[0][0],
         floats=sum(plain.values()),
+        narrow=sum(math.prod(shapes[name]) for name in plain if sized[name][2] != "F32" and stays_narrow(shapes[name])),
         packed=packed,
         derived=derived,
     )

@@ -1,9 +1,22 @@
-"""How much memory this process has held."""
+"""How much memory this process has held, and which weights are held as they are stored."""
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+WIDENED_ONCE = 1 << 20
+"""Weights of a tensor, up to which torch on the CPU widens one when it is loaded; see `stays_narrow`."""
+
+
+def stays_narrow(shape: Sequence[int]) -> bool:
+    """Whether torch on the CPU, computing in float32, holds a weight stored in 16 bits as it is, and widens it in use.
+
+    Small ones cost more in calls, every pass, than they save in memory.
+    """
+    return len(shape) > 1 and math.prod(shape) > WIDENED_ONCE
 
 
 def peak_memory() -> int:

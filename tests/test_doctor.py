@@ -84,11 +84,11 @@ def test_doctor_counts_the_published_model(a_machine: Callable[..., None]) -> No
 
 
 def test_doctor_says_what_would_fit(a_machine: Callable[..., None]) -> None:
-    a_machine(free=20 << 30, numpy=WORKS, torch=WORKS)
-    found, code = report("-m", DATA / "config_26b.json")
+    a_machine(free=20 << 30, numpy=WORKS, torch=WORKS, mlx=WORKS)
+    found, code = report("-m", DATA / "config_26b.json", "--backend", "torch")
     assert code == 1 and not found["model"]["fits"] and found["problems"]
     assert [remedy["what"] for remedy in found["model"]["remedies"]] == ["dgemma convert --recipe 4bit"]
-    found, code = report("-m", DATA / "config_26b.json", "--dtype", "float32")
+    found, code = report("-m", DATA / "config_26b.json", "--dtype", "float32", "--backend", "mlx")
     assert code == 1 and found["model"]["weights_bytes"] > 100e9
     a_machine(free=49 << 30, numpy=WORKS, torch=WORKS)
     found, code = report("-m", DATA / "config_26b.json", "--context", 200_000)

@@ -1,6 +1,9 @@
-"""Arithmetic with weights that may be packed: a block of rows is dequantized into a buffer, used, and forgotten.
+"""Arithmetic with weights that are stored in another form than they are multiplied in.
 
-A weight is dequantized once a pass, whatever the rows of x: reading 256 rows of a canvas with it costs several times as
+A weight may be packed, or dense and narrower than x: bfloat16 as the file has it, where this processor multiplies
+float32 (`processor.py`). A block of its rows is dequantized or widened into a buffer, used, and forgotten.
+
+That happens once a pass, whatever the rows of x: reading 256 rows of a canvas with a weight costs several times as
 much. Blocks are long enough for the matrix product and filled in pieces that stay in a processor's own cache.
 
 The custom ops are the same for `torch.compile`, which would otherwise hold whole dequantized weights between nodes.
@@ -22,6 +25,9 @@ BLOCK = 1 << 21
 """Weights dequantized for one matrix product on the CPU. Rows of 2816 still make blocks of 700, which is where the
 product, with 256 rows of x, is as fast as with the whole weight."""
 
+WIDENED = 1 << 19
+"""Dense weights widened for one matrix product: the product finds them in a second-level cache."""
+
 PIECE = 1 << 19
 """Weights dequantized at a time on the CPU, 2 MB of float32: the passes over them stay in a second-level cache."""
 
@@ -29,15 +35,25 @@ CUDA_BLOCK = 1 << 25
 """Both, on other devices."""
 
 
-def blocks(weight: Weight, dtype: torch.dtype, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the rows of a weight [R, N] in order, dequantized; each block is gone when the next one comes.
+def ready(weight: Weight, dtype: torch.dtype) -> bool:
+    """Whether a weight can be multiplied as it is held."""
+    return isinstance(weight, Tensor) and weight.dtype == dtype
 
-    A dense weight is one block, as it is.
+
+def blocks(weight: Weight, dtype: torch.dtype, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a weight [R, N] in order, in a dtype; each block is gone when the next one comes.
+
+    A dense weight of that dtype is one block, as it is.
     """
-    if isinstance(weight, Tensor):
-        yield slice(0, len(weight)), weight
-        return
     count, width = weight.shape
+    if isinstance(weight, Tensor):
+        if weight.dtype == dtype:
+            yield slice(0, count), weight
+            return
+        for rows in _cut(count, width, WIDENED):
+            out = scratch.take("block", (rows.stop - rows.start, width), dtype, weight.device)
+            yield rows, out.copy_(weight[rows])
+        return
     on_cpu = weight.device.type == "cpu"
     for rows in _cut(count, width, BLOCK if on_cpu else CUDA_BLOCK):
         out = scratch.take("block", (rows.stop - rows.start, width), dtype, weight.device)

@@ -45,7 +45,7 @@ class CardOps(InferenceOps):
         self, dtype: DType = "bfloat16", device: str = "cuda", *, capture: Capture | None = None,
         encode_sizes: tuple[int, ...] = (256, 1024),
     ) -> None:  # fmt: skip
-        super().__init__(dtype, device)
+        super().__init__(dtype, device, products=dtype)
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())  # `set_device` asks for a number
         if self.device.type == "cuda" and torch.cuda.is_available():

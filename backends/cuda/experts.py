@@ -47,7 +47,7 @@ def expert_mlp(
         # Nearly all experts are hit by a canvas, and to ask which would wait for the device.
         return _grouped(x, index, weights, whole(gate_up, x.dtype), whole(down, x.dtype))
     if torch.compiler.is_compiling():
-        if isinstance(gate_up, Tensor) and isinstance(down, Tensor):
+        if blocks.ready(gate_up, x.dtype) and blocks.ready(down, x.dtype):
             return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
         return torch.ops.dgemma.packed_experts(x, index, weights, *flat(gate_up), *flat(down))
     # Called as a custom op it would do the same, after importing the compiler.
@@ -105,7 +105,7 @@ def _sorted_experts(
     counts = torch.bincount(chosen, minlength=gate_up.shape[0])
     rows = x.index_select(0, token)
     room = -(-int(counts.max()) // _ROOM) * _ROOM
-    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor)):
+    if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dtype == down.dtype == x.dtype):
         out = _block_by_block(rows, heat, counts.tolist(), gate_up, down, scratch)
     elif x.element_size() == 2 and room * len(counts) <= _PADDING * len(token):
         first = torch.arange(len(counts), device=x.device) * room - (counts.cumsum(0) - counts)
@@ -151,7 +151,8 @@ def _one_by_one(rows: Tensor, heat: Tensor, counts: list[int], gate_up: Tensor, 
 def _block_by_block(
     rows: Tensor, heat: Tensor, counts: list[int], gate_up: Weight, down: Weight, scratch: Scratch
 ) -> Tensor:  # fmt: skip
-    """`_one_by_one` where an expert may be packed: the experts that are hit are dequantized in turn, in one buffer."""
+    """`_one_by_one` of experts that are packed, or narrower than x: those that are hit are dequantized or widened in
+    turn, in one buffer."""
     both = rows.new_empty(gate_up.shape[1], len(rows))  # [2F, N·k]
     for matrix, part, run in _blocks_and_runs(gate_up, rows.dtype, counts, scratch):
         torch.mm(matrix, rows[run].T, out=both[part, run])
@@ -168,7 +169,8 @@ def _blocks_and_runs(
 ) -> Iterator[tuple[Tensor, slice, slice]]:
     """Yield blocks [r, N] of the experts' matrices [E, R, N]: which of the R rows, and which columns of x it meets."""
     height, width = weight.shape[1:]
-    together = max(1, blocks.BLOCK // (height * width))  # small experts, neighbours that are all hit
+    room = blocks.WIDENED if isinstance(weight, Tensor) else blocks.BLOCK
+    together = max(1, room // (height * width))  # small experts, neighbours that are all hit
     start, expert = 0, 0
     while expert < len(counts):
         stop = expert + 1

@@ -97,7 +97,7 @@ def _score(buffers: _Buffers, x: Tensor, table: Weight, softcap: float, scratch:
         size = part.shape[0]
         whole = size == tile.shape[1]
         out = None if not whole else tile if exact else buffers.mass
-        if torch.compiler.is_compiling() and not isinstance(part, Tensor):
+        if torch.compiler.is_compiling() and not blocks.ready(part, x.dtype):
             logits, out = torch.ops.dgemma.packed_linear(x, *blocks.flat(part), 1 / softcap), None
         else:
             logits = blocks.linear(x, part, scratch, scale=1 / softcap, out=out)
@@ -134,7 +134,7 @@ def _weigh(
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
         mass = buffers.mass[:, : part.shape[0]]
-        if torch.compiler.is_compiling() and not isinstance(part, Tensor):
+        if torch.compiler.is_compiling() and not blocks.ready(part, mass.dtype):
             soft += torch.ops.dgemma.packed_mix(mass, *blocks.flat(part))
         else:
             blocks.mix(mass, part, scratch, into=soft)

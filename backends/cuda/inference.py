@@ -5,7 +5,9 @@ What is done differently from the default bodies, and why:
     experts    rows sorted by expert and only the experts that are hit (`experts.py`)
     head       one [L, V] buffer, worked through in blocks of rows that stay in the processor's own cache (`head.py`)
     norms      one read for the mean square, one for the product
-    quantized  weights stay as the file has them (`packed.py`); a block is dequantized when it is used (`blocks.py`)
+    weights    large ones stay as the file has them, packed (`packed.py`) or narrow; a block is dequantized or widened
+               when it is used (`blocks.py`)
+    products   in the width that the processor multiplies (`processor.py`): float32 where bfloat16 is emulated
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ...core.memory import stays_narrow
 from ...core.ops import KV, DType, Rope, Span
 from ...core.quant import QTensor
-from . import blocks
+from . import blocks, processor
 from .blocks import Weight
 from .experts import expert_mlp, gelu_times
 from .head import VocabHead
@@ -39,12 +42,19 @@ BUCKET = 512
 class InferenceOps(TorchOps):
     """The torch backend of `dgemma.load`: float32, bfloat16 or float16, no gradients.
 
+    `products` is the width of matrix products, the dtype's own or float32; by default what the processor is made for.
+    Where they are wider than the dtype, sums are float32 and what passes between the ops is rounded to the dtype.
+
     With `compile`, functions given to `ops.compile` go through `torch.compile(fullgraph=True)`; give them the
     cache's length as an int32 tensor, or every new length is compiled anew.
     """
 
-    def __init__(self, dtype: DType = "float32", device: str = "cpu", *, compile: bool = False) -> None:
+    def __init__(
+        self, dtype: DType = "float32", device: str = "cpu", *, compile: bool = False, products: DType | None = None
+    ) -> None:  # fmt: skip
         super().__init__(dtype, device)
+        by_default = processor.multiplies(dtype) if self.device.type == "cpu" else dtype
+        self._product = TORCH_DTYPES[products or by_default]
         self.compiles = compile
         self._scratch = Scratch()
         self._head = VocabHead(self._scratch)
@@ -54,12 +64,16 @@ class InferenceOps(TorchOps):
     def pack(self, weight: Any) -> Weight:
         """Bring one stored weight to the device.
 
-        On the CPU the memory map itself is the tensor where widths agree, and always where the weight is quantized:
-        then it stays packed.
+        On the CPU the memory map itself is the tensor where widths agree, always where the weight is quantized, which
+        then stays packed, and where it is large and narrower than the compute dtype.
         """
         if isinstance(weight, QTensor):
             return QuantizedTensor.from_host(weight, self.device)
-        return from_numpy(np.asarray(weight)).to(device=self.device, dtype=TORCH_DTYPES[self.dtype])
+        stored, dtype = from_numpy(np.asarray(weight)), TORCH_DTYPES[self.dtype]
+        narrow = stored.is_floating_point() and stored.element_size() < dtype.itemsize
+        if narrow and self.device.type == "cpu" and stays_narrow(stored.shape):
+            return stored
+        return stored.to(device=self.device, dtype=dtype)
 
     def asarray(self, x: Any, dtype: DType | None = None) -> Array:
         array = super().asarray(x, dtype)
@@ -69,11 +83,14 @@ class InferenceOps(TorchOps):
     def embed(self, table: Weight, tokens: Array, scale: float) -> Array:
         if isinstance(table, QuantizedTensor):
             return dequantize(table[tokens], TORCH_DTYPES[self.dtype]) * self.rounded(scale)
-        return F.embedding(tokens, table) * self.rounded(scale)
+        return F.embedding(tokens, table).to(TORCH_DTYPES[self.dtype]) * self.rounded(scale)
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        if isinstance(weight, Array):
-            return F.linear(x, weight)
+        return self._multiply(x.to(self._product), weight).to(x.dtype)
+
+    def _multiply(self, x: Array, weight: Weight) -> Array:
+        if blocks.ready(weight, x.dtype):
+            return F.linear(x, weight)  # type: ignore[arg-type]
         if torch.compiler.is_compiling():
             return torch.ops.dgemma.packed_linear(x, *blocks.flat(weight), 1.0)
         return blocks.linear(x, weight, self._scratch)
@@ -112,8 +129,8 @@ class InferenceOps(TorchOps):
         # The softmax of the chosen scores is the softmax over all experts, renormalised.
         weights = top.softmax(-1) * router.per_expert_scale[index]
         both = experts.gate_up_proj, experts.down_proj
-        out = expert_mlp(h.reshape(rows.shape), index, weights, *both, self._scratch)
-        return out.view(h.shape)
+        out = expert_mlp(h.reshape(rows.shape).to(self._product), index, weights, *both, self._scratch)
+        return out.to(h.dtype).view(h.shape)
 
     # ---- Attention and its cache ------------------------------------------------------------------------------
 
@@ -147,9 +164,10 @@ class InferenceOps(TorchOps):
             mask, causal = _ragged_mask(span, length, context.keys.shape[2]), False
             keys, values = context
         out = F.scaled_dot_product_attention(
-            q, keys, values, attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=heads != k.shape[1]
-        )
-        return out.transpose(1, 2).reshape(batch, length, heads * width)
+            *(x.to(self._product) for x in (q, keys, values)),
+            attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=heads != k.shape[1],
+        )  # fmt: skip
+        return out.to(q.dtype).transpose(1, 2).reshape(batch, length, heads * width)
 
     def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
         held = None if span.window is None else span.window - 1
@@ -177,20 +195,21 @@ class InferenceOps(TorchOps):
     # ---- Head -------------------------------------------------------------------------------------------------
 
     def logits(self, x: Array, table: Weight, softcap: float) -> Array:
-        scores = self.linear(x, table).to(TORCH_DTYPES[self.wide])
+        scores = self._multiply(x.to(self._product), table).to(TORCH_DTYPES[self.wide])
         return scores.div_(softcap).tanh_().mul_(softcap)
 
     def mean_embedding(self, probabilities: Array, table: Weight) -> Array:
-        if isinstance(table, Array):
-            return super().mean_embedding(probabilities, table)
-        shares = self.cast(probabilities, self.dtype)
+        shares = probabilities.to(self._product)
+        if blocks.ready(table, shares.dtype):
+            return self.cast(torch.matmul(shares, table), self.dtype)  # type: ignore[arg-type]
         mean = blocks.mix(shares.reshape(-1, shares.shape[-1]), table, self._scratch)
-        return mean.to(shares.dtype).view(*shares.shape[:-1], -1)
+        return self.cast(mean, self.dtype).view(*shares.shape[:-1], -1)
 
     def vocab_head(
         self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
-        return self._head(x, table, softcap, temperature, u)
+        *found, soft = self._head(x.to(self._product), table, softcap, temperature, u)
+        return *found, soft.to(x.dtype)  # type: ignore[return-value]
 
     # ---- Running ----------------------------------------------------------------------------------------------
 
