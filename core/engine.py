@@ -21,6 +21,7 @@ from . import sampler as sampling
 from .config import SamplerConfig
 from .errors import DgemmaError
 from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
+from .finite import check_results
 from .memory import peak_memory
 from .model import Cache, Model, encode, encode_and_step, new_cache, step
 from .ops import Array, Ops
@@ -220,6 +221,7 @@ class Engine:
             if begun < ops.lookahead:
                 continue
             argmax, accepted, entropy, stop = (x[0] for x in reads.popleft()())
+            check_results(entropy, ops.dtype)
             clock.steps += 1
             clock.first_draft = clock.first_draft or clock.now()
             yield Draft(

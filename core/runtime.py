@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from . import weights
+from . import finite, weights
 from .checkpoint import Checkpoint, resolve
 from .config import GenerationConfig, ModelConfig
 from .engine import Engine, Request, check_tokens
@@ -98,6 +98,7 @@ def load(
     def get(one: str) -> Any:
         nonlocal done
         tensor = checkpoint.tensor(one)
+        finite.check_vector(one, tensor, ops.dtype)
         done += tensor.nbytes
         if progress is not None:
             progress(done, total)
@@ -262,7 +263,9 @@ class DiffusionGemma:
                 text that they look like: nobody can type a control token.
 
         Raises:
-            DgemmaError: a prompt or an option that cannot be, in one line; raised here, before the first event.
+            DgemmaError: a prompt or an option that cannot be, in one line; raised here, before the first event. While
+                events are read: a pass that comes to NaN or infinity (damaged weights, or float16 overflows), with the
+                dtype and what to try; and whatever the device refuses.
         """
         _integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
         _integer("seed", seed, 0, (1 << 64) - 1)
@@ -297,12 +300,13 @@ class DiffusionGemma:
             prompt_ids: token ids, or text or messages as `stream` takes them.
             canvas_ids: L token ids, or text that is tokenized as it stands.
             previous_logits: [L, V] logits of the pass before, already divided by its temperature; None on the first.
+                -inf takes a token out; NaN and +inf are refused.
 
         Returns:
             float32 [L, V], soft-capped, before any temperature.
 
         Raises:
-            DgemmaError: an id that does not exist, or a shape that does not fit.
+            DgemmaError: an id that does not exist, a shape that does not fit, or logits that come to NaN or infinity.
         """
         ops, model = self.ops, self.engine.model
         prompt = self.prompt_ids(prompt_ids)
@@ -312,19 +316,19 @@ class DiffusionGemma:
         if len(prompt) + len(canvas) > self.config.max_positions:
             raise DgemmaError(f"prompt and canvas exceed the model's context of {self.config.max_positions:,} tokens")
         shape = (1, len(canvas), self.config.hidden_size)
-        given = None if previous_logits is None else np.asarray(previous_logits)
         wanted = (len(canvas), self.config.vocab_size)
-        if given is not None and (given.shape != wanted or given.dtype.kind != "f"):
-            raise DgemmaError(f"previous_logits is {given.dtype} {given.shape}, expected floats of shape {wanted}")
+        given = None if previous_logits is None else finite.scores(previous_logits, wanted)
 
         def run() -> np.ndarray:
             if given is None:
                 soft = ops.asarray(np.zeros(shape, np.float32), ops.dtype)
             else:
-                soft = self.engine.mean_embedding(ops.asarray(given[None].astype(np.float32), ops.wide))
+                soft = self.engine.mean_embedding(ops.asarray(given[None], ops.wide))
             cache = self.engine.prefill(prompt, len(canvas))
             x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
-            return ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+            logits = ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+            finite.check_results(logits, ops.dtype)
+            return logits
 
         return self.engine.turns.take("computing logits", run)
 

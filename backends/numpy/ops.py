@@ -8,6 +8,7 @@ of the tolerance law.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,9 @@ class NumpyOps(Ops):
 
     def cumsum(self, x: Array, axis: int) -> Array:
         return np.cumsum(x, axis, dtype=x.dtype)
+
+    def guarded(self, doing: str) -> AbstractContextManager[None]:
+        return np.errstate(all="ignore")  # what is not finite at the end of a pass is an error then
 
     def rounded(self, value: float) -> float:
         return NUMPY_DTYPES[self.dtype](value)  # a Python float would widen ml_dtypes' bfloat16 arrays to float32
