@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dgemma.cli.bench import commit
+from dgemma.core.files import append_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -19,8 +20,7 @@ def append(name: str, row: dict[str, Any], *packages: str) -> dict[str, Any]:
     """Append a row to results/`name`.jsonl, with its circumstances and the versions of packages; return all of it."""
     row = row | {package: version(package) for package in packages} | circumstances()
     RESULTS.mkdir(exist_ok=True)
-    with (RESULTS / f"{name}.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    append_bytes(RESULTS / f"{name}.jsonl", f"{json.dumps(row)}\n".encode())
     return row
 
 

@@ -180,6 +180,23 @@ def write_text(path: str | Path, text: str, *, private: bool = False, sync: bool
     write_bytes(path, data, private=private, sync=sync)
 
 
+def append_bytes(path: str | Path, data: bytes) -> None:
+    """Add to the end of a file, which is made if need be; all that was there stays.
+
+    Raises:
+        DgemmaError: it cannot be written, or is a link, has another name besides, or is no regular file.
+    """
+    path = Path(path)
+    check_target(path)
+    try:
+        with Folder(path.parent) as folder:
+            handle = folder.open_own(path.name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            with os.fdopen(handle, "ab") as file:
+                file.write(data)
+    except OSError as error:
+        raise _refused(error, shown(path)) from None
+
+
 def check_target(path: str | Path) -> os.stat_result | None:
     """Find out, before the work, whether a file can be written under a name; returns what is replaced, if anything.
 

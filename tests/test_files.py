@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import runpy
 import secrets
 import socket
 import stat
@@ -15,6 +16,7 @@ import pytest
 
 from dgemma.cli import options
 from dgemma.core import config, files
+from dgemma.core.checkpoint import resolve
 from said import says
 
 CANARY = b"the user's own"
@@ -222,3 +224,32 @@ def test_prompts_come_from_files_and_from_what_shells_make_for_commands(folder: 
         file.truncate(10 << 30)
     with says("huge", "at most"):
         options.read_file(folder / "huge")
+
+
+def test_lines_are_added_to_the_users_own_files_only(folder: Path, canary: Path) -> None:
+    for line in (b"one\n", b"two\n"):
+        files.append_bytes(folder / "log", line)
+    assert (folder / "log").read_bytes() == b"one\ntwo\n"
+    for kind, trap in IN_THE_WAY.items():
+        trap(folder / f"x{kind}", canary)
+        with says(kind.strip()):
+            files.append_bytes(folder / f"x{kind}", b"three\n")
+    os.link(canary, folder / "other")
+    with says("another name"):
+        files.append_bytes(folder / "other", b"three\n")
+    assert canary.read_bytes() == CANARY and os.listdir(canary.parent) == ["canary"]
+
+
+def test_examples_write_through_no_link(folder: Path, canary: Path) -> None:
+    write = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "sudoku" / "nano.py"))["write_folder"]
+    write(folder, {"a": 1})
+    made = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in made:
+        (folder / name).unlink()
+        (folder / name).symlink_to(canary)
+        with says(name, "is a link"):
+            write(folder, {"a": 2})
+        (folder / name).unlink()
+    assert canary.read_bytes() == CANARY
+    packaged = Path(resolve("nano"))
+    assert {name for name, data in made.items() if data != (packaged / name).read_bytes()} == {"config.json"}

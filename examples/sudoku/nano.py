@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from dgemma.core import files
+
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>")
 PAD, EOS, BOS, TURN, END_TURN = 0, 1, 2, 4, 5
 FIRST_BYTE = 16  # ids 9–15 are spare
@@ -124,13 +126,13 @@ def tokenizer() -> Tokenizer:
 def write_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Write everything but weights and card."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer().save(str(folder / "tokenizer.json"))
+    files.write_text(folder / "tokenizer.json", tokenizer().to_str(pretty=True))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
     extra = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 4096}
-    files = {"config": settings, "generation_config": GENERATION, "tokenizer_config": names | extra}
-    for name, data in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(data, indent=2) + "\n")
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    tables = {"config": settings, "generation_config": GENERATION, "tokenizer_config": names | extra}
+    for name, data in tables.items():
+        files.write_text(folder / f"{name}.json", json.dumps(data, indent=2) + "\n")
+    files.write_text(folder / "chat_template.jinja", TEMPLATE)
 
 
 # --- boards as token ids: what the template and the tokenizer make of them, for whole batches at once ---------------

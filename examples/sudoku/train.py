@@ -27,6 +27,7 @@ import nano
 import objective
 import optimizer
 import sampling
+from dgemma.core import files
 from dgemma.core.config import GenerationConfig, ModelConfig
 
 # Float32 activations of some MB are allocated and freed thousands of times a step; glibc gives each back to the kernel
@@ -45,12 +46,8 @@ def learning_rate(step: int, steps: int, warm: int, decay: float) -> float:
 
 def save(path: Path, data: dict[str, Any]) -> None:
     """Write a checkpoint so that a kill at any moment leaves the old one or the new one."""
-    part = path.with_suffix(".part")
-    with part.open("wb") as file:
+    with files.replace_when_done(path) as file:
         torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
 
 
 def export(folder: Path, settings: dict[str, Any], weights: dict[str, torch.Tensor]) -> None:
@@ -59,9 +56,8 @@ def export(folder: Path, settings: dict[str, Any], weights: dict[str, torch.Tens
 
     nano.write_folder(folder, settings)
     tensors = {name: t.to(torch.bfloat16).contiguous() for name, t in sorted(weights.items())}
-    save_file(tensors, str(folder / "model.part"), metadata={"format": "pt"})
-    (folder / "model.part").chmod(0o644)  # save_file makes it private
-    (folder / "model.part").replace(folder / "model.safetensors")
+    with files.path_when_done(folder / "model.safetensors") as part:
+        save_file(tensors, str(part), metadata={"format": "pt"})
 
 
 def measure(config: ModelConfig, weights: dict[str, torch.Tensor], tests: dict[int, Any]) -> dict[str, Any]:
@@ -214,8 +210,7 @@ class Worker:
                 row |= self.test()
             if chief:
                 print(" ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-                with (o.run / "log.jsonl").open("a") as log:
-                    log.write(json.dumps(row) + "\n")
+                files.append_bytes(o.run / "log.jsonl", f"{json.dumps(row)}\n".encode())
             if chief and testing:
                 state = {"parameters": self.parameters, "optimizer": self.learner.state, "config": self.settings}
                 save(self.path, state | {"step": self.step, "seconds": time.monotonic() - began})

@@ -17,6 +17,7 @@ from pathlib import Path
 import click
 
 import dgemma
+from dgemma.core.files import write_bytes
 
 HERE = Path(__file__).parent
 PAGE = ("index.html", "style.css", "app.js", "loop.js", "random.js", "sudoku.js", "tokenizer.js")
@@ -73,16 +74,16 @@ def main(out: Path) -> None:
     """Build the page that runs nano in a browser."""
     installed = runtime()
     (out / "ort").mkdir(parents=True, exist_ok=True)
-    for name in PAGE:
-        shutil.copy(HERE / name, out)
-    for name in RUNTIME:
-        shutil.copy(installed / name, out / "ort")
+    for path in [HERE / name for name in PAGE]:
+        write_bytes(out / path.name, path.read_bytes())
+    for path in [installed / name for name in RUNTIME]:
+        write_bytes(out / "ort" / path.name, path.read_bytes())
     try:
         dgemma.export("nano", out / "nano", standalone=True, force=True)
         prompt = markers()
     except dgemma.DgemmaError as error:
         raise click.ClickException(str(error)) from None
-    (out / "nano" / "prompt.json").write_text(json.dumps(prompt) + "\n")
+    write_bytes(out / "nano" / "prompt.json", f"{json.dumps(prompt)}\n".encode())
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     click.echo(f"{out}: {size / 1e6:.0f} MB; serve it with: python -m http.server --directory {out}")
 
