@@ -23,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from . import quantized, weights
+from . import names, quantized, ties, weights
 from .config import GenerationConfig, ModelConfig, read_json
 from .errors import DgemmaError, quoted, shown
+from .names import Roles
 from .ops import DType
 from .quant import Format, QTensor
-from .quantized import Packed, Quantization, module_of
+from .quantized import Packed, Quantization
 from .safetensors import DTYPES, Entry, SafetensorsFile
 
 PACKAGED = ("nano",)
@@ -82,13 +83,12 @@ class Checkpoint:
     @property
     def names(self) -> tuple[str, ...]:
         """Every stored tensor of the text model, sorted: no image tower, no tied copies."""
-        return tuple(sorted({*self._places, *self._packed}))
+        return tuple(sorted(self._roles.weights))
 
     @property
     def nbytes(self) -> int:
         """Bytes of those tensors as stored."""
-        packed = sum(one.nbytes for one in self._packed.values())
-        return packed + sum(self._entry(name).nbytes for name in self._places)
+        return sum(self._size(stored) for stored in self._roles.weights.values())
 
     @property
     def stored_dtype(self) -> DType:
@@ -97,12 +97,11 @@ class Checkpoint:
         What a quantized folder stores unquantized, its norms, can be wider than the model that was quantized.
         """
         total: Counter[DType] = Counter()
-        for one in self._packed.values():
-            scales = self._files[one.parts["scales"]].entries[one.parts["scales"]]
-            total[_WIDTHS.get(scales.dtype, "bfloat16")] += math.prod(one.shape)
-        for name in self._places:
-            entry = self._entry(name)
-            if entry.dtype in _WIDTHS:
+        for stored in self._roles.weights.values():
+            if (packed := self._packed.get(stored)) is not None:
+                scales = self._files[packed.parts["scales"]].entries[packed.parts["scales"]]
+                total[_WIDTHS.get(scales.dtype, "bfloat16")] += math.prod(packed.shape)
+            elif (entry := self._entry(stored)).dtype in _WIDTHS:
                 total[_WIDTHS[entry.dtype]] += entry.nbytes // DTYPES[entry.dtype].itemsize
         return total.most_common(1)[0][0] if total else "float32"
 
@@ -111,48 +110,42 @@ class Checkpoint:
 
         A quantized one comes as a QTensor of such views.
         """
-        if name in self._packed:
-            return self._packed[name].read(self._stored)
-        if name not in self._places:
+        if name not in self._roles.weights:
             raise DgemmaError(f"{shown(self.path)}: the tensor {quoted(name)} is missing")
-        return self._places[name].tensor(self._spelled.get(name, name))
+        return self._read(self._roles.weights[name])
 
     def parts(self, name: str) -> dict[str, tuple[SafetensorsFile, str]]:
         """Where a tensor lies, for whoever hands out places instead of bytes: the file of each part and its name there.
 
         The parts are `weight` and, of one that is quantized, `scales`, …
         """
-        if name in self._packed:
-            return {part: (self._files[stored], stored) for part, stored in self._packed[name].parts.items()}
-        return {"weight": (self._places[name], self._spelled.get(name, name))}
+        stored = self._roles.weights[name]
+        places = self._packed[stored].parts if stored in self._packed else {"weight": stored}
+        return {part: (self._files[one], one) for part, one in places.items()}
 
     def format(self, name: str) -> Format | None:
         """How a tensor is quantized, if it is."""
-        return self._packed[name].format if name in self._packed else None
+        packed = self._packed.get(self._roles.weights.get(name, ""))
+        return packed.format if packed else None
 
     def check(self, config: ModelConfig | None = None) -> None:
         """Compare the stored tensors with what a config (by default the folder's own) needs.
 
         Raises:
-            DgemmaError: the tensors that are missing, unknown, misshapen or not of a float width, in one line.
+            DgemmaError: the tensors that are missing, unknown, misshapen or not of a float width, in one line; or a
+                tied copy that differs from its weight in what a sample shows.
         """
         needed = weights.shapes(config or self.config)
-        missing = [name for name in needed if name not in self._places and name not in self._packed]
-        extra = [name for name in (*self._places, *self._packed) if name not in needed]
+        roles = self._roles if config is None else names.assign(self._logical, needed)
         shape, width = [], []
-        found_shapes = {name: one.shape for name, one in self._packed.items()}
-        for name in self._places:
-            entry = self._entry(name)
-            found_shapes[name] = entry.shape
-            if name in needed and entry.dtype not in _WIDTHS and entry.shape == needed[name]:
-                width.append(f"{name} is {entry.dtype}")
-        for name, one in found_shapes.items():
-            if name in needed and one != needed[name]:
-                found = quoted(list(one), 30)
-                shape.append(f"{name} is {found}, expected {list(needed[name])}")
+        for name, stored in roles.weights.items():
+            if (there := self._shape(stored)) != needed[name]:
+                shape.append(f"{name} is {quoted(list(there), 30)}, expected {list(needed[name])}")
+            elif stored not in self._packed and self._entry(stored).dtype not in _WIDTHS:
+                width.append(f"{name} is {self._entry(stored).dtype}")
         faults = {
-            "missing": list(map(quoted, missing)),
-            "unknown": [f"{quoted(name)}{self._home(name)}" for name in extra],
+            "missing": [quoted(name) for name in needed if name not in roles.weights],
+            "unknown": [f"{quoted(name)}{self._home(name)}" for name in roles.unknown],
             "misshapen": shape,
             "not float32, bfloat16 or float16": width,
         }
@@ -162,6 +155,21 @@ class Checkpoint:
             first, *rest = found.items()
             also = ", ".join(f"{len(items)} {kind}" for kind, items in rest)
             raise DgemmaError(f"{shown(self.path)}: {_count(*first)}{f'; also {also}' if rest else ''}")
+        for name in roles.copies:
+            self.check_copies(name, sample=True)
+
+    def check_copies(self, name: str, *, sample: bool = False) -> None:
+        """Compare a tensor with its tied copies, which this costs the reading of; see `ties.py`.
+
+        Raises:
+            DgemmaError: a copy has other values than the tensor, so they are not tied.
+        """
+        for copy in self._roles.copies.get(name, ()):
+            ties.check(self._held(copy), self._held(self._roles.weights[name]), copy, name, self.path, sample=sample)
+
+    def copied_bytes(self, name: str) -> int:
+        """Bytes of the tied copies of a tensor."""
+        return sum(self._size(copy) for copy in self._roles.copies.get(name, ()))
 
     @cached_property
     def _files(self) -> dict[str, SafetensorsFile]:
@@ -170,44 +178,43 @@ class Checkpoint:
 
     @cached_property
     def _packed(self) -> dict[str, Packed]:
-        """Quantized text tensors, by the names of `weights.shapes`."""
+        """Quantized tensors, by the name that they would have as floats. The image tower's are nobody's here."""
         if self.quantization is None:
             return {}
-        entries = {name: file.entries[name] for name, file in self._files.items()}
+        entries = {name: file.entries[name] for name, file in self._files.items() if names.kind_of(name) != "image"}
         found = quantized.find(entries, self.quantization, shown(self.path))
-        names = {module_of(name): name for name in weights.shapes(self.config)}
-        named = {names.get(module, f"{module}.weight"): one for module, one in found.items()}
-        return {name: one for name, one in sorted(named.items()) if name in names.values() or not weights.ignored(name)}
+        return {f"{module}.weight": one for module, one in found.items()}
 
     @cached_property
-    def _spelled(self) -> dict[str, str]:
-        """Stored names of what is spelled otherwise: MLX gives experts a `.weight`."""
-        return {} if self.quantization is None else quantized.logical_names(self._files, weights.shapes(self.config))
+    def _logical(self) -> tuple[str, ...]:
+        """All tensors, a quantized one as one."""
+        parts = {stored for one in self._packed.values() for stored in one.parts.values()}
+        return (*(name for name in self._files if name not in parts), *self._packed)
 
     @cached_property
-    def _places(self) -> dict[str, SafetensorsFile]:
-        """The file of each float text tensor."""
-        needed = weights.shapes(self.config)
-        parts: set[str] = set()
-        if self.quantization is not None:
-            parts = {f"{module_of(name)}.{part}" for name in self._packed for part in quantized.PARTS}
-            parts |= set(self._spelled.values())
-        places = {
-            name: file
-            for name, file in self._files.items()
-            if name not in parts and (name in needed or not (weights.ignored(name) or quantized.of_ignored(name)))
-        }
-        places |= {name: self._files[stored] for name, stored in self._spelled.items() if name not in self._packed}
-        return dict(sorted(places.items()))
+    def _roles(self) -> Roles:
+        return names.assign(self._logical, weights.shapes(self.config))
 
-    def _entry(self, name: str) -> Entry:
-        return self._places[name].entries[self._spelled.get(name, name)]
+    def _held(self, stored: str) -> ties.Held:
+        return ties.Held(self._read(stored))
 
-    def _stored(self, name: str) -> np.ndarray:
-        return self._files[name].tensor(name)
+    def _read(self, stored: str) -> np.ndarray | QTensor:
+        if stored in self._packed:
+            return self._packed[stored].read(lambda part: self._files[part].tensor(part))
+        tensor = self._files[stored].tensor(stored)
+        return tensor if tensor.ndim else tensor.reshape(1)  # a layer's scalar, which some write without a dimension
 
-    def _home(self, name: str) -> str:
-        return f" in {self._places[name].path.name}" if name in self._places else ""
+    def _shape(self, stored: str) -> tuple[int, ...]:
+        return self._packed[stored].shape if stored in self._packed else self._entry(stored).shape or (1,)
+
+    def _size(self, stored: str) -> int:
+        return self._packed[stored].nbytes if stored in self._packed else self._entry(stored).nbytes
+
+    def _entry(self, stored: str) -> Entry:
+        return self._files[stored].entries[stored]
+
+    def _home(self, stored: str) -> str:
+        return f" in {self._files[stored].path.name}" if stored in self._files else ""
 
 
 def resolve(name: str | Path, *, revision: str | None = None, progress: Any = None) -> Path:
@@ -301,17 +308,23 @@ def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
     files = []
     owners: dict[str, str] = {}
     for file_name in sorted(set(listed.values())):
+        if not _present(folder / file_name) and all(names.dispensable(n) for n, at in listed.items() if at == file_name):
+            continue  # of the image tower, say, in a folder that was made for text
         file = SafetensorsFile.open(inside(folder, file_name))
         for name in file.entries:
             if name in owners:
                 raise DgemmaError(f"{where}: {quoted(name)} is in two files, {owners[name]} and {file_name}")
             owners[name] = file_name
         files.append(file)
-    lost = [name for name, file_name in listed.items() if owners.get(name) != file_name]
+    lost = [
+        name
+        for name, file_name in listed.items()
+        if owners.get(name) != file_name and (name in owners or not names.dispensable(name))
+    ]
     if lost:
         said = [f"{quoted(name)} in {listed[name]}" for name in lost]
         raise DgemmaError(f"{where}: {_count('not in the files it names', said)}")
-    strays = [name for name in owners if name not in listed and not weights.ignored(name)]
+    strays = [name for name in owners if name not in listed and not names.dispensable(name)]
     if strays:
         raise DgemmaError(f"{where}: {_count('in the files but not listed', list(map(quoted, strays)))}")
     return tuple(files)

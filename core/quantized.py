@@ -11,7 +11,7 @@ A module is quantized where it has scales. The outer entry is for those without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,14 +208,3 @@ def _packed(module: str, entries: Mapping[str, Entry], kind: Format | None) -> P
         nbytes=sum(entries[name].nbytes for name in parts.values()),
         exact=kind.mode != "affine" or scales.dtype in ("BF16", "F16"),
     )
-
-
-def logical_names(entries: Iterable[str], needed: Iterable[str]) -> dict[str, str]:
-    """Return needed name → stored name where MLX spells an unquantized tensor otherwise: experts get a `.weight`."""
-    stored = set(entries)
-    return {name: f"{name}.weight" for name in needed if name not in stored and f"{name}.weight" in stored}
-
-
-def of_ignored(name: str) -> bool:
-    """Whether a name is a part of a quantized copy of the head, which is tied to the embedding."""
-    return name.startswith("lm_head.")

@@ -92,14 +92,15 @@ def load(
         known = partial(backends.native, chosen, device)
         dtype = auto_dtype(checkpoint.config, checkpoint.stored_dtype, chosen, known)
     ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
-    total = checkpoint.nbytes
+    total = checkpoint.nbytes + sum(map(checkpoint.copied_bytes, checkpoint.names))
     done = 0
 
     def get(one: str) -> Any:
         nonlocal done
         tensor = checkpoint.tensor(one)
         finite.check_vector(one, tensor, ops.dtype)
-        done += tensor.nbytes
+        checkpoint.check_copies(one)  # now, while the weight itself is read too
+        done += tensor.nbytes + checkpoint.copied_bytes(one)
         if progress is not None:
             progress(done, total)
         return tensor

@@ -1,7 +1,7 @@
 """From named tensors to a `Model`: the one table of where each weight stands in a checkpoint.
 
 Names are the checkpoint's own. Text weights sit under `model.decoder`; the encoder shares them all except its layer
-scalars. Copies of the shared ones under `model.encoder.language_model`, and `lm_head`, may be present and are ignored.
+scalars. `names.py` says what else may be in a file.
 """
 
 from __future__ import annotations
@@ -59,12 +59,6 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if attention.kind == "sliding_attention":
             result[f"{layer}.self_attn.v_proj.weight"] = (keys, width)
     return result
-
-
-def ignored(name: str) -> bool:
-    """Whether a tensor that `shapes` does not list may stand in a checkpoint: the image tower, and tied copies."""
-    image = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
-    return name == "lm_head.weight" or name.startswith((*image, f"{ENCODER}."))
 
 
 def build(ops: Ops, config: ModelConfig, get: Callable[[str], Any]) -> Model:

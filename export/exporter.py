@@ -94,6 +94,8 @@ def export(
     say("reading headers")
     original = Checkpoint.open(resolve(source, revision=revision))
     original.check()
+    for name in original.names:
+        original.check_copies(name)
     _check_formats(original)
     target = choose(out, original)
     if target.inside and standalone:

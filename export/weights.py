@@ -135,7 +135,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Calla
                     )
             path = file.path.resolve() if in_memory else file.path
             places[part] = Place(
-                name=stored, file=path.name, start=entry.start, dtype=entry.dtype, shape=entry.shape,
+                name=stored, file=path.name, start=entry.start, dtype=entry.dtype, shape=entry.shape or (1,),
                 base=str(path.parent),
             )  # fmt: skip
         return assemble(name, checkpoint.format(name), places)

@@ -69,8 +69,6 @@ def test_tied_copies_may_be_present_and_are_not_loaded(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     everything = hf.tensors(model)  # state_dict names the copies too
     assert "lm_head.weight" in everything
-    # A copy that disagrees, or has another shape, changes nothing: it is not read.
-    everything["lm_head.weight"] = np.zeros((2, 3), np.float32)
     safetensors.write(tmp_path / "model.safetensors", everything)
     checkpoint = Checkpoint.open(tmp_path)
     checkpoint.check()

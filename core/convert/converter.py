@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import ties
 from ..checkpoint import inside
 from ..config import read_json
 from ..errors import DgemmaError, quoted, shown
@@ -44,7 +45,7 @@ class Progress:
     """How far a conversion is."""
 
     stage: str
-    """checking what an earlier run has done, converting, hashing or verifying."""
+    """comparing (tied copies), checking what an earlier run has done, converting, hashing or verifying."""
     done: int
     total: int
     """Bytes of the source; of the target, when it is hashed."""
@@ -152,6 +153,7 @@ def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> No
     out.parent.mkdir(parents=True, exist_ok=True)
     with open_partial(out, job.plan, force=force) as partial:
         _check_space(job, partial)
+        _check_copies(job, meter)
         partial.begin(job.shards)
         _check_blocks(job, partial, threads, meter)
         _fill(job, partial, threads, meter)
@@ -159,6 +161,15 @@ def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> No
         _complete(job, partial, threads, meter)
         check_result(job, partial.folder)
         finish(partial, out, force=force)
+
+
+def _check_copies(job: Job, meter: Meter) -> None:
+    """Read the copies of tied weights, which are left out, to see that they are copies: at most as long as copying."""
+    if job.source.copies:
+        meter.start("comparing", sum(source_bytes(copy) for copy, _ in job.source.copies))
+        for copy, one in job.source.copies:
+            ties.check(copy, one, copy.name, one.name, job.folder)
+            meter.advance(source_bytes(copy))
 
 
 def _check_space(job: Job, partial: Partial) -> None:

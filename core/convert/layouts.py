@@ -29,15 +29,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import quantized, weights
+from .. import names, quantized, ties, weights
 from ..config import ModelConfig
 from ..errors import DgemmaError, quoted, shown
-from ..quantized import Packed, Quantization, module_of
+from ..quantized import Packed, Quantization
 from ..safetensors import SafetensorsFile
 from .integers import FLOATS, float8_block_part, integer_part
 from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Part, Stored, Weight
@@ -64,8 +64,10 @@ class Source:
     text: tuple[Weight, ...]
     """Exactly the tensors of `weights.shapes`, in its order."""
     image: tuple[Weight, ...]
+    copies: tuple[tuple[Weight, Weight], ...]
+    """Copies of tied weights and what each is a copy of: the same numbers, as far as a sample shows."""
     dropped: tuple[str, ...]
-    """Stored names that are not carried: tied copies, and scales of activations."""
+    """Stored names that are not carried: tied copies, constants, and scales of activations."""
 
 
 def read_source(
@@ -97,44 +99,48 @@ def read_source(
     if scheme is not None:
         packed = quantized.find(entries, scheme, where)
         parts = {name for one in packed.values() for name in one.parts.values()}
-        spelled = {stored_name: name for name, stored_name in quantized.logical_names(entries, needed).items()}
-        bare = {module_of(name): name for name in needed}
-        for module, one in packed.items():
-            name = bare.get(module, f"{module}.weight")
-            found[name] = _mlx_weight(name, one, stored)
-        plain = {spelled.get(name, name): name for name in entries if name not in parts}
+        found |= {f"{module}.weight": _mlx_weight(f"{module}.weight", one, stored) for module, one in packed.items()}
+        plain = [name for name in entries if name not in parts]
     else:
-        plain, modules = {}, {}
+        plain, modules = [], {}
         for name in entries:
             module, kind = _split(name) if method else name.rpartition(".")[::2]
-            if (_tied(name) and name not in needed) or (method and kind in _LEFT_OUT):
+            if method and kind in _LEFT_OUT:
                 dropped.append(name)
             elif (method and kind in (*_QUANTIZED, "weight")) or (kind == "weight" and _EXPERT.fullmatch(module)):
                 modules.setdefault(module, {})[kind] = stored[name]
             else:
-                bare = name.removesuffix(".weight")  # MLX spells experts so
-                plain[bare if bare in needed else name] = name
+                plain.append(name)
         found |= _by_module(modules, where, config, data)
-    for name, stored_name in plain.items():
-        entry = entries[stored_name]
-        found[name] = Weight(name=name, shape=entry.shape, dtype=entry.dtype, format=None, parts=(stored[stored_name],))
-    dropped += [name for name in found if _tied(name) and name not in needed]
-    _check(found, needed, where)
+    found |= {name: _plain_weight(name, stored[name]) for name in plain}
+    return _sort_out(found, needed, dropped, layout=method or ("mlx" if scheme else "float"), folder=folder)
+
+
+def _sort_out(
+    found: Mapping[str, Weight], needed: Mapping[str, tuple[int, ...]], dropped: Sequence[str], *, layout: str,
+    folder: Path,
+) -> Source:  # fmt: skip
+    """Say which of a folder's weights is what; `found` has them by the names they have there."""
+    roles = names.assign(found, needed)
+    text = {name: replace(found[own], name=name) for name, own in roles.weights.items()}
+    _check(text, roles.unknown, needed, shown(folder))
+    copies = tuple((found[copy], text[name]) for name, several in roles.copies.items() for copy in several)
+    for copy, one in copies:
+        ties.check(copy, one, copy.name, one.name, folder, sample=True)
     return Source(
-        layout=method or ("mlx" if scheme else "float"),
-        text=tuple(found[name] for name in needed),
-        image=tuple(found[name] for name in sorted(found) if name not in needed and _of_image(name)),
-        dropped=tuple(sorted(dropped)),
+        layout=layout,
+        text=tuple(text[name] for name in needed),
+        image=tuple(found[name] for name in roles.image),
+        copies=copies,
+        dropped=tuple(sorted((*dropped, *roles.constants, *(copy.name for copy, _ in copies)))),
     )
 
 
-def _tied(name: str) -> bool:
-    """Whether a name is that of a copy of a decoder weight; the encoder's own scalars are asked for before."""
-    return name.startswith((f"{weights.ENCODER}.", "lm_head."))
-
-
-def _of_image(name: str) -> bool:
-    return weights.ignored(name) and not _tied(name)
+def _plain_weight(name: str, stored: Stored) -> Weight:
+    entry = stored.entry
+    if not entry.shape and name.endswith(".layer_scalar"):  # which some write without a dimension
+        stored = Stored(path=stored.path, entry=replace(entry, shape=(1,)))
+    return Weight(name=name, shape=stored.entry.shape, dtype=entry.dtype, format=None, parts=(stored,))
 
 
 def _mlx_weight(name: str, packed: Packed, stored: Mapping[str, Stored]) -> Weight:
@@ -301,20 +307,20 @@ def _only(extra: set[str], wanted: set[str]) -> None:
         raise DgemmaError(f"has {unknown[0]}, which does not belong to its format")
 
 
-def _check(found: Mapping[str, Weight], needed: Mapping[str, tuple[int, ...]], where: str) -> None:
+def _check(
+    found: Mapping[str, Weight], unknown: Sequence[str], needed: Mapping[str, tuple[int, ...]], where: str
+) -> None:
     missing = [name for name in needed if name not in found]
-    unknown = [name for name in found if name not in needed and not weights.ignored(name) and not _tied(name)]
     shape = [f"{name} is {list(found[name].shape)}, expected {list(want)}"
              for name, want in needed.items() if name in found and found[name].shape != want]  # fmt: skip
     width = [f"{name} is {found[name].dtype}" for name in needed
              if name in found and found[name].dtype not in (*FLOATS, "quantized")]  # fmt: skip
     faults = (("missing", missing), ("unknown", unknown), ("misshapen", shape), ("of no readable type", width))
-    for what, names in faults:
-        if names:
-            raise DgemmaError(f"{where}: {len(names)} tensors {what}: {_few(names)}")
+    for what, which in faults:
+        if which:
+            raise DgemmaError(f"{where}: {len(which)} tensors {what}: {_few(which)}")
 
 
-def _few(names: Iterable[str]) -> str:
-    names = list(names)
-    said = ", ".join(quoted(name, 90) for name in names[:2])
-    return f"{said}, ..." if len(names) > 2 else said
+def _few(which: Sequence[str]) -> str:
+    said = ", ".join(quoted(name, 90) for name in which[:2])
+    return f"{said}, ..." if len(which) > 2 else said
