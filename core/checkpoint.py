@@ -308,7 +308,9 @@ def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
     files = []
     owners: dict[str, str] = {}
     for file_name in sorted(set(listed.values())):
-        if not _present(folder / file_name) and all(names.dispensable(n) for n, at in listed.items() if at == file_name):
+        if not _present(folder / file_name) and all(
+            names.dispensable(n) for n, at in listed.items() if at == file_name
+        ):
             continue  # of the image tower, say, in a folder that was made for text
         file = SafetensorsFile.open(inside(folder, file_name))
         for name in file.entries:

@@ -1,8 +1,8 @@
 """Model and generation settings, read from a checkpoint's JSON files.
 
-Only this module knows Hugging Face's spellings. Every key is either used, checked against the one value the graph
-supports, or listed as having no effect on inference; anything else is refused by name, because a key that is dropped
-in silence is a model that is run wrongly in silence.
+Only this module knows Hugging Face's spellings, and `hf_keys.py` those without effect. Every key is either used,
+checked against the one value the graph supports, or listed there; anything else is refused by name, because a key that
+is dropped in silence is a model that is run wrongly in silence. Keys that are missing have transformers' defaults.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from . import hf_keys
 from .errors import DgemmaError, quoted, shown
 from .files import read_bytes
 from .reader import Reader, show
@@ -144,12 +145,10 @@ class GenerationConfig:
         Raises:
             DgemmaError: an unknown key or a value out of range.
         """
-        read = Reader(data, where, nulls=False)
-        read.ignore(
-            "_from_model_config", "transformers_version", "return_dict_in_generate", "cache_implementation",
-            "cache_config", "disable_compile", "bos_token_id", "pad_token_id", "max_length", "do_sample", "temperature",
-            "top_k", "top_p", "_commit_hash", "trust_remote_code", "use_cache",
-        )  # fmt: skip
+        return cls._read(Reader(data, where))
+
+    @classmethod
+    def _read(cls, read: Reader) -> GenerationConfig:
         default = SamplerConfig()
         schedule = read.integer("max_denoising_steps", default.schedule_steps, low=1, high=100_000)
         bound = default.entropy_bound
@@ -172,6 +171,7 @@ class GenerationConfig:
             max_new_tokens=read.integer("max_new_tokens", 256, low=1),
             eos_token_ids=read.token_ids("eos_token_id"),
         )
+        read.ignore(hf_keys.GENERATION)
         read.finish()
         return result
 
@@ -220,61 +220,64 @@ def _named(where: str, make: Any) -> Any:
         raise DgemmaError(f"{where}: {error}") from None
 
 
-# Settings of training, of the image tower, or of how transformers itself runs: none changes the text graph.
-_NO_EFFECT_TOP = (
-    "architectures", "transformers_version", "initializer_range", "vision_config", "boi_token_id",
-    "eoi_token_id", "vision_soft_tokens_per_image", "_name_or_path", "torch_dtype", "dtype", "quantization",
-    "quantization_config", "return_dict", "output_hidden_states", "is_encoder_decoder", "id2label", "label2id",
-    "problem_type", "chunk_size_feed_forward", "output_attentions", "audio_config", "name_or_path", "generation_config",
-)  # fmt: skip
-_NO_EFFECT_TEXT = (
-    "initializer_range", "attention_dropout", "dtype", "torch_dtype", "use_cache", "return_dict",
-    "output_hidden_states", "output_attentions", "is_encoder_decoder", "id2label", "label2id", "problem_type",
-    "chunk_size_feed_forward", "_name_or_path", "transformers_version", "architectures",
-)  # fmt: skip
+def ignored_keys(data: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the keys of config.json and generation_config.json that change nothing and were left out.
+
+    Raises:
+        DgemmaError: as `from_hf`, of either.
+    """
+    config, settings = Reader(data, "config.json"), Reader(generation, "generation_config.json")
+    _read_config(config)
+    GenerationConfig._read(settings)
+    return (*config.ignored, *(f"generation_config.{key}" for key in settings.ignored))
 
 
 def _read_config(read: Reader) -> ModelConfig:
     read.only("model_type", "diffusion_gemma")
     read.only("tie_word_embeddings", True)
     image = read.token_ids("image_token_id")
-    read.ignore(*_NO_EFFECT_TOP)
-    text = read.child("text_config", read.take("text_config"))
-    top_eos, top_pad, top_bos = (read.token_ids(f"{name}_token_id") for name in ("eos", "pad", "bos"))
+    # No softcapping, all layers alike, no such token: these nulls are values, another is as good as no key.
+    nulls = ("final_logit_softcapping", "per_layer_config", *(f"{name}_token_id" for name in ("eos", "pad", "bos")))
+    text = read.child("text_config", read.take("text_config"), nulls=nulls)
+    top = {name: read.token_ids(f"{name}_token_id") for name in ("eos", "pad", "bos")}
     canvas = read.integer("canvas_length", 256, high=1 << 20)
+    read.ignore(hf_keys.TOP)
     read.finish()
 
     text.only("model_type", "diffusion_gemma_text")
     text.only("hidden_activation", "gelu_pytorch_tanh")
     text.only("attention_bias", False)
     text.only("tie_word_embeddings", True)
-    text.only("use_bidirectional_attention", "vision", None)
-    text.ignore(*_NO_EFFECT_TEXT)
-    vocab = text.integer("vocab_size")
-    text_eos, text_pad, text_bos = (text.token_ids(f"{name}_token_id") for name in ("eos", "pad", "bos"))
+    text.only("use_bidirectional_attention", "vision")  # of images; text is the same without
+    vocab = text.integer("vocab_size", 262_144)
+    ids = {}
+    for name, usual in (("eos", 1), ("pad", 0), ("bos", 2)):
+        silent = f"{name}_token_id" not in text.data and not top[name] and usual < vocab
+        own = text.token_ids(f"{name}_token_id")
+        ids[name] = (usual,) if silent else top[name] or own if name == "eos" else own or top[name]
     experts = text.integer("num_experts")
     per_token = text.integer("top_k_experts")
     if per_token > experts:
         raise DgemmaError(f"{text.where}: top_k_experts is {per_token}, more than num_experts {experts}")
     config = ModelConfig(
         vocab_size=vocab,
-        hidden_size=text.integer("hidden_size"),
-        intermediate_size=text.integer("intermediate_size"),
+        hidden_size=text.integer("hidden_size", 2304),
+        intermediate_size=text.integer("intermediate_size", 9216),
         expert_size=text.integer("moe_intermediate_size"),
         experts=experts,
         experts_per_token=per_token,
         layers=_read_layers(text),
         canvas_length=canvas,
-        max_positions=text.integer("max_position_embeddings", 262_144),
+        max_positions=text.integer("max_position_embeddings", 131_072),
         norm_eps=text.number("rms_norm_eps", 1e-6, low=0.0),
         softcap=text.number("final_logit_softcapping", 30.0, low=0.0, above=True),
-        pad_token_id=next(iter(text_pad or top_pad), 0),
-        bos_token_id=next(iter(text_bos or top_bos), None),
-        eos_token_ids=top_eos or text_eos,
+        pad_token_id=next(iter(ids["pad"]), 0),
+        bos_token_id=next(iter(ids["bos"]), None),
+        eos_token_ids=ids["eos"],
         image_token_ids=image,
     )
+    text.ignore(hf_keys.TEXT)
     text.finish()
-    ids = {"pad": text_pad or top_pad, "bos": text_bos or top_bos, "eos": top_eos or text_eos}
     for name, values in ids.items():
         if any(i >= vocab for i in values):
             raise DgemmaError(f"{text.where}: {name}_token_id is {show(values)}, outside the vocabulary of {vocab}")
@@ -284,19 +287,18 @@ def _read_config(read: Reader) -> ModelConfig:
 
 
 def _read_layers(text: Reader) -> tuple[AttentionConfig, ...]:
-    count = text.integer("num_hidden_layers", high=10_000)
+    count = text.integer("num_hidden_layers", 30, high=10_000)
     kinds: Any = text.take("layer_types", None)
     if kinds is None:  # five sliding layers to each full one
         kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(count)]
     known = ("sliding_attention", "full_attention")
     if not isinstance(kinds, list) or len(kinds) != count or any(kind not in known for kind in kinds):
         raise DgemmaError(f"{text.where}: layer_types must name {count} layers, each {known[0]} or {known[1]}")
-    if kinds[-1] != "full_attention":
-        raise DgemmaError(f"{text.where}: the last of layer_types is {kinds[-1]}; the model ends in full_attention")
-    heads = text.integer("num_attention_heads", high=1 << 16)
-    kv_heads = text.integer("num_key_value_heads", high=1 << 16)
-    head_dim = text.integer("head_dim", high=1 << 16)
-    window = text.integer("sliding_window", low=2)
+    kinds = [*kinds[:-1], "full_attention"]  # whatever was written: transformers does so too
+    heads = text.integer("num_attention_heads", 8, high=1 << 16)
+    kv_heads = text.integer("num_key_value_heads", 4, high=1 << 16)
+    head_dim = text.integer("head_dim", 256, high=1 << 16)
+    window = text.integer("sliding_window", 512, low=2)
     full_dim, full_kv = _read_full_shape(text, kinds, head_dim, kv_heads)
     ropes = _read_ropes(text)
 
@@ -326,8 +328,8 @@ def _read_full_shape(text: Reader, kinds: list[LayerKind], head_dim: int, kv_hea
     """Head size and key-value heads of the full-attention layers, from either spelling."""
     dim = text.take("global_head_dim", None)
     kv = text.take("num_global_key_value_heads", None)
-    text.only("attention_k_eq_v", True, None)
-    given = Reader({"global_head_dim": dim, "num_global_key_value_heads": kv}, text.where, nulls=False)
+    text.only("attention_k_eq_v", True)
+    given = Reader({"global_head_dim": dim, "num_global_key_value_heads": kv}, text.where)
     if "per_layer_config" not in text.data:
         return (
             given.integer("global_head_dim", 512, high=1 << 16),

@@ -11,13 +11,14 @@ A module is quantized where it has scales. The outer entry is for those without 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from .errors import DgemmaError, quoted
+from .hf_keys import QUANTIZATION, ineffective
 from .quant import Format, QTensor, carry, dequantize, from_bf16, to_bf16
 from .safetensors import Entry
 
@@ -36,8 +37,9 @@ class Quantization:
     """The `quantization` of a config.json."""
 
     default: Format | None
-    modules: Mapping[str, Format | None]
-    """Entries by module path; None for one that is kept out by name."""
+    modules: Mapping[str, Mapping[str, Any] | Literal[False]]
+    """Entries by module path, as they stand there; false for one that is kept out by name."""
+    where: str
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str) -> Quantization | None:
@@ -53,18 +55,23 @@ class Quantization:
             return None
         if not isinstance(data, Mapping):
             raise DgemmaError(f"{where}: quantization is {quoted(data, 40)}, expected an object")
-        outer = {key: value for key, value in data.items() if not _is_entry(value)}
-        modules = {key: value for key, value in data.items() if _is_entry(value)}
+        outer = {key: value for key, value in data.items() if not _is_entry(value) and value is not None}
         return cls(
             default=_format(outer, f"{where}: quantization") if outer else None,
-            modules={
-                key: _format(value, f"{where}: quantization of {quoted(key)}") if value else None
-                for key, value in modules.items()
-            },
+            modules={str(key): value for key, value in data.items() if _is_entry(value)},
+            where=where,
         )
 
     def format(self, module: str) -> Format | None:
-        return self.modules.get(module, self.default)
+        """Return the format of a module; an entry that no module asks for is never read.
+
+        Raises:
+            DgemmaError: the module's entry is wrong.
+        """
+        entry = self.modules.get(module)
+        if entry is None:
+            return self.default
+        return _format(entry, f"{self.where}: quantization of {quoted(module)}") if entry else None
 
 
 def needs_conversion(config: Mapping[str, Any]) -> str | None:
@@ -80,14 +87,22 @@ def _is_entry(value: Any) -> bool:
 
 
 def _format(entry: Mapping[str, Any], where: str) -> Format:
+    own = Format.__dataclass_fields__
+    entry = {key: value for key, value in entry.items() if not _extra(key, value, own)}
     for key, kind in (("mode", str), ("bits", int), ("group_size", int), ("symmetric", bool)):
         value = entry.get(key, kind())
+        if kind is int and isinstance(value, float) and value.is_integer():
+            entry[key] = value = int(value)
         if type(value) is not kind:
             raise DgemmaError(f"{where}: {key} is {quoted(value, 40)}, expected {kind.__name__}")
     try:
         return Format.from_config(entry)
     except DgemmaError as error:
         raise DgemmaError(f"{where}: {error}") from None
+
+
+def _extra(key: Any, value: Any, own: Container[str]) -> bool:
+    return value is None or (key not in own and ineffective(str(key), value, QUANTIZATION))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .errors import DgemmaError, quoted
+from .hf_keys import Table, ineffective
 
 MAX_SIZE = 1 << 31  # any dimension beyond this is a corrupt file, not a model
 
@@ -18,29 +19,41 @@ class Reader:
     Args:
         data: the object.
         where: the file, and the path within it, that messages begin with.
-        nulls: whether a null is a value; else it is as if the key were not there.
+        nulls: the keys of which a null is a value; else it is as if the key were not there.
     """
 
-    def __init__(self, data: Any, where: str, *, nulls: bool = True) -> None:
+    def __init__(self, data: Any, where: str, *, nulls: tuple[str, ...] = ()) -> None:
         if not isinstance(data, Mapping):
             raise DgemmaError(f"{where}: expected an object, found {show(data)}")
-        self.data = {key: value for key, value in data.items() if nulls or value is not None}
+        self.data = {key: value for key, value in data.items() if value is not None or key in nulls}
         self.where = where
+        self.path = ""
+        self.ignored = [str(key) for key, value in data.items() if value is None and key not in nulls]
+        """Keys that were left out because they change nothing, those of children with their path."""
 
-    def child(self, key: str, data: Any) -> Reader:
-        return Reader(data, f"{self.where}: {key if key.isidentifier() and len(key) < 40 else quoted(key, 40)}")
+    def child(self, key: str, data: Any, *, nulls: tuple[str, ...] = ()) -> Reader:
+        where = f"{self.where}: {key if key.isidentifier() and len(key) < 40 else quoted(key, 40)}"
+        result = Reader(data, where, nulls=nulls)
+        result.path = f"{self.path}{key}."
+        self.ignored += [f"{result.path}{one}" for one in result.ignored]
+        result.ignored = self.ignored
+        return result
 
     def take(self, key: str, *default: Any) -> Any:
         if key not in self.data and not default:
             raise DgemmaError(f"{self.where}: the key {key!r} is missing")
         return self.data.pop(key, *default)
 
-    def ignore(self, *keys: str) -> None:
-        for key in keys:
-            self.data.pop(key, None)
+    def ignore(self, table: Table) -> None:
+        """Leave out what is still there and, by a table of `hf_keys.py`, changes nothing."""
+        for key in [key for key, value in self.data.items() if ineffective(str(key), value, table)]:
+            del self.data[key]
+            self.ignored.append(f"{self.path}{key}")
 
     def integer(self, key: str, *default: int, low: int = 1, high: int = MAX_SIZE) -> int:
         value = self.take(key, *default)
+        if isinstance(value, float) and value.is_integer():  # 48.0, which some writers make of 48
+            value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise DgemmaError(f"{self.where}: {key} is {show(value)}, expected an integer from {low} to {high}")
         return value
@@ -55,9 +68,11 @@ class Reader:
         return float(value)
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """Take one id, a list of them, or null, without repetitions."""
+        """Take one id, a list of them, or null, without repetitions; -1, and null in a list, are no id."""
         value = self.take(key, None)
-        ids = [] if value is None else value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) else [value]
+        ids = [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids if i is not None]
+        ids = [i for i in ids if isinstance(i, bool) or i != -1]
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < MAX_SIZE for i in ids):
             raise DgemmaError(f"{self.where}: {key} is {show(value)}, expected a token id or a list of them")
         return tuple(dict.fromkeys(ids))

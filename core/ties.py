@@ -85,9 +85,9 @@ def _equal(one: np.ndarray | QTensor, other: np.ndarray | QTensor) -> bool:
                  (one.global_scale, other.global_scale)]  # fmt: skip
         if all(a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in parts):
             return True
-    elif isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.dtype == other.dtype:
-        if np.array_equal(_bits(one), _bits(other)):
-            return True
+    plain = isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.dtype == other.dtype
+    if plain and np.array_equal(_bits(one), _bits(other)):
+        return True
     a, b = (_wide(tensor) for tensor in (one, other))  # of the same value, 0 and −0 or two widths, bits may differ
     if a is None or b is None:
         return False

@@ -37,7 +37,7 @@ from typing import Any
 from .. import names, quantized, ties, weights
 from ..config import ModelConfig
 from ..errors import DgemmaError, quoted, shown
-from ..quantized import Packed, Quantization
+from ..quantized import Packed, Quantization, module_of
 from ..safetensors import SafetensorsFile
 from .integers import FLOATS, float8_block_part, integer_part
 from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Part, Stored, Weight
@@ -239,7 +239,7 @@ def _width(module: str, widths: Mapping[str, int], config: ModelConfig) -> int:
     """Return the length that a module's rows should have; 0 where the model has no such module."""
     if match := _EXPERT.fullmatch(module):
         return config.expert_size if match[3] == "down_proj" else config.hidden_size
-    return widths.get(module, 0)
+    return widths.get(module) or widths.get(module_of(names.tied_to(f"{module}.weight")), 0)
 
 
 def _module_weight(module: str, parts: Mapping[str, Stored], block: tuple[int, int], width: int) -> Weight:
