@@ -70,7 +70,7 @@ class Reader:
     def token_ids(self, key: str) -> tuple[int, ...]:
         """Take one id, a list of them, or null, without repetitions; -1, and null in a list, are no id."""
         value = self.take(key, None)
-        ids = value if isinstance(value, list) else [value]
+        ids: list[Any] = value if isinstance(value, list) else [value]
         ids = [int(i) if isinstance(i, float) and i.is_integer() else i for i in ids if i is not None]
         ids = [i for i in ids if isinstance(i, bool) or i != -1]
         if any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < MAX_SIZE for i in ids):

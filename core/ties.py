@@ -80,19 +80,24 @@ def _runs(shape: tuple[int, ...], sample: bool) -> Iterator[tuple[int, int]]:
 
 
 def _equal(one: np.ndarray | QTensor, other: np.ndarray | QTensor) -> bool:
-    if isinstance(one, QTensor) and isinstance(other, QTensor) and one.format == other.format:
-        parts = [(one.words, other.words), (one.scales, other.scales), (one.biases, other.biases),
-                 (one.global_scale, other.global_scale)]  # fmt: skip
-        if all(a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in parts):
-            return True
-    plain = isinstance(one, np.ndarray) and isinstance(other, np.ndarray) and one.dtype == other.dtype
-    if plain and np.array_equal(_bits(one), _bits(other)):
+    if _same_bits(one, other):
         return True
     a, b = (_wide(tensor) for tensor in (one, other))  # of the same value, 0 and −0 or two widths, bits may differ
     if a is None or b is None:
         return False
     equal = a.ravel() == b.ravel()
     return bool(equal.all() or (equal | (np.isnan(a) & np.isnan(b)).ravel()).all())
+
+
+def _same_bits(one: np.ndarray | QTensor, other: np.ndarray | QTensor) -> bool:
+    if isinstance(one, QTensor) and isinstance(other, QTensor):
+        parts = [(one.words, other.words), (one.scales, other.scales), (one.biases, other.biases),
+                 (one.global_scale, other.global_scale)]  # fmt: skip
+        found = (a is b or (a is not None and b is not None and np.array_equal(a, b)) for a, b in parts)
+        return one.format == other.format and all(found)
+    if isinstance(one, QTensor) or isinstance(other, QTensor):
+        return False
+    return one.dtype == other.dtype and np.array_equal(_bits(one), _bits(other))
 
 
 def _wide(tensor: np.ndarray | QTensor) -> np.ndarray | None:
