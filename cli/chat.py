@@ -3,86 +3,44 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from ..core.errors import DgemmaError
-from .options import live_option, model_options, sampling_options
+from .conversation import Conversation, settable
+from .options import Command, decode, live_option, model_options, option, sampling_options, shown_options, system_option
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..core.runtime import DiffusionGemma
 
-HELP = """\
-/reset            forget everything said so far
-/system [TEXT]    set the system prompt, or take it away
-/thinking on|off  let the model think before it answers
-/seed N           draw other random numbers
-/quit             leave (so does Ctrl-D)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next.
-A message that starts with / is written with two.
-"""
 
-
-@dataclass(kw_only=True)
-class Conversation:
-    """What has been said, and how to go on. Thinking is not kept: the model never sees earlier thoughts."""
-
-    system: str | None
-    sampling: dict[str, Any]
-    turns: list[dict[str, str]] = field(default_factory=list)
-
-    def messages(self) -> list[dict[str, str]]:
-        head = [{"role": "system", "content": self.system}] if self.system else []
-        return head + self.turns
-
-    def command(self, line: str) -> str:
-        """Carry out a line that starts with a slash → what to tell the user.
-
-        Raises:
-            EOFError: the user wants to leave.
-            DgemmaError: no such command, or a value it cannot take.
-        """
-        name, _, value = line.partition(" ")
-        value = value.strip()
-        match name, value:
-            case "/help" | "/?", _:
-                return HELP
-            case "/quit" | "/exit", _:
-                raise EOFError
-            case "/reset", _:
-                self.turns.clear()
-                return "forgotten"
-            case "/system", _:
-                self.system = value or None
-                return "system prompt set" if value else "no system prompt"
-            case "/thinking", "on" | "off":
-                self.sampling["thinking"] = value == "on"
-                return f"thinking {value}"
-            case "/seed", _ if value.isascii() and value.isdigit():
-                self.sampling["seed"] = int(value)
-                return f"seed {value}"
-            case "/thinking" | "/seed", _:
-                raise DgemmaError(f"{name} needs {'on or off' if name == '/thinking' else 'a whole number'}")
-        raise DgemmaError(f"no command {name}; /help lists them")
-
-
-@click.command(short_help="Talk with a model, turn by turn.")
-@click.option("--system", metavar="TEXT", help="System prompt: what the model is told before everything else.")
+@click.command(cls=Command, short_help="Talk with a model, turn by turn.")
+@system_option
 @model_options
 @sampling_options
 @live_option
+@shown_options
+@option(
+    "--history/--no-history", default=True, show_default=True, group="Output",
+    help="Remember what is typed on a terminal, for the arrow keys, from session to session.",
+)  # fmt: skip
+@click.pass_context
 def chat(
+    ctx: click.Context,
     system: str | None,
     model: str,
+    revision: str | None,
     backend: str,
     device: str,
     dtype: str,
     live: bool,
+    quiet: bool,
+    stats: bool,
+    history: bool,
     **sampling: Any,
 ) -> None:
     """Talk with a model, turn by turn; it remembers what was said.
@@ -91,88 +49,103 @@ def chat(
     """
     if sys.stdin is None:
         raise click.UsageError("stdin is closed: there is nobody to talk with")
-    from .output import consoles, load_model, put, put_words
+    from .output import consoles, load_model
 
-    out, errors = consoles()
-    loaded = load_model(errors, model, backend=backend, device=device, dtype=dtype)
+    out, errors = consoles(quiet=quiet)
+    loaded = load_model(errors, model, revision=revision, backend=backend, device=device, dtype=dtype)
     if not loaded.tokenizer.has_template:
         raise DgemmaError(f"{model} has no chat template, so it cannot chat; use dgemma generate --raw")
-    talk = Conversation(system=system, sampling=sampling)
-    typed = sys.stdin.isatty() and out.is_terminal
-    if typed:
-        where = f"{model} on {loaded.backend}, {loaded.device}, {loaded.dtype}"
-        put_words(errors, f"{where}. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
-    read = _typed() if typed else _piped
-    while True:
-        try:
-            line = read()
-            if line is None:
-                break
-            if line.startswith("/") and not line.startswith("//"):
-                put_words(errors, talk.command(line).rstrip())
-            elif line.strip():
-                _answer(loaded, talk, line.removeprefix("/"), out, errors, live=live, typed=typed)
-        except EOFError:
-            break
-        except KeyboardInterrupt:
-            if not typed:
-                raise
-            put(errors, "\n(Ctrl-D leaves)\n")
-        except DgemmaError as error:
-            if not typed:
-                raise
-            put(errors, f"dgemma: error: {error}\n")
-    if typed:
-        put(errors, "\n")
-
-
-def _answer(
-    model: DiffusionGemma, talk: Conversation, line: str, out: Console, errors: Console, *, live: bool, typed: bool
-) -> None:
-    """One turn. A refused or empty one is as if never said; one that is typed can be stopped by Ctrl-C."""
-    from .output import follow, footer, open_sink, put_words
-
-    talk.turns.append({"role": "user", "content": line})
-    sink = None
-    try:
-        events = model.stream(talk.messages(), **talk.sampling)
-        sink = open_sink(out, errors, model, live=live, budget=talk.sampling["max_new_tokens"])
-        footer(errors, follow(events, sink))
-    except KeyboardInterrupt:
-        if not typed:
-            raise
-        put_words(errors, "stopped")
-    finally:
-        if sink is not None and sink.answer:
-            talk.turns.append({"role": "assistant", "content": sink.answer})
-        else:
-            talk.turns.pop()
-
-
-def _typed() -> Callable[[], str | None]:
-    """Lines from a terminal, with editing and history where the platform has readline."""
-    try:
-        import readline
-
-        readline.parse_and_bind("set enable-bracketed-paste on")  # a pasted board is one message, not one per line
-    except ImportError:
-        pass
-    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal's stdin is a TextIOWrapper
-
-    def read() -> str | None:
-        lines: list[str] = []
-        while not lines or lines[-1].endswith("\\"):
+    talk = Conversation(system=system, sampling=sampling, options=settable(ctx.command.params, sampling))
+    table = Table(model=loaded, name=model, talk=talk, out=out, errors=errors, live=live, stats=stats)
+    if sys.stdin.isatty() and out.is_terminal:
+        _on_terminal(table, history=history)
+    else:
+        while line := sys.stdin.buffer.readline():
             try:
-                lines.append(input("... " if lines else "> "))
+                table.take(decode(line, "stdin"))
             except EOFError:
-                return None
-        return "\n".join(line.removesuffix("\\") for line in lines)
-
-    return read
+                break
 
 
-def _piped() -> str | None:
-    from .options import decode
+def _on_terminal(table: Table, *, history: bool) -> None:
+    """Read lines until the user leaves; what is refused or stopped ends neither the chat nor what was said before."""
+    from .output import consoles, note, put, put_words
+    from .typed import Typed, history_file
 
-    line = sys.stdin.buffer.readline()
-    return decode(line, "stdin") if line else None
+    _, screen = consoles()
+    model = table.model
+    where = f"{table.name} on {model.backend}, {model.device}, {model.dtype}"
+    put_words(table.errors, f"{where}. /help lists commands, Ctrl-C stops an answer, Ctrl-D leaves.")
+    typed = Typed(history_file() if history else None)
+    try:
+        while True:
+            try:
+                line = typed.read()
+                if line is None:
+                    break
+                table.take(line, stops=True)
+            except EOFError:
+                break
+            except KeyboardInterrupt:
+                put(screen, "\n(Ctrl-D leaves)\n")
+            except DgemmaError as error:
+                put(screen, f"dgemma: error: {error}\n")
+        put(screen, "\n")
+    finally:
+        typed.remember()
+    if typed.problem is not None:
+        note(table.errors, f"what was typed is not remembered: {typed.problem}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A model and what has been said at it."""
+
+    model: DiffusionGemma
+    name: str
+    talk: Conversation
+    out: Console
+    errors: Console
+    live: bool
+    stats: bool
+
+    def take(self, line: str, *, stops: bool = False) -> None:
+        """Carry out a line: a command or a message.
+
+        Raises:
+            EOFError: the user wants to leave.
+        """
+        from .output import put_words
+
+        if line.startswith("/") and not line.startswith("//"):
+            if line.strip() != "/retry":
+                put_words(self.errors, self.talk.command(line).rstrip())
+                return
+            line = self.talk.again()
+            put_words(self.errors, f"again, with seed {self.talk.sampling['seed']}: {line}")
+        else:
+            line = line.removeprefix("/")
+        if line.strip():
+            self.answer(line, stops=stops)
+
+    def answer(self, line: str, *, stops: bool) -> None:
+        """One turn. A refused or empty one is as if never said; with `stops` Ctrl-C ends it, and it alone."""
+        from . import notes
+        from .output import footer, note, put_words
+        from .sinks import follow, open_sink
+
+        talk = self.talk
+        talk.ask(line)
+        sink = open_sink(self.out, self.errors, self.model, live=self.live, budget=talk.sampling["max_new_tokens"])
+        try:
+            done = follow(self.model.stream(talk.messages(), **talk.sampling), sink)
+        except KeyboardInterrupt:
+            if not stops:
+                raise
+            put_words(self.errors, "stopped")
+            return
+        finally:
+            talk.answered(sink.answer)
+        if said := notes.about(self.name, line, text=sink.answer, thinking=sink.thinking, done=done):
+            note(self.errors, said)
+        footer(self.errors, done, full=self.stats)

@@ -13,7 +13,7 @@ import click
 from ..backends import DTYPES, MODULES
 from ..core.files import read_bytes
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+Command_ = TypeVar("Command_", bound=Callable[..., Any])
 
 _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 """What shells put for `<(command)`: pipes that are being written. Other pipes may have nobody at their other end."""
@@ -21,98 +21,137 @@ _STREAMS = ("/dev/stdin", "/dev/fd/", "/proc/self/fd/")
 LARGEST_PROMPT = 64 << 20
 """Bytes read of a file or of stdin: no context holds more, and `< /dev/zero` has to end somewhere."""
 
+
+class Option(click.Option):
+    """An option that help lists under a heading."""
+
+    def __init__(self, *names: Any, group: str = "Options", **attributes: Any) -> None:
+        super().__init__(*names, **attributes)
+        self.group = group
+
+
+class Command(click.Command):
+    """A command whose help lists options by group, in the order in which each group comes first."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(param.group if isinstance(param, Option) else "Options", []).append(record)
+        for name, records in groups.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+def option(*names: str, group: str, **attributes: Any) -> Callable[[Command_], Command_]:
+    return click.option(*names, cls=Option, group=group, **attributes)
+
+
 FROM_CHECKPOINT: dict[str, Any] = {"show_default": "the checkpoint's"}
 
 
-def _together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+def _together(*options: Callable[[Any], Any]) -> Callable[[Command_], Command_]:
     """One decorator from several; help lists them in the order given."""
     return lambda command: reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
 ways_options = _together(
-    click.option(
-        "--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True,
+    option(
+        "--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True, group="Model",
         help="What computes. auto: mlx on Apple silicon, torch elsewhere.",
     ),
-    click.option(
-        "--device", default="auto", show_default=True, metavar="NAME",
+    option(
+        "--device", default="auto", show_default=True, metavar="NAME", group="Model",
         help="Where it computes: cpu, cuda, cuda:N (torch) or gpu (mlx). auto: the first GPU, or else the CPU.",
     ),
-    click.option(
-        "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True,
+    option(
+        "--dtype", type=click.Choice(["auto", *DTYPES]), default="auto", show_default=True, group="Model",
         help="Width of the arithmetic. auto: float32 for small models, as stored for large ones.",
     ),
 )  # fmt: skip
 
 model_options = _together(
-    click.option(
-        "--model", "-m", default="nano", show_default=True, metavar="NAME",
+    option(
+        "--model", "-m", default="nano", show_default=True, metavar="NAME", group="Model",
         help="'nano' (ships with dgemma), a checkpoint folder, or a Hugging Face id, which is downloaded once.",
+    ),
+    option(
+        "--revision", metavar="NAME", group="Model", help="Branch, tag or commit of a model on the Hugging Face hub.",
     ),
     ways_options,
 )  # fmt: skip
 
 budget_options = _together(
-    click.option(
+    option(
         "--max-new-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
-        help="Write at most N tokens, thinking included.",
+        group="Length and seed", help="Write at most N tokens, thinking included.",
     ),
-    click.option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
+    option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", group="Length and seed",
         help="Same seed, same text: run to run and, in float32, on every backend.",
     ),
 )  # fmt: skip
 
 sampling_options = _together(
     budget_options,
-    click.option(
-        "--steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT,
+    option(
+        "--steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT, group="Sampling",
         help="Cap on the denoising passes of one canvas; most stop long before it.",
     ),
-    click.option(
-        "--schedule-steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT,
+    option(
+        "--schedule-steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT, group="Sampling",
         help="Passes over which the temperature falls; apart from --steps, so that a lower cap changes nothing else.",
     ),
-    click.option(
-        "--temperature", "-t", type=click.FloatRange(min=0), metavar="T", show_default="1",
+    option(
+        "--temperature", "-t", type=click.FloatRange(min=0), metavar="T", show_default="1", group="Sampling",
         help="Multiplies the checkpoint's temperature schedule: 1 is as it stands, 0 is --greedy.",
     ),
-    click.option(
-        "--greedy", is_flag=True,
+    option(
+        "--greedy", is_flag=True, group="Sampling",
         help="Accept the most probable token everywhere, instead of one that is drawn.",
     ),
-    click.option(
-        "--t-max", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT,
+    option(
+        "--t-max", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT, group="Sampling",
         help="Temperature that the schedule starts from.",
     ),
-    click.option(
-        "--t-min", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT,
+    option(
+        "--t-min", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT, group="Sampling",
         help="Temperature that it falls towards. One of the two takes the other with it where they would cross.",
     ),
-    click.option(
-        "--entropy-bound", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT,
+    option(
+        "--entropy-bound", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT, group="Sampling",
         help="How unsure the tokens accepted in one pass may be, taken together. Higher: fewer passes, more mistakes.",
     ),
-    click.option(
-        "--confidence", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT,
+    option(
+        "--confidence", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT, group="Sampling",
         help="A canvas that no longer changes is finished once its mean entropy is below this; 0 takes every step.",
     ),
-    click.option(
-        "--stability", type=click.IntRange(min=0), metavar="N", **FROM_CHECKPOINT,
+    option(
+        "--stability", type=click.IntRange(min=0), metavar="N", **FROM_CHECKPOINT, group="Sampling",
         help="How many passes in a row must leave a canvas as it was before it is finished.",
     ),
-    click.option(
-        "--stop", multiple=True, metavar="TEXT",
+    option(
+        "--stop", multiple=True, metavar="TEXT", group="Length and seed",
         help="End the answer where TEXT would begin. May be given several times; in bash $'\\n' is a line break.",
     ),
-    click.option(
-        "--thinking/--no-thinking", default=False, show_default=True,
+    option(
+        "--thinking/--no-thinking", default=False, show_default=True, group="Prompt",
         help="Let the model think first. What it thinks is shown apart from the answer.",
     ),
 )  # fmt: skip
 
-live_option = click.option(
-    "--live/--no-live", default=True, show_default=True,
+system_option = option(
+    "--system", metavar="TEXT", group="Prompt", help="System prompt: what the model is told before everything else.",
+)  # fmt: skip
+
+shown_options = _together(
+    option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors."),
+    option("--stats", is_flag=True, group="Output", help="Say every figure on stderr, one a line."),
+)
+
+live_option = option(
+    "--live/--no-live", default=True, show_default=True, group="Output",
     help="Draw the canvas while it is denoised, if stdout is a terminal.",
 )  # fmt: skip
 

@@ -1,25 +1,22 @@
-"""Readers of the engine's events: to a terminal, to a pipe, as JSON lines; and what is said on stderr beside them."""
+"""What is said on stderr beside the answer: progress, notes and figures."""
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict
-from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.table import Column
 from rich.text import Text
 
-from ..core.events import Commit, Done, Draft, Event, Prefill
-from .live import FAINT, CanvasLive, CanvasView, Pieces, printable
+from ..core.events import Done
+from .live import FAINT, printable
 
 if TYPE_CHECKING:
     from ..core.runtime import DiffusionGemma
@@ -33,8 +30,10 @@ class Wait(AbstractContextManager["Wait"]):
 
     def __init__(self, console: Console, what: str) -> None:
         self._progress = Progress(
-            SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-            TextColumn("{task.fields[figure]}"), console=console, transient=True, redirect_stdout=False,
+            SpinnerColumn(), TextColumn("{task.description}", markup=False, table_column=_one_line()),
+            BarColumn(bar_width=max(4, min(24, console.width // 4))),
+            TextColumn("{task.fields[figure]}", markup=False, table_column=_one_line()),
+            console=console, transient=True, redirect_stdout=False,
         )  # fmt: skip
         self._task = self._progress.add_task(printable(what), total=None, figure="")
         self._lock = threading.Lock()
@@ -63,14 +62,20 @@ class Wait(AbstractContextManager["Wait"]):
         self.close()
 
 
-def load_model(console: Console, name: str, *, backend: str, device: str, dtype: str) -> DiffusionGemma:
+def _one_line() -> Column:
+    return Column(no_wrap=True, overflow="ellipsis")
+
+
+def load_model(
+    console: Console, name: str, *, revision: str | None = None, backend: str, device: str, dtype: str
+) -> DiffusionGemma:
     """Load a model with its progress on stderr."""
     import dgemma
     from dgemma import backends
     from dgemma.core.checkpoint import resolve
 
     backends.choose(backend)  # before a download of many gigabytes
-    path = resolve(name)  # which draws bars of its own
+    path = resolve(name, revision=revision)  # which draws bars of its own
     with Wait(console, f"loading {name}") as wait:
 
         def progress(done: int, total: int) -> None:
@@ -79,210 +84,9 @@ def load_model(console: Console, name: str, *, backend: str, device: str, dtype:
         return dgemma.load(path, backend=backend, device=device, dtype=dtype, progress=progress)
 
 
-class Sink(AbstractContextManager["Sink"]):
-    """Takes one generation's events in order. On leaving, the terminal is as it was and the text is complete."""
-
-    def __init__(self, errors: Console) -> None:
-        self.errors = errors
-        self.answer = ""
-        self._wait: Wait | None = None
-
-    def feed(self, event: Event) -> None:
-        match event:
-            case Prefill():
-                self.prefill(event)
-            case Draft():
-                self.draft(event)
-            case Commit():
-                self.answer += event.text
-                self.commit(event)
-            case Done():
-                self.done(event)
-
-    def prefill(self, event: Prefill) -> None:
-        if self._wait is None:
-            self._wait = Wait(self.errors, "reading the prompt")
-        self._wait.update(event.done, event.total, f"{event.done:,} of {event.total:,} tokens")
-        if event.done == event.total:
-            self.calm()
-            self._wait = Wait(self.errors, "denoising")
-
-    def draft(self, event: Draft) -> None:
-        self.calm()
-
-    def commit(self, event: Commit) -> None: ...
-
-    def done(self, event: Done) -> None: ...
-
-    def calm(self) -> None:
-        """Take the progress bar away."""
-        if self._wait is not None:
-            self._wait.close()
-            self._wait = None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.calm()
-
-
-class PlainSink(Sink):
-    """Writes text as it becomes final.
-
-    To a pipe it goes exactly as it is, and the thinking channel to stderr; on a terminal control characters are made
-    visible, and thinking is dim.
-    """
-
-    def __init__(self, out: Console, errors: Console) -> None:
-        super().__init__(errors)
-        self.out = out
-        self._kind = ""
-        self._last = "\n"  # the last character written to stdout
-
-    def draft(self, event: Draft) -> None:
-        if self.out.is_terminal:
-            return
-        if self._wait is None:
-            self._wait = Wait(self.errors, "denoising")
-        self._wait.update(event.step + 1, event.steps, f"step {event.step + 1}/{event.steps}")
-
-    def prefill(self, event: Prefill) -> None:
-        super().prefill(event)
-        if event.done == event.total and self.out.is_terminal:  # --no-live asks for a terminal on which nothing moves
-            self.calm()
-
-    def commit(self, event: Commit) -> None:
-        self.calm()
-        self._say("thinking", event.thinking)
-        self._say("answer", event.text)
-
-    def _say(self, kind: str, text: str) -> None:
-        if not text:
-            return
-        if self.out.is_terminal:
-            heading = _heading(self._kind, kind, self._last)
-            put(self.out, heading, FAINT)
-            put(self.out, printable(text), FAINT if kind == "thinking" else None)
-            self._last = text[-1]
-        elif kind == "thinking":
-            if self._kind != kind:
-                put(self.errors, "thinking:\n", FAINT)
-            put(self.errors, printable(text) if self.errors.is_terminal else text, FAINT)
-        else:
-            if self._kind == "thinking":
-                put(self.errors, "\n")
-            sys.stdout.write(text)
-            sys.stdout.flush()
-            self._last = text[-1]
-        self._kind = kind
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        if self._kind == "thinking" and not self.out.is_terminal:
-            put(self.errors, "\n")
-        if self._last != "\n":
-            self._last = "\n"
-            sys.stdout.write("\n")
-            sys.stdout.flush()
-
-
-class LiveSink(Sink):
-    """Draws the canvas on a terminal; complete lines move up above the drawing, as plain text that stays."""
-
-    def __init__(self, out: Console, errors: Console, view: CanvasView) -> None:
-        super().__init__(errors)
-        self.out = out
-        self._view = view
-        self._live = CanvasLive(view, out, redirect_stderr=errors.is_terminal)
-        self._kind = self._tail = ""
-
-    def draft(self, event: Draft) -> None:
-        super().draft(event)
-        self._view.update(event)
-        if not self._live.is_started:
-            self._live.start()
-        self._live.draw(now=event.step == 0)
-
-    def commit(self, event: Commit) -> None:
-        self._say("thinking", event.thinking)
-        self._say("answer", event.text)
-        self._view.commit(len(event.tokens), self._tail)
-        self._live.draw(now=True)
-
-    def _say(self, kind: str, text: str) -> None:
-        if not text:
-            return
-        if kind != self._kind:
-            put(self.out, printable(self._tail) + _heading(self._kind, kind, self._tail[-1:]), FAINT)
-            self._kind, self._tail = kind, ""
-        lines, end, self._tail = (self._tail + text).rpartition("\n")
-        self._print(lines + end)
-
-    def _print(self, text: str) -> None:
-        put(self.out, printable(text), FAINT if self._kind == "thinking" else None)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-        self._live.stop()
-        if self._tail:
-            self._print(self._tail + "\n")
-            self._tail = ""
-
-
-class JsonSink(Sink):
-    """One JSON object a line, as it happens; ASCII only, no NaN."""
-
-    def __init__(self, errors: Console, tokenizer: Any) -> None:
-        super().__init__(errors)
-        self._tokenizer = tokenizer
-
-    def feed(self, event: Event) -> None:
-        match event:
-            case Draft():
-                tokens = event.tokens.tolist()
-                record = {
-                    "canvas": event.canvas, "step": event.step, "steps": event.steps, "tokens": tokens,
-                    "text": self._tokenizer.decode(tokens, special=True), "accepted": event.accepted.tolist(),
-                    "entropy": [round(x, 6) if math.isfinite(x) else None for x in event.entropy.tolist()],
-                }  # fmt: skip
-            case Done():
-                record = {"finish_reason": event.finish_reason, "stats": event.stats.to_dict()}
-            case _:
-                record = asdict(event)
-        line = json.dumps({"event": type(event).__name__.lower()} | record, allow_nan=False)
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-
-
-def consoles() -> tuple[Console, Console]:
-    """What is written to stdout and to stderr; made late, so that redirected streams are found."""
-    return Console(file=sys.stdout, highlight=False), Console(file=sys.stderr, highlight=False)
-
-
-def open_sink(
-    out: Console, errors: Console, model: DiffusionGemma, *, live: bool, as_json: bool = False, budget: int
-) -> Sink:
-    """Choose the reader that fits the terminal."""
-    if as_json:
-        return JsonSink(errors, model.tokenizer)
-    if not live or not out.is_terminal or out.is_dumb_terminal:
-        return PlainSink(out, errors)
-    ends = model.generation.eos_token_ids or model.config.eos_token_ids
-    return LiveSink(out, errors, CanvasView(Pieces(model.tokenizer), ends, budget, out.encoding))
-
-
-def follow(events: Iterator[Event], sink: Sink) -> Done:
-    """Feed a sink until the end. Whatever ends it early, what was committed stays, and the terminal is in order."""
-    last = None
-    with sink:
-        for last in events:
-            sink.feed(last)
-    assert isinstance(last, Done)
-    return last
+def consoles(*, quiet: bool = False) -> tuple[Console, Console]:
+    """What is written to stdout and to stderr, if not `quiet`; made late, so that redirected streams are found."""
+    return Console(file=sys.stdout, highlight=False), Console(file=sys.stderr, highlight=False, quiet=quiet)
 
 
 def put(console: Console, text: str, style: Style | None = None) -> None:
@@ -292,16 +96,14 @@ def put(console: Console, text: str, style: Style | None = None) -> None:
         console.file.flush()
 
 
-def _heading(before: str, kind: str, last: str) -> str:
-    """What stands between the thinking channel and the answer."""
-    if before == kind or (not before and kind == "answer"):
-        return ""
-    return ("" if last in ("", "\n") else "\n") + ("thinking:\n" if kind == "thinking" else "\nanswer:\n")
-
-
-def footer(console: Console, done: Done) -> None:
-    """Say the figures of one generation, in one line as far as the terminal is wide enough."""
-    put_words(console, figures(done))
+def footer(console: Console, done: Done, *, full: bool = False) -> None:
+    """Say the figures of one generation: on a terminal the first of them, one line; `full`, all, one a line."""
+    if full:
+        rows = figures(done)
+        for name, value in rows:
+            put_words(console, f"{name:<{max(len(name) for name, _ in rows)}}  {value}")
+    else:
+        put_words(console, summary(done, console.width if console.is_terminal else None))
 
 
 def put_words(console: Console, text: str) -> None:
@@ -309,18 +111,57 @@ def put_words(console: Console, text: str) -> None:
     console.print(Text(printable(text), FAINT), soft_wrap=not console.is_terminal)
 
 
-def figures(done: Done) -> str:
+def note(console: Console, text: str) -> None:
+    """Write what a user might wonder about."""
+    put_words(console, f"dgemma: note: {text}")
+
+
+def summary(done: Done, width: int | None = None) -> str:
+    """Return the figures on one line; of those that do not fit the width, the less telling are left out."""
     stats = done.stats
-    parts = [
-        f"prompt {stats.prompt_tokens:,} tokens{_rate(stats.prefill_tokens_per_second)}",
-        f"wrote {stats.emitted_tokens:,}{_rate(stats.tokens_per_second)}",
-        _figure(stats.steps_per_canvas, "steps/canvas"),
-        _figure(stats.tokens_per_forward, "tokens/forward"),
-        "" if stats.first_draft_seconds is None else f"first draft {significant(stats.first_draft_seconds)} s",
-        f"peak {size(stats.peak_memory_bytes)}",
-        "" if done.finish_reason == "stop" else "cut at the token budget",
+    parts = [  # as they stand, with what is kept longest first
+        (5, f"prompt {stats.prompt_tokens:,} tokens{_rate(stats.prefill_tokens_per_second)}"),
+        (0, f"wrote {stats.emitted_tokens:,}{_rate(stats.tokens_per_second)}"),
+        (2, _figure(stats.steps_per_canvas, "steps/canvas")),
+        (3, _figure(stats.tokens_per_forward, "tokens/forward")),
+        (4, "" if stats.first_draft_seconds is None else f"first draft {significant(stats.first_draft_seconds)} s"),
+        (6, f"peak {size(stats.peak_memory_bytes)}"),
+        (1, "" if done.finish_reason == "stop" else "cut at the token budget"),
     ]
-    return ", ".join(part for part in parts if part)
+    parts = [part for part in parts if part[1]]
+    while width is not None and len(parts) > 1 and len(", ".join(text for _, text in parts)) > width:
+        parts.remove(max(parts))
+    return ", ".join(text for _, text in parts)
+
+
+def figures(done: Done) -> list[tuple[str, str]]:
+    """Return every figure of one generation, named."""
+    stats = done.stats
+    rows: list[tuple[str, float | None, str]] = [
+        ("prompt read in", stats.prefill_seconds, "s"),
+        ("first draft after", stats.first_draft_seconds, "s"),
+        ("first text after", stats.first_text_seconds, "s"),
+        ("all in", stats.seconds, "s"),
+        ("prompt tokens/s", stats.prefill_tokens_per_second, ""),
+        ("written tokens/s", stats.tokens_per_second, ""),
+        ("steps/canvas", stats.steps_per_canvas, ""),
+        ("tokens/forward", stats.tokens_per_forward, ""),
+    ]
+    return [
+        ("prompt", f"{stats.prompt_tokens:,} tokens"),
+        ("written", f"{stats.emitted_tokens:,} tokens"),
+        ("ended by", "end or stop string" if done.finish_reason == "stop" else "the token budget"),
+        (
+            "passes",
+            f"{stats.steps:,} over {_many(stats.canvases, 'canvas', 'canvases')}, {stats.encode_passes:,} to read",
+        ),
+        *((name, f"{significant(value)} {unit}".rstrip()) for name, value, unit in rows if value is not None),
+        ("peak memory", size(stats.peak_memory_bytes)),
+    ]
+
+
+def _many(count: int, one: str, more: str) -> str:
+    return f"{count:,} {one if count == 1 else more}"
 
 
 def _rate(value: float | None) -> str:

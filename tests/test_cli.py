@@ -303,7 +303,7 @@ def test_generate_draws_on_a_terminal(tiny: Path) -> None:
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h") >= 1, "the cursor comes back"
     plain = CSI.sub("", said[said.rindex("settled") :]).replace("\r\n", "\n")
     last_line = printable(text).rpartition("\n")[2]
-    assert f"{last_line.expandtabs()}\nprompt " in plain.replace("\r", "")
+    assert f"{last_line.expandtabs()}\nwrote " in plain.replace("\r", "")
     assert set(CSI.sub("", said)) & {"\x1b", "\x07", "\x00"} == set(), "the model's control characters got through"
 
 

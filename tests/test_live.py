@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.text import Text
 
 from dgemma.cli.live import ACCEPTED, CHANGING, GUESS, SETTLED, STYLES, CanvasLive, CanvasView, Pieces, printable
-from dgemma.cli.output import LiveSink, PlainSink, Wait, figures, significant, size
+from dgemma.cli.output import Wait, significant, size, summary
+from dgemma.cli.sinks import LiveSink, PlainSink
 from dgemma.core.events import Commit, Done, Draft, Prefill
 from scripted import EOS, STATS, ScriptedModel, Words, draft
 
@@ -223,8 +224,8 @@ def test_plain_sink_on_a_terminal_does_not_move(capsys: pytest.CaptureFixture[st
     assert written(errors) == "" and capsys.readouterr().out == ""
 
 
-def test_figures_are_named() -> None:
-    assert figures(Done(finish_reason="length", stats=STATS)) == (
+def test_the_summary_names_its_figures() -> None:
+    assert summary(Done(finish_reason="length", stats=STATS)) == (
         "prompt 5 tokens at 50.0/s, wrote 7 at 17.5/s, 4.00 steps/canvas, 1.75 tokens/forward, first draft 0.200 s, "
         "peak 3.0 MiB, cut at the token budget"
     )
