@@ -15,7 +15,7 @@ import click
 from ..core.errors import DgemmaError
 from .process import INTERRUPTED, Unwritable, say, unwritable
 
-COMMANDS = ("generate", "chat", "convert", "export", "compare", "inspect", "bench", "doctor")
+COMMANDS = ("generate", "chat", "batch", "models", "convert", "export", "compare", "inspect", "bench", "doctor")
 
 
 class Group(click.Group):

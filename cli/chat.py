@@ -10,7 +10,17 @@ import click
 
 from ..core.errors import DgemmaError
 from .conversation import Conversation, settable
-from .options import Command, decode, live_option, model_options, option, sampling_options, shown_options, system_option
+from .options import (
+    Command,
+    decode,
+    live_option,
+    model_options,
+    option,
+    sampling_options,
+    shown_options,
+    specials_option,
+    system_option,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,6 +30,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=Command, short_help="Talk with a model, turn by turn.")
 @system_option
+@specials_option
 @model_options
 @sampling_options
 @live_option

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from .convert import amount
-from .options import budget_options, read_file, ways_options
+from .options import Command, budget_options, read_file, ways_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..core.compare import Case, Comparison
 
 
-@click.command(short_help="Measure what distinguishes two checkpoints.")
+@click.command(cls=Command, short_help="Measure what distinguishes two checkpoints.")
 @click.argument("a")
 @click.argument("b")
 @click.option(
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
 @click.option(
     "--prompt", "-p", "one_by_one", multiple=True, metavar="TEXT", help="A prompt. May be given several times."
 )
+@click.option("--revision-a", metavar="NAME", help="Branch, tag or commit of A, a model on the Hugging Face hub.")
+@click.option("--revision-b", metavar="NAME", help="The same of B.")
 @ways_options
 @budget_options
 @click.option("--json", "as_json", is_flag=True, help="Write the figures as one JSON object.")
 def compare(
-    a: str, b: str, file: Path | None, one_by_one: tuple[str, ...], backend: str, device: str,
-    dtype: str, max_new_tokens: int, seed: int, as_json: bool,
+    a: str, b: str, file: Path | None, one_by_one: tuple[str, ...], revision_a: str | None,
+    revision_b: str | None, backend: str, device: str, dtype: str, max_new_tokens: int, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold model B against model A: say, a quantized checkpoint against what it was made from.
 
@@ -48,10 +50,15 @@ def compare(
     dgemma compare nano nano-4bit --prompts boards.jsonl
     """
     cases = _cases(file, one_by_one)
+    from ..core.checkpoint import resolve
     from ..core.compare import compare as run
     from .output import Wait, consoles
 
     out, errors = consoles()
+    a, b = (
+        name if revision is None else str(resolve(name, revision=revision))
+        for name, revision in ((a, revision_a), (b, revision_b))
+    )
     with Wait(errors, "comparing") as wait:
 
         def progress(what: str, done: int, total: int) -> None:

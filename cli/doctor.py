@@ -11,13 +11,13 @@ import click
 
 from ..backends import MODULES, available, choose
 from ..core.errors import DgemmaError
-from .options import model_options
+from .options import Command, model_options
 
 if TYPE_CHECKING:
     from ..core.ops import DType
 
 
-@click.command(short_help="Say what this machine can run.")
+@click.command(cls=Command, short_help="Say what this machine can run.")
 @model_options
 @click.option(
     "--context", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N",
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Write the report as one JSON object; sizes are in bytes.")
 @click.pass_context
-def doctor(ctx: click.Context, model: str, backend: str, device: str, dtype: str, context: int, as_json: bool) -> None:
+def doctor(
+    ctx: click.Context, model: str, revision: str | None, backend: str, device: str, dtype: str, context: int,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Say what is installed, what `auto` means here, and whether a model fits this machine.
 
     --model also takes the path of a bare config.json. Nothing but a config is ever downloaded. The exit code is 1
@@ -35,7 +38,7 @@ def doctor(ctx: click.Context, model: str, backend: str, device: str, dtype: str
 
     out, errors = consoles()
     with Wait(errors, "asking the frameworks"):
-        report = examine(model, backend=backend, device=device, dtype=dtype, context=context)
+        report = examine(model, revision=revision, backend=backend, device=device, dtype=dtype, context=context)
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
@@ -49,7 +52,9 @@ def doctor(ctx: click.Context, model: str, backend: str, device: str, dtype: str
         ctx.exit(1)
 
 
-def examine(model: str, *, backend: str, device: str, dtype: str, context: int) -> dict[str, Any]:
+def examine(
+    model: str, *, revision: str | None = None, backend: str, device: str, dtype: str, context: int
+) -> dict[str, Any]:
     """Collect the report; what is wrong with the machine or the model is in `problems`."""
     from . import machine
 
@@ -70,7 +75,9 @@ def examine(model: str, *, backend: str, device: str, dtype: str, context: int) 
         gpu = _gpu(chosen, device, frameworks)
         report["chosen"] = {"backend": chosen, "device": gpu["device"] if gpu else "cpu", "why": why}
         native = frameworks.get(chosen, {}).get("native") if gpu is None else None
-        report["model"] = _fit(model, chosen, gpu, native, dtype, context, report["system"]["free_memory_bytes"])
+        report["model"] = _fit(
+            model, revision, chosen, gpu, native, dtype, context, report["system"]["free_memory_bytes"]
+        )
         report["chosen"]["dtype"] = report["model"]["dtype"]
         if not report["model"]["fits"]:
             report["problems"].append(f"{model} does not fit")
@@ -81,6 +88,7 @@ def examine(model: str, *, backend: str, device: str, dtype: str, context: int) 
 
 def _fit(
     model: str,
+    revision: str | None,
     backend: str,
     gpu: dict[str, Any] | None,
     native: Sequence[DType] | None,
@@ -90,7 +98,7 @@ def _fit(
 ) -> dict[str, Any]:
     from .fit import describe, judge
 
-    described = describe(model)
+    described = describe(model, revision=revision)
     width = described.auto_dtype(backend, native) if dtype == "auto" else cast("DType", dtype)
     free = gpu["free"] if gpu else free_memory
     result = judge(described, dtype=width, gpu=gpu is not None, backend=backend, free=free, context=context)

@@ -68,20 +68,21 @@ class Need:
         return self.weights + self.fixed_cache + self.cache_per_token * context + self.working
 
 
-def describe(name: str) -> Described:
+def describe(name: str, *, revision: str | None = None) -> Described:
     """Find a model's config, and the headers of its weights if they are here; nothing large is downloaded.
 
     Args:
         name: as `load` takes it, or the path of a config.json.
+        revision: of a model on the hub.
 
     Raises:
         DgemmaError: nothing by that name, or files that are damaged.
     """
     path = Path(name).expanduser()
     if name in PACKAGED or path.is_dir():
-        path = resolve(name)
+        path = resolve(name, revision=revision)
     elif not path.is_file():
-        path = _from_hub(name)
+        path = from_hub(name, revision)
     if path.is_dir() and any(path.glob("*.safetensors")):
         checkpoint = Checkpoint.open(path)
         checkpoint.check()
@@ -97,22 +98,22 @@ def describe(name: str) -> Described:
     return Described(where=path, config=ModelConfig.from_hf(data, where=str(path)), stored=stored, file_bytes=None)
 
 
-def _from_hub(name: str) -> Path:
+def from_hub(name: str, revision: str | None = None) -> Path:
     """The folder of a hub model that is downloaded, or the config.json of one that is not."""
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     if name.count("/") != 1:
-        return resolve(name)  # which says what is wrong with the name
+        return resolve(name, revision=revision)  # which says what is wrong with the name
     try:
-        return Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
     except HFValidationError:
-        return resolve(name)
+        return resolve(name, revision=revision)
     except OSError:  # not downloaded
         pass
     huggingface_hub.logging.set_verbosity_error()  # or every retry is a line on stderr
     try:
-        return Path(huggingface_hub.hf_hub_download(name, "config.json"))
+        return Path(huggingface_hub.hf_hub_download(name, "config.json", revision=revision))
     except Exception as error:  # HTTP clients have exceptions of their own, by huggingface_hub's version
         raise DgemmaError(
             f"{name}: no such folder, and no config.json of that name could be downloaded ({type(error).__name__})"

@@ -15,6 +15,7 @@ from .options import (
     read_prompt,
     sampling_options,
     shown_options,
+    specials_option,
     system_option,
 )  # fmt: skip
 
@@ -29,6 +30,7 @@ from .options import (
 @option(
     "--raw", is_flag=True, group="Prompt", help="Give the prompt to the model as it stands, without the chat template.",
 )  # fmt: skip
+@specials_option
 @model_options
 @sampling_options
 @live_option

@@ -30,6 +30,7 @@ BACKENDS = ("torch", "mlx", "onnx", "numpy")
     help="Show what this recipe would make of it.  [default with --config: 4bit]",
 )  # fmt: skip
 @click.option("--rules", type=click.Path(path_type=Path), metavar="FILE", help="The same for a recipe of your own.")
+@click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")
 @click.option("--mlx", is_flag=True, help="As `convert --mlx` would write it.")
 @click.option("--context", type=click.IntRange(min=1), default=4096, show_default=True, metavar="N",
               help="Tokens of prompt and answer to have room for.")  # fmt: skip
@@ -39,6 +40,7 @@ def inspect(
     config: Path | None,
     recipe: str | None,
     rules: Path | None,
+    revision: str | None,
     mlx: bool,
     context: int,
     as_json: bool,
@@ -57,7 +59,7 @@ def inspect(
     if config is not None:
         found = inspect_config(read_config(config), chosen or recipes.find(recipes.DEFAULT), mlx=mlx)
     else:
-        where = _find(str(model))
+        where = _find(str(model), revision)
         if where.is_dir():
             found = inspect_folder(where, chosen, mlx=mlx)
         else:
@@ -76,12 +78,14 @@ def inspect(
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _find(model: str) -> Path:
+def _find(model: str, revision: str | None) -> Path:
     """The folder of a model or, of one on the hub that is not downloaded, its config.json; weights are not fetched."""
     from ..core.checkpoint import PACKAGED, resolve
-    from .fit import _from_hub
+    from .fit import from_hub
 
-    return resolve(model) if model in PACKAGED or Path(model).expanduser().exists() else _from_hub(model)
+    if model in PACKAGED or Path(model).expanduser().exists():
+        return resolve(model, revision=revision)
+    return from_hub(model, revision)
 
 
 def count(parameters: int) -> str:

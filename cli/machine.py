@@ -108,6 +108,11 @@ def frameworks() -> dict[str, dict[str, Any]]:
     return {name: _probe(code) for name, code in PROBES.items() if find_spec(name)}
 
 
+def framework(name: str) -> dict[str, Any]:
+    """One framework, as `frameworks` has it."""
+    return _probe(PROBES[name]) if find_spec(name) else {"error": "not installed", "gpus": []}
+
+
 def _probe(code: str) -> dict[str, Any]:
     try:
         done = subprocess.run(

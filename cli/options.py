@@ -145,6 +145,11 @@ system_option = option(
     "--system", metavar="TEXT", group="Prompt", help="System prompt: what the model is told before everything else.",
 )  # fmt: skip
 
+specials_option = option(
+    "--specials", is_flag=True, group="Prompt",
+    help="Special tokens spelled out in a message are those tokens. Otherwise nobody can type one.",
+)  # fmt: skip
+
 shown_options = _together(
     option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors."),
     option("--stats", is_flag=True, group="Output", help="Say every figure on stderr, one a line."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from types import TracebackType
@@ -206,15 +206,20 @@ class EventsSink(Sink):
 
 
 class ResultSink(Sink):
-    """One JSON object at the end, with the fields of `Generation`."""
+    """One record at the end, with the fields of `Generation`; by default a line of JSON on stdout."""
 
-    def __init__(self, errors: Console) -> None:
+    def __init__(
+        self, errors: Console, write: Callable[[dict[str, Any]], None] | None = None, *, what: str = "denoising"
+    ) -> None:
         super().__init__(errors)
         self._tokens: list[int] = []
+        self._write = write or write_line
+        self._what = what
 
     def draft(self, event: Draft) -> None:
-        if self._wait is None:
-            self._wait = Wait(self.errors, "denoising")
+        if self._wait is None or event.step == 0:
+            self.calm()
+            self._wait = Wait(self.errors, self._what)
         self._wait.update(event.step + 1, event.steps, f"step {event.step + 1}/{event.steps}")
 
     def commit(self, event: Commit) -> None:
@@ -222,7 +227,7 @@ class ResultSink(Sink):
 
     def done(self, event: Done) -> None:
         self.calm()
-        write_line(self.record(event))
+        self._write(self.record(event))
 
     def record(self, done: Done) -> dict[str, Any]:
         return {

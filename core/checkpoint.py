@@ -234,19 +234,26 @@ def resolve(name: str | Path, *, revision: str | None = None, progress: Any = No
         folder = Path(str(importlib.resources.files(package) / "models" / name))
         if not folder.is_dir():
             raise DgemmaError(f"{name}: the packaged model is missing from {shown(folder)}; install dgemma again")
-        return folder
+        return _unrevised(folder, name, revision)
     try:
         path = Path(name).expanduser()
-        if text and path.exists():
-            return path
+        here = text != "" and path.exists()
     except (OSError, ValueError, RuntimeError):  # a name too long, with a NUL, or of an unknown user
-        path = Path()
+        path, here = Path(), False
+    if here:
+        return _unrevised(path, shown(path), revision)
     if isinstance(name, Path) or not _HUB_ID.fullmatch(text) or ".." in text or "--" in text:
         raise DgemmaError(
             f"no model {quoted(text)}: give {' or '.join(map(repr, PACKAGED))}, the path of a checkpoint folder, "
             "or a Hugging Face id such as 'google/diffusiongemma-26B-A4B-it'"
         )
     return _download(text, revision, progress)
+
+
+def _unrevised(path: Path, name: str, revision: str | None) -> Path:
+    if revision is not None:
+        raise DgemmaError(f"{name} is here and has no revisions, so {quoted(revision, 40)} is none; leave it out")
+    return path
 
 
 def _download(repo: str, revision: str | None, progress: Any) -> Path:

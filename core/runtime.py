@@ -60,6 +60,7 @@ def load(
     backend: str = "auto",
     device: str = "auto",
     dtype: str = "auto",
+    revision: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DiffusionGemma:
     """Load a checkpoint.
@@ -75,6 +76,7 @@ def load(
             float32 for small models (2 GiB of weights in float32) and the width the checkpoint is stored in for larger
             ones. On torch's CPU it follows the processor: the width that is stored where that is multiplied natively
             and the model is larger than 4 million parameters, else float32. `dgemma doctor` says which.
+        revision: branch, tag or commit, of a hub id.
         progress: called with bytes done and in all while weights are brought to the device.
 
     Raises:
@@ -86,7 +88,7 @@ def load(
         if not isinstance(value, str):
             raise DgemmaError(f"{option} is {quoted(value)}, expected a name such as 'auto'")
     chosen = backends.choose(backend)
-    checkpoint = Checkpoint.open(resolve(str(name)))
+    checkpoint = Checkpoint.open(resolve(str(name), revision=revision))
     checkpoint.check()
     if dtype == "auto":
         known = partial(backends.native, chosen, device)

@@ -65,7 +65,9 @@ def error_of(result: Result, code: int) -> str:
 # ---- Starting ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"], ["chat", "-h"], ["doctor", "-h"]])
+@pytest.mark.parametrize(
+    "args", [["--help"], ["--version"], ["generate", "--help"], ["chat", "-h"], ["batch", "-h"], ["models", "-h"]]
+)
 def test_help_imports_no_framework(args: list[str]) -> None:
     code = f"""
 import sys
@@ -126,7 +128,7 @@ def test_options_reach_the_model(scripted: Any, tmp_path: Path) -> None:
     assert model.asked[0][1] == {
         "max_new_tokens": 7, "seed": 1, "steps": 2, "schedule_steps": 3, "t_min": 0.1, "t_max": 0.9,
         "entropy_bound": 0.5, "confidence": 0.25, "stop": ("a", "b"), "thinking": True, "raw": True,
-        "temperature": 0.5, "greedy": True, "stability": 2,
+        "temperature": 0.5, "greedy": True, "stability": 2, "specials": False,
     }  # fmt: skip
 
 

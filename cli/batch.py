@@ -1,0 +1,83 @@
+"""`dgemma batch`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ..core.errors import DgemmaError
+from .options import (
+    Command,
+    model_options,
+    option,
+    read_file,
+    sampling_options,
+    specials_option,
+    system_option,
+)
+
+
+@click.command(cls=Command, short_help="Answer a file of prompts.")
+@click.argument("prompts", type=click.Path(path_type=Path, allow_dash=True), metavar="IN.jsonl")
+@option(
+    "--out", "-o", required=True, type=click.Path(path_type=Path), metavar="FILE", group="Output",
+    help="The file of results. One that is there is gone on with.",
+)  # fmt: skip
+@option("--force", is_flag=True, group="Output", help="Begin anew, in place of the results in FILE.")
+@option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors.")
+@system_option
+@option("--raw", is_flag=True, group="Prompt", help="Give prompts as they stand, without the chat template.")
+@specials_option
+@model_options
+@sampling_options
+def batch(
+    prompts: Path, out: Path, force: bool, quiet: bool, system: str | None, raw: bool, model: str, revision: str | None,
+    backend: str, device: str, dtype: str, **sampling: Any,
+) -> None:  # fmt: skip
+    """Answer every line of IN.jsonl (- is stdin) and write the results, a line of JSON each, to FILE.
+
+    A line is a prompt as a JSON string, or an object with a "prompt" or "messages". The object may have a "system"
+    prompt and settings of its own, spelled as the options below ("seed", "max_new_tokens", ...); whatever else is in
+    it is repeated in its result. All lines are checked before the first is answered. Stopped or killed, the same
+    command goes on with the lines that have no result yet.
+
+    \b
+    dgemma batch boards.jsonl --out answers.jsonl
+    {"prompt": ".3.1 .2.. .... ...4", "id": 1}
+    """
+    if raw and system is not None:
+        raise click.UsageError("--system stands in the chat template, which --raw leaves out")
+    from ..core.batch import Item, Results, read_items
+    from .output import consoles, load_model, put_words
+    from .sinks import ResultSink, follow
+
+    where = "stdin" if str(prompts) == "-" else str(prompts)
+    items = read_items(read_file(prompts), where, options=sampling.keys(), system=system)
+    settings = sampling | {"raw": raw, "model": model, "revision": revision}
+    keys = {item.line: item.key(settings) for item in items}
+    _, errors = consoles(quiet=quiet)
+    with Results(out, keys, force=force) as results:
+        left = [item for item in items if item.line not in results.done]
+        if left:
+            loaded = load_model(errors, model, revision=revision, backend=backend, device=device, dtype=dtype)
+
+            def ask(item: Item) -> Any:
+                try:
+                    return loaded.stream(item.asked, raw=raw, **sampling | dict(item.options))
+                except (DgemmaError, TypeError) as error:
+                    raise DgemmaError(f"{where}: line {item.line}: {error}") from None
+
+            for item in left:
+                ask(item)  # checks it
+            try:
+                for item in left:
+                    head = {"line": item.line, "key": keys[item.line], **item.carried}
+                    what = f"line {item.line} of {items[-1].line}"
+                    sink = ResultSink(errors, lambda record, head=head: results.append(head | record), what=what)
+                    follow(ask(item), sink)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt("the same command goes on from here") from None
+        there = len(items) - len(left)
+        put_words(errors, f"{len(left)} answered{f', {there} were there already' if there else ''}: {out}")
