@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @click.option("--fp16", is_flag=True, help="Compute in float16.")
 @click.option("--logits", is_flag=True, help="Give the denoising graph the output `logits`.")
 @click.option("--cpu", is_flag=True, help="Write quantized products as CPUs do them fastest, instead of MatMulNBits.")
+@click.option("--portable", is_flag=True, help="Operators of the ONNX standard only, for other runtimes.")
 @click.option("--verify", is_flag=True, help="Run the graphs against SOURCE and print the error of each output.")
 @click.option("--force", is_flag=True, help="Replace what an earlier export left, and nothing else.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")

@@ -9,6 +9,8 @@ whose result nobody reads.
 Quantized, words, scales and, where there are any, biases stand in for gate_up and for down, and the products are a loop
 over the experts that any row has chosen: each is dequantized into a buffer that stays in the processor's cache and
 multiplied by its rows alone. The others have no places either.
+
+In a portable graph the body stands in the graph itself, and products are `MatMul` and `Gemm`.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import onnx_ir as ir
 from ..core.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value, function
-from .packed import EXACT, group_sums, scaled
+from .packed import EXACT, group_sums, plain, scaled
 from .weights import Packed
 
 if TYPE_CHECKING:
@@ -43,7 +45,10 @@ def geglu_moe(ops: OnnxOps, h: Array, r: Array, router: Router, experts: Experts
     weights = b.op("Mul", b.op("Softmax", top, axis=-1), b.op("Gather", factor, index))
     inputs = [h.rows(), index, ops.cast(ops.array(weights, (), ops.wide), ops.dtype).raw]
     matrices = [_Matrix.of(ops, one, inputs) for one in (experts.gate_up_proj, experts.down_proj)]
-    made = b.call("GegluMoE", tuple(matrices), lambda name: _written(name, ops, router.experts, matrices), *inputs)
+    if ops.portable:
+        made = _body(b, ops, router.experts, matrices, inputs)
+    else:
+        made = b.call("GegluMoE", tuple(matrices), lambda name: _written(name, ops, router.experts, matrices), *inputs)
     return ops.array(made, h.shape, ops.dtype, (product(h.shape[:-1]), width))
 
 
@@ -78,7 +83,11 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
             [part] if one.format is None else [f"{part}_{kind}" for kind in ("words", "scales", "biases")[: one.inputs]]
         )
     b.inputs = [ir.Value(name=one) for one in names]
-    x, index, weights, *stored = b.inputs
+    return function(name, b, [_body(b, ops, count, matrices, b.inputs)], opset=ops.opset)
+
+
+def _body(b: Builder, ops: OnnxOps, count: int, matrices: list[_Matrix], inputs: list[Value]) -> Value:
+    x, index, weights, *stored = inputs
     dense = all(one.format is None for one in matrices)
     expert, rank, row, counts = _ranked(b, index, count)
     room = b.op("ReduceMax", counts, b.ints(0), keepdims=1)  # [1]
@@ -95,7 +104,10 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
     source = b.op("ScatterElements", empty, place, row, axis=0)  # which row each place holds
     laid = b.op("Reshape", b.op("Gather", x, source), b.op("Concat", slots, room, width, axis=0))
     first, second = stored[: matrices[0].inputs], stored[matrices[0].inputs :]
-    if used is None:
+    if used is None and ops.portable:  # matrices first, so that rows are transposed and never a matrix
+        both = b.op("MatMul", *first, b.op("Transpose", laid, perm=[0, 2, 1]))  # [E, 2F, room]
+        out = b.op("Transpose", b.op("MatMul", *second, _bent(b, both, axis=1)), perm=[0, 2, 1])  # [E, room, D]
+    elif used is None:
         both = b.op("FusedMatMul", laid, *first, domain=MICROSOFT, transB=1)  # [E, room, 2F]
         out = b.op("FusedMatMul", _bent(b, both), *second, domain=MICROSOFT, transB=1)  # [E, room, D]
     else:
@@ -103,7 +115,7 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
     back = b.op("Gather", b.op("Reshape", out, b.op("Concat", b.ints(-1), width, axis=0)), place)
     back = b.op("Reshape", back, b.op("Concat", b.op("Shape", index), width, axis=0))  # [N, k, D]
     mixed = b.op("MatMul", b.op("Unsqueeze", weights, b.ints(1)), back)  # [N, 1, D]
-    return function(name, b, [b.op("Squeeze", mixed, b.ints(1))], opset=ops.opset)
+    return b.op("Squeeze", mixed, b.ints(1))
 
 
 def _ranked(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value, Value]:
@@ -123,9 +135,9 @@ def _ranked(b: Builder, index: Value, count: int) -> tuple[Value, Value, Value, 
     return flat, rank, b.op("Div", pairs, b.op("Shape", index, start=1, end=2)), counts
 
 
-def _bent(b: Builder, both: Value) -> Value:
-    """[..., 2F], gate half first → gelu(gate) · up [..., F]."""
-    gate, up = b.ops("Split", both, outputs=2, axis=-1, num_outputs=2)
+def _bent(b: Builder, both: Value, axis: int = -1) -> Value:
+    """[..., 2F], gate half first → gelu(gate) · up [..., F], or with an `axis` the same along that."""
+    gate, up = b.ops("Split", both, outputs=2, axis=axis, num_outputs=2)
     return b.op("Mul", b.op("Gelu", gate, approximate="tanh"), up)
 
 
@@ -160,10 +172,13 @@ def _product(
     (_, out, width), kind = matrix.shape, matrix.format
     words, *floats = stored
     if kind is None:
-        return loop.op("FusedMatMul", x, loop.op("Gather", words, expert), domain=MICROSOFT, transB=1)
+        return _transposed(loop, ops, x, loop.op("Gather", words, expert))
     size, groups = kind.group_size, width // kind.group_size
     wide, *rest = (b.op("Cast", one, to=int(ops.float_type)) for one in floats)  # [E, R, K/g]
     scales = loop.op("Gather", wide, expert)
+    if ops.portable:
+        own = [loop.op("Gather", one, expert) for one in (words, wide, *rest)]
+        return _transposed(loop, ops, x, plain(loop, ops, kind, own, width))
     if not ops.cpu:
         codes = loop.op("Reshape", loop.op("Gather", words, expert), b.ints(out, groups, size * kind.bits // 8))
         made = loop.op(
@@ -185,9 +200,16 @@ def _product(
                 gather_axis=0, quantize_axis=1,
             )  # fmt: skip
         values = loop.op("Reshape", values, b.ints(out, width))
-        made = loop.op("FusedMatMul", x, values, domain=MICROSOFT, transB=1)
+        made = _transposed(loop, ops, x, values)
     if rest:
         zero = b.constant(float(1 << (kind.bits - 1)), ops.numpy_type)
         more = loop.op("Add", loop.op("Gather", rest[0], expert), loop.op("Mul", scales, zero))
         made = loop.op("Gemm", group_sums(loop, x, width, size), more, made, transB=1)
     return made
+
+
+def _transposed(b: Builder, ops: OnnxOps, x: Value, matrix: Value) -> Value:
+    """x [n, K] · matrixᵀ, matrix [R, K]."""
+    if ops.portable:
+        return b.op("Gemm", x, matrix, transB=1)
+    return b.op("FusedMatMul", x, matrix, domain=MICROSOFT, transB=1)

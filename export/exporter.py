@@ -55,6 +55,7 @@ def export(
     fp16: bool = False,
     logits: bool = False,
     cpu: bool = False,
+    portable: bool = False,
     verify: bool = False,
     force: bool = False,
     revision: str | None = None,
@@ -72,6 +73,7 @@ def export(
         fp16: compute in float16.
         logits: give denoise the output `logits`.
         cpu: write quantized products as a CPU does them fastest; the default is MatMulNBits, which every provider has.
+        portable: write operators of the ONNX standard only, for other runtimes than ONNX Runtime.
         verify: compare the graphs with the source, run by another backend in float32.
         force: replace what an earlier export left, and nothing else; see `target.py`.
         revision: branch, tag or commit of a hub id.
@@ -85,6 +87,8 @@ def export(
     say = progress or (lambda line: None)
     if opset not in OPSETS:
         raise DgemmaError(f"opset is {quoted(opset, 20)}, expected one of {', '.join(map(str, OPSETS))}")
+    if cpu and portable:
+        raise DgemmaError("cpu and portable are two ways to write the same products; give one of them")
     for what, package in {"writing": "onnx_ir", "checking": "onnx"}.items():
         if find_spec(package) is None:
             name = package.replace("_", "-")
@@ -101,6 +105,7 @@ def export(
     if target.inside and standalone:
         raise DgemmaError("standalone makes a folder of its own; give another out than the source")
     options = {"opset": opset, "dtype": "float16" if fp16 else "float32", "logits": logits, "cpu": cpu}
+    options["portable"] = portable
     copied = [] if target.inside else _copied(original, standalone)
     coming = {manifest.NAME, *(f"{name}.onnx" for name in (["unified"] if unified else ["encode", "denoise"]))}
     if not target.inside:

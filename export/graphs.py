@@ -40,8 +40,11 @@ class Options:
     cpu: bool = False
     """Whether the graphs are for a CPU; see `packed.py`."""
 
+    portable: bool = False
+    """Whether they hold operators of the ONNX standard only."""
+
     def ops(self) -> OnnxOps:
-        return OnnxOps(Builder(), self.dtype, opset=self.opset, cpu=self.cpu)
+        return OnnxOps(Builder(), self.dtype, opset=self.opset, cpu=self.cpu, portable=self.portable)
 
 
 def encode_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:

@@ -56,7 +56,7 @@ class Table:
 def _scores(ops: OnnxOps, x: Array, part: Array | Packed, values: Value, softcap: float) -> Value:
     """Return tanh(x · partᵀ / softcap), wide [rows, v]."""
     b = ops.builder
-    if isinstance(part, Packed) and not ops.cpu:
+    if isinstance(part, Packed) and not ops.unpacks:
         made = b.op("Mul", packed.linear(ops, x, part).rows(), b.constant(1.0 / softcap, ops.numpy_type))
     else:
         made = b.op("Gemm", x.rows(), values, transB=1, alpha=1.0 / softcap)

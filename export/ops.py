@@ -49,17 +49,26 @@ class Heads:
 class OnnxOps(PrimitiveOps):
     """Writes `encode` and `denoise` for ONNX Runtime."""
 
-    def __init__(self, builder: Builder, dtype: DType = "float32", *, opset: int = 23, cpu: bool = False) -> None:
+    def __init__(
+        self, builder: Builder, dtype: DType = "float32", *, opset: int = 23, cpu: bool = False, portable: bool = False
+    ) -> None:
         super().__init__(builder, dtype)
         self.opset = opset
         self.cpu = cpu
         """Whether the graph is for a CPU, where quantized products are written otherwise; see `packed.py`."""
+        self.portable = portable
+        """Whether it may hold operators of the ONNX standard only, and no function of ours."""
         self._masks: dict[Any, Any] = {}
         self._present: dict[Any, KV] = {}
 
+    @property
+    def unpacks(self) -> bool:
+        """Whether quantized matrices become numbers before they are multiplied by."""
+        return self.cpu or self.portable
+
     def branch(self, builder: Builder) -> OnnxOps:
         """Return ops that write into a branch of this graph and know its inputs."""
-        made = OnnxOps(builder, self.dtype, opset=self.opset, cpu=self.cpu)
+        made = OnnxOps(builder, self.dtype, opset=self.opset, cpu=self.cpu, portable=self.portable)
         made._dims = self._dims
         return made
 

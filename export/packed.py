@@ -7,6 +7,8 @@ are 40 times slower on a CPU, and integer ones would round the stored bias.
 
 `MatMulNBits` is asked for accuracy level 1, float32: the default lets a runtime round activations to 8 bits. On a CPU
 it first unpacks its weight more slowly than `GatherBlockQuantized` does, so graphs meant for one do that and `Gemm`.
+Portable ones know neither operator: `plain` takes the codes apart in floats, which is exact; with masks and shifts of
+bytes OpenVINO 2026.4 gave other numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..core.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value
 from .weights import Packed, Place
@@ -49,7 +52,7 @@ def linear(ops: OnnxOps, x: Array, weight: Packed) -> Array:
     """x [..., K] · weightᵀ, weight [F, K]."""
     kind, (out, width) = weight.format, weight.shape
     rows, b = x.rows(), ops.builder
-    if ops.cpu:
+    if ops.unpacks:
         made = b.op("Gemm", rows, whole(ops, weight, rows).value, transB=1)
     else:
         groups = width // kind.group_size
@@ -83,7 +86,7 @@ def scaled(b: Builder, codes: Value, scales: Value, zeros: Value | None = None) 
 def whole(ops: OnnxOps, weight: Packed, after: Value) -> Array:
     """Return a matrix's values [F, K], made anew in every run, once `after` is computed: see `ops.zero_behind`."""
     b, kind, (count, width) = ops.builder, weight.format, weight.shape
-    if kind.bits != 8:
+    if kind.bits != 8 or ops.portable:
         ids = b.op("Add", b.constant(np.arange(count), np.int64), ops.zero_behind(after))
         return take(ops, weight, ids, (count,))
     rows = count * width // kind.group_size
@@ -99,6 +102,12 @@ def take(ops: OnnxOps, weight: Packed, ids: Value, shape: tuple) -> Array:
     """Return rows by number, dequantized: weight [V, K], ids of `shape` → [*shape, K]."""
     b, kind, (count, width) = ops.builder, weight.format, weight.shape
     words = weight.words.value(ops, (count, width * kind.bits // 8))
+    if ops.portable:
+        stored = [words, scales_of(ops, weight).value]
+        if weight.biases is not None:
+            stored.append(_cast(ops, weight.biases).value)
+        made = plain(b, ops, kind, [b.op("Gather", one, ids) for one in stored], width)
+        return ops.array(made, (*shape, width), ops.dtype, (product(shape), width))
     made = b.op(
         "GatherBlockQuantized", words, ids, scales_of(ops, weight).value, domain=MICROSOFT, bits=kind.bits,
         block_size=kind.group_size, gather_axis=0, quantize_axis=1,
@@ -115,3 +124,22 @@ def take(ops: OnnxOps, weight: Packed, ids: Value, shape: tuple) -> Array:
         b.op("Unsqueeze", b.op("Gather", rest.value, ids), b.ints(-1)), (product(shape), groups, 1), ops.dtype
     )
     return ops.reshape(grouped + more, (*shape, width))
+
+
+def plain(b: Builder, ops: OnnxOps, kind: Format, stored: list[Value], width: int) -> Value:
+    """Dequantize rows in operators of the standard: words uint8 [n, K·bits/8], scales and biases [n, K/g] → [n, K]."""
+    words, *floats = stored
+    codes = b.op("Cast", words, to=int(ops.float_type))
+    if kind.bits == 4:  # the lower half of a byte comes first
+        sixteen, part = (b.constant(one, ops.numpy_type) for one in (16.0, 1 / 16))
+        high = b.op("Floor", b.op("Mul", codes, part))
+        low = b.op("Sub", codes, b.op("Mul", high, sixteen))
+        codes = b.op("Concat", b.op("Unsqueeze", low, b.ints(-1)), b.op("Unsqueeze", high, b.ints(-1)), axis=-1)
+    codes = b.op("Reshape", codes, b.ints(-1, width // kind.group_size, kind.group_size))
+    scale, *bias = (b.op("Unsqueeze", one, b.ints(-1)) for one in floats)
+    if bias:
+        values = b.op("Add", b.op("Mul", codes, scale), bias[0])
+    else:
+        zero = b.constant(float(1 << (kind.bits - 1)), ops.numpy_type)
+        values = b.op("Mul", b.op("Sub", codes, zero), scale)
+    return b.op("Reshape", values, b.ints(-1, width))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 import dgemma
 import hf
 from dgemma import DgemmaError, DiffusionGemma
 from dgemma.core import model as definition
 from dgemma.core import sampler
-from dgemma.core.config import SamplerConfig
+from dgemma.core.config import SamplerConfig, read_json
+from dgemma.export.manifest import NAME
 from dgemma.export.verify import Graphs
 from law import assert_close_f32
 from tiny import tiny_checkpoint
@@ -43,10 +47,14 @@ def folder_of(root: Path, shape: str, recipe: str, form: str) -> Path:
     source = root / shape
     if not source.exists():
         tiny_checkpoint(root, name=shape, canvas_length=CANVAS, **sizes(shape))
+    portable = form == "portable"
+    if portable and recipe == "float32":
+        dgemma.export(source, root / f"{shape}-portable", logits=True, portable=True, standalone=True)
+        return root / f"{shape}-portable"
     if recipe != "float32":
         dgemma.convert(source, root / f"{shape}-{recipe}-{form}", recipe=recipe, workers=1)
         source = root / f"{shape}-{recipe}-{form}"
-    dgemma.export(source, logits=True, force=True, cpu=form == "cpu", unified=form == "unified")
+    dgemma.export(source, logits=True, force=True, cpu=form == "cpu", portable=portable, unified=form == "unified")
     return source
 
 
@@ -71,9 +79,9 @@ def session_options() -> Any:
     return options
 
 
-def check(folder: Path, batch: int, prompt: int, canvases: int) -> None:
+def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Graphs | None = None) -> None:
     """Read a prompt and committed canvases, and take a first step and a later one behind each."""
-    graphs, loaded = Graphs(folder, session_options()), torch_model(folder)
+    graphs, loaded = graphs or Graphs(folder, session_options()), torch_model(folder)
     ops, weights, config = loaded.ops, loaded.engine.model, loaded.config
     draw = np.random.default_rng([batch, prompt, canvases])
     tokens = [draw.integers(6, config.vocab_size, (batch, size)) for size in (prompt, *[CANVAS] * (canvases - 1))]
@@ -128,7 +136,7 @@ def test_graphs_agree_with_torch(root: Path, shape: str, case: str) -> None:
         check(folder, batch, windows * SHAPES[shape]["sliding_window"] + more, canvases)
 
 
-@pytest.mark.parametrize("form", ["plain", "cpu", "unified"])
+@pytest.mark.parametrize("form", ["plain", "cpu", "unified", "portable"])
 @pytest.mark.parametrize("recipe", ["4bit", "8bit", "4bit-mlx"])
 def test_quantized_graphs_agree_with_torch(root: Path, recipe: str, form: str) -> None:
     folder = folder_of(root, "even", recipe, form)
@@ -136,13 +144,67 @@ def test_quantized_graphs_agree_with_torch(root: Path, recipe: str, form: str) -
     check(folder, 1, 1, 1)
 
 
+class Elsewhere(Graphs):
+    """Graphs in another runtime: `opened` turns a file into something with `run(names, feeds)`."""
+
+    def __init__(self, folder: Path, opened: Callable[[Path], Any]) -> None:
+        self.about = read_json(folder / NAME)
+        self.dtype = np.dtype(self.about["dtype"])
+        self._sessions = {name: opened(folder / file) for name, file in self.about["graphs"].items()}
+
+
+@pytest.mark.parametrize("recipe", ["float32", "4bit", "8bit", "4bit-mlx"])
+def test_portable_graphs_in_the_standards_own_evaluator(root: Path, recipe: str) -> None:
+    """Operators of the standard alone, no function of ours, and what onnx itself makes of them."""
+    folder = folder_of(root, "even", recipe, "portable")
+    for name in ("encode", "denoise"):
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        assert [(one.domain, one.version) for one in model.opset_import] == [("", 23)] and not model.functions
+    graphs = Elsewhere(folder, lambda path: ReferenceEvaluator(onnx.load(path)))
+    check(folder, 2, 19, 2, graphs)
+    check(folder, 1, 1, 1, graphs)
+
+
+class _OpenVino:
+    def __init__(self, path: Path) -> None:
+        import openvino
+
+        self._model = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+
+    def run(self, names: list[str], feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        made = {one.get_any_name(): array for one, array in self._model(feeds).items()}
+        return [made[name] for name in names]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("recipe", ["float32", "4bit", "8bit", "4bit-mlx"])
+def test_portable_graphs_in_openvino(root: Path, recipe: str) -> None:
+    pytest.importorskip("openvino")
+    folder = folder_of(root, "even", recipe, "portable")
+    check(folder, 2, 19, 2, Elsewhere(folder, _OpenVino))
+
+
+def test_portable_graphs_run_in_the_backend_and_in_one(root: Path) -> None:
+    dgemma.export("nano", root / "nano", portable=True, standalone=True)
+    board = "3..2..\n2..5..\n5.216.\n..1.5.\n...63.\n.6.425"
+    want, got = (
+        dgemma.load(root / "nano", backend=name, dtype="float32").generate(board) for name in ("torch", "onnx")
+    )
+    assert got.token_ids == want.token_ids
+    source = folder_of(root, "even", "float32", "plain")
+    dgemma.export(source, root / "one-portable", unified=True, portable=True, logits=True, standalone=True)
+    check(root / "one-portable", 3, 20, 2)
+    with pytest.raises(DgemmaError, match="cpu and portable are two ways to write the same products"):
+        dgemma.export(source, root / "neither", cpu=True, portable=True)
+
+
 def test_a_vocabulary_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from dgemma.export import head
 
     monkeypatch.setattr(head, "PART", 1 << 18)  # 512 tokens of the 600
-    for form in ("cpu", "plain"):
+    for form in ("cpu", "plain", "portable"):
         dgemma.convert(folder_of(root, "even", "float32", "plain"), root / f"parts-{form}", recipe="8bit", workers=1)
-        dgemma.export(root / f"parts-{form}", logits=True, cpu=form == "cpu")
+        dgemma.export(root / f"parts-{form}", logits=True, cpu=form == "cpu", portable=form == "portable")
         check(root / f"parts-{form}", 1, 9, 1)
 
 
