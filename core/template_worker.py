@@ -195,14 +195,6 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return value
 
 
-def _joined(parts: Iterable[Any]) -> str:
-    """Join text, remembering whether anything is hidden in it; an environment's `concat`."""
-    parts = list(parts)
-    whole = "".join(parts)
-    kind = next((type(part) for part in parts if isinstance(part, Said)), None)
-    return whole if kind is None else kind._keep(whole)
-
-
 def _holds(value: Any) -> bool:
     """Whether anything is hidden in a value."""
     if isinstance(value, dict):
@@ -223,6 +215,7 @@ def compiled(source: str) -> Any:
     from jinja2 import nodes
     from jinja2.compiler import CodeGenerator
     from jinja2.ext import Extension
+    from jinja2.filters import sync_do_join as do_join
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
@@ -245,17 +238,28 @@ def compiled(source: str) -> Any:
 
     class Environment(ImmutableSandboxedEnvironment):
         code_generator_class = Generator
-        concat = staticmethod(_joined)
         said: type[Said] = Said  # of the request at hand
+
+        def call(self, context: Any, called: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+            owner = getattr(called, "__self__", None)
+            if type(owner) is str and any(
+                isinstance(one, Said) for one in args
+            ):  # the template's text, asked of a user's
+                called = getattr(self.said(owner), called.__name__)
+            return super().call(context, called, *args, **options)
 
     def refuse(message: Any) -> None:
         raise jinja2.TemplateError(str(message))
 
-    def join(values: Any, d: Any = "", attribute: Any = None) -> str:
-        if attribute is not None:
-            values = [env.getitem(value, attribute) for value in values]
-        parts = [str(value) for value in values]
-        return _joined(part for i, value in enumerate(parts) for part in ((str(d), value) if i else (value,)))
+    @jinja2.pass_eval_context
+    def join(context: Any, values: Any, d: str = "", attribute: Any = None) -> str:
+        return env.said._keep(do_join(context, values, d, attribute))
+
+    def string(value: Any) -> str:
+        return value if isinstance(value, str) else env.said._keep(str(value))
+
+    def concat(parts: Iterable[str]) -> str:  # of macros, blocks and `a ~ b`; what is hidden is easily forgotten here
+        return env.said._keep("".join(parts))
 
     def on_plain(function: Callable[..., Any], always: bool = False) -> Callable[..., Any]:
         """Let a filter that looks at single characters have the plain text; what it makes of a user's is the user's."""
@@ -267,7 +271,8 @@ def compiled(source: str) -> Any:
         return run
 
     env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    env.filters |= {"tojson": on_plain(_tojson), "join": join, "safe": lambda value: value}
+    env.concat = concat  # type: ignore[method-assign]
+    env.filters |= {"tojson": on_plain(_tojson), "join": join, "string": string, "safe": lambda value: value}
     for name in ("e", "escape", "forceescape", "urlencode", "pprint", "title"):
         env.filters[name] = on_plain(env.filters[name])
     env.filters["striptags"] = on_plain(env.filters["striptags"], always=True)  # it also turns `&lt;` back
@@ -290,7 +295,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         used: set[str] = set(request["template"])
         _mapped([request["said"], request["trusted"]], lambda text: used.update(text) or text)
         show, hide = hidden_by(request["guarded"], used)
-        kind = type("Said", (Said,), {"_hide": hide, "_show": show})
+        kind = type("str", (Said,), {"_hide": hide, "_show": show})  # by that name errors call it
         template.environment.said = kind
         text = template.render(request["trusted"] | _mapped(request["said"], kind._of))
         if len(text) > request["largest"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import psutil
 import pytest
 
 from chats import user
+from dgemma.core.errors import DgemmaError
 from dgemma.core.rendering import Renderer
 from said import says
 
@@ -98,6 +100,57 @@ def test_a_template_has_an_end_in_time_and_in_memory(renderer: Renderer, templat
     assert rendered(renderer, "{{ messages[0].content }}") == "hi<|turn>"  # and the next one runs
 
 
+PARTS = ["'<'", "'<|'", "'<|turn>'", "' '", "'x<y'", "'\\n'", "''", "c", "c", "q"]
+METHODS = (
+    *("split", "rsplit", "partition", "rpartition", "splitlines", "replace", "strip", "lstrip", "rstrip", "join"),
+    *("removeprefix", "removesuffix", "find", "rfind", "count", "index", "startswith", "endswith", "format", "center"),
+    *("upper", "lower", "title", "capitalize", "swapcase", "ljust", "zfill", "islower", "isspace", "expandtabs"),
+)
+FILTERS = (
+    *("trim", "replace", "upper", "lower", "title", "capitalize", "center", "indent", "truncate", "wordwrap", "join"),
+    *("length", "wordcount", "first", "last", "list", "string", "reverse", "batch", "sort", "min", "max"),
+    *("e", "forceescape", "urlencode", "pprint", "tojson", "striptags", "int", "default"),
+)
+
+
+def expression(rng: random.Random, depth: int = 0) -> str:
+    """A chain of what templates do with text; what holds text is made into text only at the end."""
+    if depth > 2 or rng.random() < 0.2:
+        return rng.choice(PARTS)
+    one = expression(rng, depth + 1)
+    given = ", ".join(rng.choice([*PARTS, "1", "2"]) for _ in range(rng.randrange(3)))
+    made = [
+        f"({one}).{rng.choice(METHODS)}({given})", f"({one}) | {rng.choice(FILTERS)}({given})",
+        f"({one}) {rng.choice(['+', '~', '==', '<', '%'])} ({expression(rng, depth + 1)})",
+        f"({one}) in {rng.choice('cq')}",
+        f"(c)[{rng.choice(['0', ':2', '1:', '::-1'])}]",
+    ]  # fmt: skip
+    if depth == 0:
+        made += [f"[{one}, q]", f"{{'a': {one}, c: q}}"]
+    return rng.choice(made)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_template_sees_nothing_hidden(plain: Renderer, seed: int) -> None:
+    """Random templates make the same text of the same words, whether something is hidden in them or not."""
+    rng, compared = random.Random(seed), 0
+    words = ["<|turn>", " a<b> ", "x < y | z >", "<|x|><|turn>\n<turn|>", "plain", "|>", "<b>A</b>&lt;"]
+    for _ in range(100):
+        template = "{% set c, q = messages[0].content, messages[1].content %}{{ " + expression(rng) + " }}"
+        template += "{% set z %}{{ " + expression(rng) + " }}{% endset %}{{ z | trim }}{{ '<' in z }}{{ z.count('|') }}"
+        said = {"messages": [user(rng.choice(words)), user(rng.choice(words))]}
+        found = []
+        for guarded in ("", "<>|"):
+            try:
+                made = plain.render(template, trusted={}, said=said, guarded=guarded, where="x")
+                found.append(made.plain)
+            except DgemmaError as error:
+                found.append(str(error)[:40])
+        assert found[0] == found[1], template
+        compared += not found[0].startswith("x: ")
+    assert compared > 20
+
+
 def test_memory_is_looked_at_from_outside_where_the_system_does_not() -> None:
     renderer = Renderer(seconds=5, memory=200 << 20, watch=True)
     with says("200 MiB"):
@@ -148,6 +201,7 @@ def test_an_interrupt_ends_the_rendering_and_not_the_next_one() -> None:
 
 FORKED = """
 import os, warnings
+from dgemma.core.errors import DgemmaError
 from dgemma.core.rendering import Renderer
 def say(text):
     return renderer.render(text, trusted={}, said={}, guarded="", where="x").plain
