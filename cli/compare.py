@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Write the figures as one JSON object.")
 def compare(
     a: str, b: str, file: Path | None, one_by_one: tuple[str, ...], revision_a: str | None,
-    revision_b: str | None, backend: str, device: str, dtype: str, max_new_tokens: int, seed: int, as_json: bool,
+    revision_b: str | None, backend: str, device: str, dtype: str, max_new_tokens: int | None, seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Hold model B against model A: say, a quantized checkpoint against what it was made from.
 

@@ -84,8 +84,8 @@ model_options = _together(
 
 budget_options = _together(
     option(
-        "--max-new-tokens", "-n", type=click.IntRange(min=1), default=256, show_default=True, metavar="N",
-        group="Length and seed", help="Write at most N tokens, thinking included.",
+        "--max-new-tokens", "-n", type=click.IntRange(min=1), metavar="N", group="Length and seed", **FROM_CHECKPOINT,
+        help="Write at most N tokens, thinking included; 256 where the checkpoint does not say.",
     ),
     option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", group="Length and seed",

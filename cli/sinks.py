@@ -243,7 +243,7 @@ def write_line(record: dict[str, Any]) -> None:
 
 
 def open_sink(
-    out: Console, errors: Console, model: DiffusionGemma, *, live: bool, form: str = "text", budget: int
+    out: Console, errors: Console, model: DiffusionGemma, *, live: bool, form: str = "text", budget: int | None
 ) -> Sink:
     """Choose the reader that fits the terminal, or the form that was asked for."""
     if form == "events":
@@ -253,7 +253,8 @@ def open_sink(
     if not live or not out.is_terminal or out.is_dumb_terminal:
         return PlainSink(out, errors)
     ends = model.generation.eos_token_ids or model.config.eos_token_ids
-    return LiveSink(out, errors, CanvasView(Pieces(model.tokenizer), ends, budget, out.encoding))
+    most = budget or model.generation.budget(0)  # to draw; the engine counts for itself
+    return LiveSink(out, errors, CanvasView(Pieces(model.tokenizer), ends, most, out.encoding))
 
 
 def follow(events: Iterator[Event], sink: Sink) -> Done:

@@ -91,7 +91,7 @@ def compare(
     b: str | Path | DiffusionGemma,
     prompts: Sequence[Prompt | Mapping[str, Any] | Case],
     *,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     seed: int = 0,
     backend: str = "auto",
     device: str = "auto",
@@ -104,7 +104,7 @@ def compare(
         a: the reference: a name as `load` takes it, or a loaded model. Both use its sampler settings.
         b: the candidate, likewise. Vocabulary, prompt format and canvas length have to be A's.
         prompts: as `generate` takes them; or mappings of `prompt`, `answer` (the right text) and `group`.
-        max_new_tokens: each answer has at most so many.
+        max_new_tokens: each answer has at most so many; by default what A's checkpoint says, or 256.
         seed: of the first prompt; the others count up.
         backend: for models given by name, as are `device` and `dtype`.
         device: as above.
@@ -169,7 +169,7 @@ class Recording:
 
 
 def record(
-    a: str | Path | DiffusionGemma, cases: Sequence[Case], *, max_new_tokens: int, seed: int,
+    a: str | Path | DiffusionGemma, cases: Sequence[Case], *, max_new_tokens: int | None, seed: int,
     ways: Mapping[str, str] | None = None, progress: Progress = lambda what, done, total: None,
 ) -> Recording:  # fmt: skip
     """Let A write, and follow its denoising."""
@@ -179,7 +179,8 @@ def record(
     for i, one in enumerate(ids):
         check_tokens(one, model.config.vocab_size, model.config.image_token_ids, what=f"prompt {i + 1}")
     ends = model.generation.eos_token_ids or model.config.eos_token_ids
-    settings = {"max_new_tokens": max_new_tokens, "eos": ends, **asdict(sampler)}
+    budget = max_new_tokens or model.generation.budget(max(map(len, ids)))
+    settings = {"max_new_tokens": budget, "eos": ends, **asdict(sampler)}
     outcomes, canvases = [], []
     states = tempfile.SpooledTemporaryFile(max_size=HELD)  # noqa: SIM115 - the recording owns it
     try:

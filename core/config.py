@@ -130,13 +130,37 @@ class SamplerConfig:
         return max(self.t_min + (self.t_max - self.t_min) * (remaining / self.schedule_steps), COLDEST)
 
 
+DEFAULT_BUDGET = 256
+"""New tokens at most, where neither the caller nor the checkpoint says."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """What a checkpoint's `generation_config.json` asks for."""
 
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    """Tokens of prompt and answer together, where `max_new_tokens` is not given."""
     eos_token_ids: tuple[int, ...] = ()
+    """What ends an answer; where there is none, the ids of `config.json` do."""
+
+    def budget(self, prompt_tokens: int) -> int:
+        """Return how many tokens may follow a prompt by default: `max_new_tokens`, what `max_length` leaves, or 256.
+
+        Raises:
+            DgemmaError: `max_length` leaves nothing.
+        """
+        if self.max_new_tokens is not None:
+            return self.max_new_tokens
+        if self.max_length is None:
+            return DEFAULT_BUDGET
+        if self.max_length <= prompt_tokens:
+            raise DgemmaError(
+                f"the prompt has {prompt_tokens:,} tokens and generation_config.json's max_length, prompt and answer "
+                f"together, is {self.max_length:,}: give max_new_tokens"
+            )
+        return self.max_length - prompt_tokens
 
     @classmethod
     def from_hf(cls, data: Mapping[str, Any], *, where: str = "generation_config.json") -> GenerationConfig:
@@ -168,7 +192,8 @@ class GenerationConfig:
                 read.where,
                 lambda: replace(default, steps=schedule, schedule_steps=schedule, entropy_bound=bound, **fields),
             ),
-            max_new_tokens=read.integer("max_new_tokens", 256, low=1),
+            max_new_tokens=read.integer("max_new_tokens", low=1) if "max_new_tokens" in read.data else None,
+            max_length=read.integer("max_length", low=1) if "max_length" in read.data else None,
             eos_token_ids=read.token_ids("eos_token_id"),
         )
         read.ignore(hf_keys.GENERATION)

@@ -59,7 +59,7 @@ ALWAYS_ON = (
 GENERATION: Table = BOOKKEEPING | dict.fromkeys((
     # Written by default, or copied from a Gemma of the other kind; temperature here is a schedule, t_max to t_min.
     "do_sample", "temperature", "top_k", "top_p", "bos_token_id", "pad_token_id", "decoder_start_token_id",
-    "max_length", "num_assistant_tokens*", "assistant_*", "is_assistant", "low_memory", "continuous_batching_config",
+    "num_assistant_tokens*", "assistant_*", "is_assistant", "low_memory", "continuous_batching_config",
 ), ANY) | {
     "typical_p": (1,),
     "repetition_penalty": (1,),

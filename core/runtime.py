@@ -172,7 +172,7 @@ class DiffusionGemma:
     def generate(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         seed: int = 0,
         steps: int | None = None,
         *,
@@ -216,7 +216,7 @@ class DiffusionGemma:
     def stream(
         self,
         prompt: Prompt,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         seed: int = 0,
         steps: int | None = None,
         *,
@@ -245,7 +245,8 @@ class DiffusionGemma:
         Args:
             prompt: text (one user message; where `tokenizer.has_template` is False it goes in as it stands), chat
                 messages, or token ids. Line ends stay what they are; the command line makes them all newlines.
-            max_new_tokens: at most so many tokens are emitted.
+            max_new_tokens: at most so many tokens are emitted; by default `max_new_tokens` of the checkpoint's
+                generation_config.json, or what its `max_length` leaves behind the prompt, or 256.
             seed: the same seed gives the same tokens, run to run and, in float32, backend to backend.
             steps: cap on denoising passes per canvas.
             schedule_steps: length of the temperature schedule, apart from the cap.
@@ -258,7 +259,8 @@ class DiffusionGemma:
             greedy: accept the most probable token everywhere, instead of one that is drawn; entropies, and so what is
                 accepted in which pass, stay those of the temperature schedule.
             stop: strings that end the answer; neither they nor what follows is given out.
-            eos: end-of-sequence token ids; an empty sequence never ends early.
+            eos: end-of-sequence token ids; an empty sequence never ends early. By default those of
+                generation_config.json, or of config.json where it names none.
             thinking: ask the chat template for a thinking channel.
             raw: take text as it stands, without the chat template; all of it is yours, so special tokens spelled out in
                 it are those tokens.
@@ -270,7 +272,8 @@ class DiffusionGemma:
                 events are read: a pass that comes to NaN or infinity (damaged weights, or float16 overflows), with the
                 dtype and what to try; and whatever the device refuses.
         """
-        _integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
+        if max_new_tokens is not None:
+            _integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
         _integer("seed", seed, 0, (1 << 64) - 1)
         sampler = settings(
             self.generation.sampler, steps=steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
@@ -283,9 +286,10 @@ class DiffusionGemma:
             raise DgemmaError("stop: expected non-empty strings")
         if stops and self.engine.tokenizer is None:
             raise DgemmaError("stop: the checkpoint has no tokenizer, so there is no text to search")
+        ids = tuple(self.prompt_ids(prompt, thinking=thinking, raw=raw, specials=specials))
         request = Request(
-            prompt=tuple(self.prompt_ids(prompt, thinking=thinking, raw=raw, specials=specials)),
-            max_new_tokens=max_new_tokens,
+            prompt=ids,
+            max_new_tokens=max_new_tokens or self.generation.budget(len(ids)),
             seed=seed,
             sampler=sampler,
             eos_token_ids=self._ends(eos),

@@ -239,8 +239,9 @@ class Piece:
 class Decoder:
     """Turns committed tokens into text, canvas by canvas.
 
-    Keeps the thinking channel apart, cuts at stop strings exactly, and holds back what a later canvas may still
-    change: a character whose bytes are not all there, and text that may be the beginning of a stop string.
+    Keeps the thinking channel apart, cuts at stop strings exactly, to the fewest tokens that say what comes before
+    them, and holds back what a later canvas may still change: a character whose bytes are not all there, and text that
+    may be the beginning of a stop string.
 
     `prompt` is what the tokens follow: where it leaves the thinking channel open, they begin inside it.
     """
@@ -260,15 +261,19 @@ class Decoder:
         self._tokens += [int(token) for token in tokens]
         answer, thinking = self._decode(len(self._tokens))
         count = len(self._tokens)
-        cut = min((at for stop in self.stop if (at := answer.find(stop)) >= 0), default=None)
+        end = cut = min((at for stop in self.stop if (at := answer.find(stop)) >= 0), default=None)
         if cut is None and not last:
+            whole = len(answer)
             answer, thinking = answer.rstrip(_UNFINISHED), thinking.rstrip(_UNFINISHED)
             held = self._held(answer)
-            end = len(answer) - held if held else None
-        else:
-            end = cut
+            # The bytes of a character that is not all there may begin a stop string too.
+            if held or (self.stop and len(answer) < whole):
+                end = len(answer) - held
         if end is not None:
-            answer, count = answer[:end], self._fewest(end)
+            # What is thought before the first character that is left out is said before it.
+            thinking = self._decode(self._fewest(answer[: end + 1], ""))[1].rstrip(_UNFINISHED)
+            answer = answer[:end]
+            count = self._fewest(answer, thinking)
         # What was given out stays: a decoder that cleans spaces up may rewrite it, and then nothing is added.
         piece = Piece(
             tokens=tuple(self._tokens[self.released : count]),
@@ -287,16 +292,17 @@ class Decoder:
         sizes = range(min(longest - 1, len(answer)), 0, -1)
         return next((n for n in sizes if any(stop.startswith(answer[-n:]) for stop in self.stop)), 0)
 
-    def _fewest(self, length: int) -> int:
-        """Return how few tokens say `length` characters of the answer."""
-        low, high = self.released, len(self._tokens)
-        while low < high:
-            middle = (low + high) // 2
-            if len(self._decode(middle)[0].rstrip(_UNFINISHED)) >= length:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+    def _fewest(self, answer: str, thinking: str) -> int:
+        """Return how few tokens, of those given out already at least, say such beginnings of both.
+
+        One by one: what tokens say is not always longer with one more. Where a character is a token for each byte, half
+        a character behind a whole one spoils both, and spaces may be cleaned up.
+        """
+        for count in range(self.released, len(self._tokens)):
+            said = self._decode(count)
+            if said[0].startswith(answer) and said[1].startswith(thinking):
+                return count
+        return len(self._tokens)
 
     def _begun(self, prompt: Sequence[int]) -> tuple[bool, bool]:
         """Return whether a prompt ends inside the channel, and whether that has its name by then."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dgemma.core.config import GenerationConfig
 from dgemma.core.events import Commit, Done, Draft, Event, Prefill, Stats
 
 EOS = 0
@@ -36,7 +37,8 @@ class ScriptedModel:
 
     path = Path("scripted")
     backend, device, dtype = "numpy", "cpu", "float32"
-    config = generation = SimpleNamespace(eos_token_ids=(EOS,))
+    config = SimpleNamespace(eos_token_ids=(EOS,))
+    generation = GenerationConfig(eos_token_ids=(EOS,))
 
     def __init__(self, words: Sequence[str], *, canvas: int = 0, thinking: str = "", pause: float = 0.0) -> None:
         self.tokenizer = Words(words)

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 import dgemma
 from dgemma.cli import main
+from dgemma.cli.compare import _finite
 from dgemma.core import compare as comparing
 from dgemma.core.agreement import Agreeing, Outcome, tally
 from dgemma.core.compare import Case, Comparison, read_prompts
@@ -324,12 +325,16 @@ def test_errors_of_the_command_are_one_line(
     assert result.stderr.startswith("dgemma: error: ") and words in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_a_broken_model_is_valid_json(nano: DiffusionGemma, damaged: Path, tmp_path: Path) -> None:
+def test_a_broken_model_is_refused_by_name(nano: DiffusionGemma, damaged: Path, tmp_path: Path) -> None:
     broken = dgemma.convert(damaged, tmp_path / "broken", "bf16").path
     (broken / "model.safetensors.index.json").unlink()
     (broken / "model-00001-of-00001.safetensors").rename(broken / "model.safetensors")
     rewrite(broken, lambda tensors: tensors["model.decoder.norm.weight"].__setitem__(slice(None), np.nan))
     result = run("nano", broken, "-p", next(iter(BOARDS)), "-n", 1, "--json", "--backend", "torch")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["agreement"]["nmse"] is None
-    assert os.linesep not in result.stdout.strip()
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "'model.decoder.norm.weight' holds NaN or infinity" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_figures_that_are_no_numbers_are_valid_json() -> None:
+    given = {"nmse": float("nan"), "kl": [float("inf"), -float("inf"), 1.5], "n": 3}
+    assert json.loads(json.dumps(_finite(given), allow_nan=False)) == {"nmse": None, "kl": [None, None, 1.5], "n": 3}

@@ -16,6 +16,7 @@ import dgemma
 from dgemma import Commit, DgemmaError, DiffusionGemma, Done, Draft, Prefill
 from dgemma.core import engine as engine_module
 from dgemma.core.random import step_noise
+from said import says
 from tiny import IDS, VOCAB, tiny_checkpoint
 from under_test import BACKENDS
 
@@ -78,6 +79,34 @@ def test_max_new_tokens_is_exact_and_the_last_canvas_is_never_encoded(model: Dif
     assert model.generate("x", max_new_tokens=16).text == "abcdefghijklmnop"
     assert log[1:] == ["denoise 0"]
     assert (model.generate("x", max_new_tokens=17).stats.encode_passes, result.stats.canvases) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("generation", "emitted"),
+    [
+        ({"max_new_tokens": 7}, 7),
+        ({"max_new_tokens": 7, "max_length": 3}, 7),  # as in transformers
+        ({"max_new_tokens": None, "max_length": 13}, 10),  # three are the prompt's
+        ({"max_new_tokens": None}, 256),
+    ],
+)
+def test_the_budget_is_the_checkpoints(generation: dict[str, Any], emitted: int, tmp_path: Path) -> None:
+    model = dgemma.load(tiny_checkpoint(tmp_path, generation=generation), backend="torch")
+    assert len(model.generate([40, 41, 42], steps=1, eos=()).token_ids) == emitted
+    assert len(model.generate([40, 41, 42], 5, steps=1, eos=()).token_ids) == 5
+
+
+def test_a_max_length_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    generation = {"max_new_tokens": None, "max_length": 20}
+    model = dgemma.load(tiny_checkpoint(tmp_path, generation=generation), backend="torch")
+    with says("20 tokens", "max_length", "is 20", "give max_new_tokens"):
+        model.stream([40] * 20)
+    assert len(model.generate([40] * 20, 3, steps=1, eos=()).token_ids) == 3
+
+
+def test_ends_are_config_jsons_where_the_generation_config_names_none(tmp_path: Path) -> None:
+    model = dgemma.load(tiny_checkpoint(tmp_path, generation={"eos_token_id": None}), backend="torch")
+    assert model._ends(None) == (IDS["<eos>"], IDS["<turn|>"])
 
 
 def test_end_of_sequence_cuts_and_nothing_follows(model: DiffusionGemma, script: Any) -> None:

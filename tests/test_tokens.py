@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from dgemma.core.errors import DgemmaError
 from dgemma.core.tokens import Decoder, Tokenizer, split_at_end
@@ -157,3 +161,73 @@ def test_broken_tokenizers_are_refused(tmp_path: Path) -> None:
     (broken / "tokenizer.json").unlink()
     with pytest.raises(DgemmaError, match="no such file"):
         Tokenizer(broken, vocab_size=VOCAB)
+
+
+# ---- Tokenizers whose text does not only grow ------------------------------------------------------------------------
+
+LETTERS = "abx .,!"
+
+
+@cache
+def awkward(kind: str) -> Tokenizer:
+    """A tokenizer that says half characters (a token for each byte), or one that cleans up spaces before stops."""
+    if kind == "bytes":
+        words = [*LETTERS, *(f"<0x{i:02X}>" for i in range(256))]
+        backend = Backend(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[], byte_fallback=True))
+        backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        words = ["a", "b", "x", ".", ",", "!", "##b", "do", "not", "n't", "'s"]
+        backend = Backend(models.WordPiece(vocab={word: i for i, word in enumerate([*words, "[UNK]"])}))
+        backend.decoder = decoders.WordPiece(cleanup=True)
+    with tempfile.TemporaryDirectory() as where:
+        backend.save(str(Path(where) / "tokenizer.json"))
+        return Tokenizer(Path(where), vocab_size=300)
+
+
+def fewest(tokenizer: Tokenizer, tokens: list[int], text: str) -> int:
+    return next(n for n in range(len(tokens) + 1) if tokenizer.decode(tokens[:n]).startswith(text))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "spaces"])
+@given(data=st.data())
+def test_a_stop_string_leaves_the_fewest_tokens_of_any_tokenizer(kind: str, data: st.DataObject) -> None:
+    tokenizer = awkward(kind)
+    if kind == "bytes":
+        text = data.draw(st.text("ab😀é€x", max_size=9))
+        tokens = tokenizer.encode(text)
+    else:
+        tokens = data.draw(st.lists(st.integers(0, 10), max_size=12))
+    stop = data.draw(st.sampled_from(["x", "😀", "€", "b.", "ab", " a", "n't", "é😀"]))
+    whole = tokenizer.decode(tokens)
+    at = whole.find(stop)
+    got, _, ids, stopped = feed(Decoder(tokenizer, [stop]), [tokens])
+    assert stopped == (at >= 0)
+    assert got == (whole if at < 0 else whole[:at])
+    assert ids == (tokens if at < 0 else tokens[: fewest(tokenizer, tokens, whole[:at])])
+
+
+@given(text=st.text("ab😀é€x", max_size=9), stop=st.sampled_from(["x", "😀", "€", "é😀", "x😀"]), sizes=SIZES)
+def test_bytes_of_a_stop_string_are_held_back_over_canvases(text: str, stop: str, sizes: list[int]) -> None:
+    tokenizer = awkward("bytes")
+    tokens, at = tokenizer.encode(text), text.find(stop)
+    got, _, ids, stopped = feed(Decoder(tokenizer, [stop]), cut(tokens, sizes))
+    assert (got, stopped) == (text if at < 0 else text[:at], at >= 0)
+    assert ids == tokenizer.encode(got)
+
+
+def test_half_a_character_behind_a_whole_one_spoils_neither() -> None:
+    """Five tokens say five replacement characters, four of them a smile."""
+    tokenizer = awkward("bytes")
+    tokens = tokenizer.encode("😀€STOP")
+    assert tokenizer.decode(tokens[:5]) == "\ufffd" * 5
+    text, _, ids, stopped = feed(Decoder(tokenizer, ["€"]), [tokens])
+    assert (text, ids, stopped) == ("😀", tokens[:4], True)
+
+
+def test_what_is_thought_behind_a_stop_string_is_not_given_out(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer.encode("<|channel>thought\none<channel|>yes.<|channel>thought\ntwo<channel|>no")
+    text, thinking, ids, _ = feed(Decoder(tokenizer, ["."]), [tokens])
+    assert (text, thinking) == ("yes", "one")
+    assert tokenizer.decode(ids, special=True) == "<|channel>thought\none<channel|>yes"
+    text, thinking, ids, _ = feed(Decoder(tokenizer, ["yes"]), [tokens])
+    assert (text, thinking) == ("", "one")
