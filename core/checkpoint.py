@@ -12,9 +12,7 @@ from __future__ import annotations
 import errno
 import importlib.resources
 import math
-import os
 import re
-import stat
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,18 +24,18 @@ import numpy as np
 from . import names, quantized, ties, weights
 from .config import GenerationConfig, ModelConfig, read_json
 from .errors import DgemmaError, quoted, shown
+from .links import inside, present
 from .names import Roles
 from .ops import DType
 from .quant import Format, QTensor
 from .quantized import Packed, Quantization
 from .safetensors import DTYPES, Entry, SafetensorsFile
+from .shards import count, open_files
 
 PACKAGED = ("nano",)
 """Checkpoints that come with the package, in `models/`."""
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _WIDTHS: dict[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
@@ -76,7 +74,7 @@ class Checkpoint:
             scheme = Quantization.from_config(data, shown(where))
         config = ModelConfig.from_hf(data, where=shown(where))
         generation = GenerationConfig()
-        if _present(where := folder / "generation_config.json"):
+        if present(where := folder / "generation_config.json"):
             generation = GenerationConfig.from_hf(read_json(inside(folder, where.name)), where=shown(where))
         return cls(path=folder, config=config, generation=generation, files=open_files(folder), quantization=scheme)
 
@@ -154,7 +152,7 @@ class Checkpoint:
             # The first kind in full and the others counted: the line has to stay readable.
             first, *rest = found.items()
             also = ", ".join(f"{len(items)} {kind}" for kind, items in rest)
-            raise DgemmaError(f"{shown(self.path)}: {_count(*first)}{f'; also {also}' if rest else ''}")
+            raise DgemmaError(f"{shown(self.path)}: {count(*first)}{f'; also {also}' if rest else ''}")
         for name in roles.copies:
             self.check_copies(name, sample=True)
 
@@ -298,120 +296,3 @@ def _download(repo: str, revision: str | None, progress: Any) -> Path:
 def _download_failed(error: Exception) -> str:
     said = str(error).strip().partition("\n")[0]
     return f"the download failed: {type(error).__name__}: {quoted(said, 120)}"
-
-
-def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
-    single, index = _present(folder / _SINGLE), _present(folder / _INDEX)
-    if single and index and not _lists_only(folder, _SINGLE):
-        raise DgemmaError(
-            f"{shown(folder)}: holds both {_SINGLE} and {_INDEX}, and they may disagree; remove the one that is stale"
-        )
-    if single:
-        return (SafetensorsFile.open(inside(folder, _SINGLE)),)
-    if not index:
-        raise DgemmaError(_why_no_weights(folder))
-    where = shown(folder / _INDEX)
-    listed = _read_index(read_json(inside(folder, _INDEX)), where)
-    files = []
-    owners: dict[str, str] = {}
-    for file_name in sorted(set(listed.values())):
-        if not _present(folder / file_name) and all(
-            names.dispensable(n) for n, at in listed.items() if at == file_name
-        ):
-            continue  # of the image tower, say, in a folder that was made for text
-        file = SafetensorsFile.open(inside(folder, file_name))
-        for name in file.entries:
-            if name in owners:
-                raise DgemmaError(f"{where}: {quoted(name)} is in two files, {owners[name]} and {file_name}")
-            owners[name] = file_name
-        files.append(file)
-    lost = [
-        name
-        for name, file_name in listed.items()
-        if owners.get(name) != file_name and (name in owners or not names.dispensable(name))
-    ]
-    if lost:
-        said = [f"{quoted(name)} in {listed[name]}" for name in lost]
-        raise DgemmaError(f"{where}: {_count('not in the files it names', said)}")
-    strays = [name for name in owners if name not in listed and not names.dispensable(name)]
-    if strays:
-        raise DgemmaError(f"{where}: {_count('in the files but not listed', list(map(quoted, strays)))}")
-    return tuple(files)
-
-
-def _lists_only(folder: Path, name: str) -> bool:
-    """Whether an index names one file only; MLX writes one beside a single file."""
-    table = read_json(inside(folder, _INDEX)).get("weight_map")
-    return isinstance(table, dict) and set(map(str, table.values())) == {name}
-
-
-def _read_index(data: dict[str, Any], where: str) -> dict[str, str]:
-    """Return the file name of each tensor."""
-    table = data.get("weight_map")
-    if not isinstance(table, dict) or not table or not data.keys() <= {"weight_map", "metadata"}:
-        raise DgemmaError(f"{where}: expected the keys weight_map (tensor names to file names) and metadata")
-    for name, file_name in table.items():
-        plain = isinstance(file_name, str) and re.fullmatch(r"\w[\w.-]{0,60}\.safetensors", file_name, re.ASCII)
-        if not plain:
-            raise DgemmaError(
-                f"{where}: {quoted(name)} is said to be in {quoted(file_name, 40)}; "
-                "expected the plain name of a .safetensors file in the same folder"
-            )
-    return table
-
-
-def _why_no_weights(folder: Path) -> str:
-    found = sorted(os.listdir(folder))
-    shards = [name for name in found if name.endswith(".safetensors")]
-    pickles = [name for name in found if name.endswith(_PICKLES)]
-    if shards:
-        return f"{shown(folder)}: {len(shards)} .safetensors files but no {_INDEX}; download it, or name one {_SINGLE}"
-    if pickles:
-        return (
-            f"{shown(folder)}: its weights are pickle files ({quoted(pickles[0])}), which are never opened because "
-            "they can run code; get or save them as safetensors"
-        )
-    return f"{shown(folder)}: neither {_SINGLE} nor {_INDEX} in it"
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Return a file of the folder, refusing a link that leads out of it.
-
-    Hugging Face's cache is made of such links: `models--o--n/snapshots/<commit>/f` → `models--o--n/blobs/<hash>`, which
-    in turn may lead to a store shared by all repositories, `blobs/` beside them, known by its marker file.
-    """
-    path = folder / name
-    try:
-        real, base = path.resolve(strict=True), folder.resolve(strict=True)
-        mode = real.stat().st_mode
-    except FileNotFoundError:
-        raise DgemmaError(f"{shown(path)}: no such file") from None
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in Python 3.11 and 3.12
-        raise DgemmaError(f"{shown(path)}: {getattr(error, 'strerror', None) or 'not readable'}") from None
-    roots = [base]
-    repository = base.parent.parent
-    if base.parent.name == "snapshots" and repository.name.startswith("models--"):
-        roots.append(repository / "blobs")
-        if (repository.parent / "blobs" / ".huggingface-shared-blobs").is_file():
-            roots.append(repository.parent / "blobs")
-    if not any(real.is_relative_to(root) for root in roots):
-        raise DgemmaError(f"{shown(path)}: a link out of the folder, to {shown(real)}; put the file itself there")
-    if not stat.S_ISREG(mode):
-        raise DgemmaError(f"{shown(path)}: not a regular file")
-    return path
-
-
-def _present(path: Path) -> bool:
-    """Whether the folder has such an entry, be it a broken link, which is then refused by name."""
-    return os.path.lexists(path)
-
-
-def _count(what: str, items: list[str]) -> str:
-    """Return "3 tensors missing: a, b, ...", with as many items as fit a line."""
-    said = items[:1]
-    for item in items[1:]:
-        if len(", ".join([*said, item])) > 120:
-            break
-        said.append(item)
-    more = ", ..." if len(items) > len(said) else ""
-    return f"{len(items)} tensor{'s' if len(items) > 1 else ''} {what}: {', '.join(said)}{more}"

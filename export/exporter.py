@@ -152,7 +152,7 @@ def _copied(checkpoint: Checkpoint, standalone: bool) -> list[str]:
     return [
         path.name
         for path in sorted(checkpoint.path.iterdir())
-        if path.suffix in _COPIED and path.name not in skipped and (path.is_file() or path.is_symlink())
+        if path.suffix in _COPIED and path.name not in skipped and not path.is_dir()
     ]
 
 

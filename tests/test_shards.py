@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+import dgemma
 from dgemma.core import safetensors
 from dgemma.core.checkpoint import Checkpoint
+from dgemma.core.convert import convert
 from said import says
 from tiny import INDEX, edit_json, shard, tiny_checkpoint
 
@@ -113,31 +115,91 @@ def test_the_hub_cache_s_links_work(sharded: Path, tmp_path: Path, shared: bool)
     Checkpoint.open(tmp_path / "link").check()
 
 
-def test_links_out_of_the_folder_are_refused(folder: Path, tmp_path: Path) -> None:
-    def move_out(name: str) -> None:
-        (folder / name).rename(tmp_path / name)
-        (folder / name).symlink_to(tmp_path / name)
-
-    move_out("model.safetensors")
-    with says("model.safetensors", "link out of the folder"):
-        Checkpoint.open(folder)
-    (folder / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors").rename(folder / "inner.safetensors")
-    (folder / "model.safetensors").symlink_to("inner.safetensors")
-    Checkpoint.open(folder).check()
-    move_out("config.json")
-    with says("config.json", "link out of the folder"):
-        Checkpoint.open(folder)
+def move_out(folder: Path, name: str, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).rename(target)
+    (folder / name).symlink_to(target)
 
 
-def test_a_snapshot_links_into_its_own_repository_only(folder: Path, tmp_path: Path) -> None:
+def test_weights_may_be_links_to_wherever_they_lie(sharded: Path, tmp_path: Path) -> None:
+    for path in sorted(sharded.glob("*.safetensors"))[:2]:
+        move_out(sharded, path.name, tmp_path / "other disk" / path.name)
+    Checkpoint.open(sharded).check()
+    convert(sharded, tmp_path / "out", "bf16", workers=1)
+    Checkpoint.open(tmp_path / "out").check()
+
+
+TEXTS = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_out_of_the_folder_is_neither_read_nor_copied(folder: Path, tmp_path: Path, name: str) -> None:
+    move_out(folder, name, tmp_path / "elsewhere" / name)
+    for act in (dgemma.load, lambda path: convert(path, tmp_path / "out", "bf16", workers=1),
+                lambda path: dgemma.export(path, tmp_path / "onnx")):  # fmt: skip
+        with says(name, "link out of the folder"):
+            act(folder)
+    inner = folder / f"my-{name}"
+    (tmp_path / "elsewhere" / name).rename(inner)
+    (folder / name).unlink()
+    (folder / name).symlink_to(inner.name)
+    dgemma.load(folder)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_that_is_not_there_or_no_file_is_refused(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    (folder / name).symlink_to("nothing")
+    with says(name, "not there"):
+        dgemma.load(folder)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with says(name, "regular"):
+        dgemma.load(folder)
+
+
+def test_text_of_another_repository_or_of_none(folder: Path, tmp_path: Path) -> None:
     snapshot = hub_cache(folder, tmp_path / "hub", shared=False)
-    other = tmp_path / "hub" / "models--other--one" / "blobs"
-    other.mkdir(parents=True)
-    shutil.copy(folder / "model.safetensors", other / "weights")
-    (snapshot / "model.safetensors").unlink()
-    (snapshot / "model.safetensors").symlink_to(other / "weights")
-    with says("model.safetensors", "link out of the folder"):
+    for place, good in {
+        "hub/models--other--one/blobs/" + "a" * 40: True,  # of a cache, by its name
+        "hub/models--other--one/blobs/config": False,
+        "hub/other/blobs/" + "a" * 40: False,
+        "home/.ssh/" + "a" * 64: False,
+    }.items():
+        target = tmp_path / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "config.json", target)
+        (snapshot / "config.json").unlink()
+        (snapshot / "config.json").symlink_to(target)
+        if good:
+            Checkpoint.open(snapshot).check()
+            continue
+        with says("config.json", "link out of the folder"):
+            Checkpoint.open(snapshot)
+
+
+def test_a_cache_whose_blobs_lie_elsewhere_and_a_folder_of_links_into_it(folder: Path, tmp_path: Path) -> None:
+    snapshot = hub_cache(folder, tmp_path / "hub", shared=False)
+    blobs = snapshot.parent.parent / "blobs"
+    for path in list(snapshot.iterdir()):
+        number = path.resolve().name.removeprefix("blob")
+        digest = number.rjust(40, "0")
+        path.resolve().rename(blobs / digest)
+        path.unlink()
+        path.symlink_to(Path("..") / ".." / "blobs" / digest)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for path in snapshot.iterdir():
+        (mine / path.name).symlink_to(path)
+    dgemma.load(mine)
+    (tmp_path / "disk").mkdir()
+    blobs.rename(tmp_path / "disk" / "blobs")
+    blobs.symlink_to(tmp_path / "disk" / "blobs")
+    dgemma.load(snapshot)
+    (tmp_path / "disk" / "secret").write_text("{}")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../blobs/../secret")
+    with says("config.json", "link out of the folder"):
         Checkpoint.open(snapshot)
 
 
@@ -145,7 +207,7 @@ def test_broken_and_circular_links_and_odd_files(folder: Path) -> None:
     path = folder / "model.safetensors"
     path.unlink()
     path.symlink_to("nothing")
-    with says("model.safetensors", "no such file"):
+    with says("model.safetensors", "nothing", "not there"):
         Checkpoint.open(folder)
     path.unlink()
     path.symlink_to("model.safetensors")

@@ -294,8 +294,8 @@ def _copied(folder: Path) -> Iterator[str]:
         wanted = path.suffix in _COPIED and path.name not in _REPLACED and not path.name.startswith(".")
         wanted = wanted or path.name.upper().startswith(("LICENSE", "NOTICE"))
         wanted = wanted and path.name.isprintable()  # the manifest lists names, and is text
-        if wanted and path.is_file() and path.stat().st_size <= _LARGEST_COPY:
-            yield path.name
+        if wanted and not path.is_dir() and not (path.is_file() and path.stat().st_size > _LARGEST_COPY):
+            yield path.name  # a broken link and a pipe too: who reads it refuses it by name
 
 
 def _report(job: Job, out: Path, *, fresh: bool, verified: bool, seconds: float) -> Report:
