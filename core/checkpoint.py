@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from . import names, quantized, ties, weights
+from . import foreign, names, quantized, ties, weights
 from .config import GenerationConfig, ModelConfig, read_json
 from .errors import DgemmaError, quoted, shown
 from .links import inside, present
@@ -59,18 +59,13 @@ class Checkpoint:
                 converted first, or holds only pickle files, which are never opened.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            kind = "not a folder" if folder.exists() else "no such folder"
-            raise DgemmaError(f"{shown(folder)}: {kind}; a checkpoint is a folder with config.json and *.safetensors")
+        foreign.check_folder(folder)
         where = folder / "config.json"
         data = read_json(inside(folder, "config.json"))
         scheme = None
         if data.get("model_type") == "diffusion_gemma":
             if method := quantized.needs_conversion(data):
-                raise DgemmaError(
-                    f"{shown(where)}: quantized by {quoted(method, 40)}, which does not run as it is; "
-                    "`dgemma convert` makes a folder that does"
-                )
+                raise DgemmaError(f"{shown(where)}: quantized by {quoted(method, 40)}, {_way_out(method)}")
             scheme = Quantization.from_config(data, shown(where))
         config = ModelConfig.from_hf(data, where=shown(where))
         generation = GenerationConfig()
@@ -152,7 +147,8 @@ class Checkpoint:
             # The first kind in full and the others counted: the line has to stay readable.
             first, *rest = found.items()
             also = ", ".join(f"{len(items)} {kind}" for kind, items in rest)
-            raise DgemmaError(f"{shown(self.path)}: {count(*first)}{f'; also {also}' if rest else ''}")
+            said = f"{count(*first)}{f'; also {also}' if rest else ''}{foreign.hint(roles.unknown)}"
+            raise DgemmaError(f"{shown(self.path)}: {said}")
         for name in roles.copies:
             self.check_copies(name, sample=True)
 
@@ -213,6 +209,12 @@ class Checkpoint:
 
     def _home(self, stored: str) -> str:
         return f" in {self._files[stored].path.name}" if stored in self._files else ""
+
+
+def _way_out(method: str) -> str:
+    if method in quantized.CONVERTED:
+        return "which does not run as it is; `dgemma convert` makes a folder that does"
+    return f"which is not read; take {foreign.READABLE}"
 
 
 def resolve(name: str | Path, *, revision: str | None = None, progress: Any = None) -> Path:

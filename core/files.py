@@ -24,6 +24,8 @@ from .errors import DgemmaError, shown
 from .folder import ALWAYS, NO_WAIT, Folder, fresh_name, kind_of, look
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+POINTER = "a git-lfs pointer, which stands for the file; run `git lfs pull` in its folder"
 MAX_NAME = 255
 """Bytes of a file's name, on every file system in use."""
 
@@ -72,6 +74,8 @@ def read_bytes(path: Path, limit: int) -> bytes:
                 got += len(part)
         except OSError as error:
             raise _refused(error, where) from None
+    if parts and parts[0].startswith(LFS_POINTER):
+        raise DgemmaError(f"{where}: {POINTER}")
     if got < size:
         raise DgemmaError(f"{where}: became shorter while it was being read; try again when it is at rest")
     return b"".join(parts)

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import weights
+from . import foreign, weights
 from .checkpoint import inside, open_files
 from .config import ModelConfig, read_json
 from .convert.layouts import Source, read_source
@@ -120,6 +120,7 @@ def inspect_folder(folder: Path, recipe: Recipe | None = None, *, mlx: bool = Fa
         DgemmaError: damaged, incomplete, or of no known layout.
     """
     where = shown(folder / "config.json")
+    foreign.check_folder(folder)
     data = read_json(inside(folder, "config.json"))
     config = ModelConfig.from_hf(data, where=where)
     source = read_source(open_files(folder), data, config, folder, hinted=(folder / "hf_quant_config.json").exists())

@@ -74,6 +74,10 @@ class Quantization:
         return _format(entry, f"{self.where}: quantization of {quoted(module)}") if entry else None
 
 
+CONVERTED = ("modelopt", "compressed-tensors", "fp8", "fbgemm_fp8")
+"""What `dgemma convert` reads, by the name in `quantization_config`."""
+
+
 def needs_conversion(config: Mapping[str, Any]) -> str | None:
     """Return the name of a quantization that only `dgemma convert` reads, such as modelopt's."""
     mirror = config.get("quantization_config")

@@ -76,6 +76,8 @@ class SafetensorsFile:
                 prefix = file.read(8)
                 if len(prefix) < 8:
                     raise DgemmaError(f"{where}: {size} bytes are too few for a safetensors file; download it again")
+                if prefix == files.LFS_POINTER[:8]:
+                    raise DgemmaError(f"{where}: {files.POINTER}")
                 length = int.from_bytes(prefix, "little")
                 if length > _MAX_HEADER:
                     raise DgemmaError(f"{where}: not a safetensors file (it claims a header of {length} bytes)")

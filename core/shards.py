@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
 
-from . import names
+from . import foreign, names
 from .config import read_json
 from .errors import DgemmaError, quoted, shown
 from .links import inside, present, weight_file
 from .safetensors import SafetensorsFile
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
@@ -26,7 +24,7 @@ def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
     if single:
         return (SafetensorsFile.open(weight_file(folder, _SINGLE)),)
     if not index:
-        raise DgemmaError(_why_no_weights(folder))
+        raise foreign.no_weights(folder, _SINGLE, _INDEX)
     where = shown(folder / _INDEX)
     listed = _read_index(read_json(inside(folder, _INDEX)), where)
     files = []
@@ -34,6 +32,8 @@ def open_files(folder: Path) -> tuple[SafetensorsFile, ...]:
     for file_name in sorted(set(listed.values())):
         if not present(folder / file_name) and all(names.dispensable(n) for n, at in listed.items() if at == file_name):
             continue  # of the image tower, say, in a folder that was made for text
+        if not present(folder / file_name):
+            raise DgemmaError(f"{shown(folder / file_name)}: no such file, but the index names it; download it")
         file = SafetensorsFile.open(weight_file(folder, file_name))
         for name in file.entries:
             if name in owners:
@@ -73,20 +73,6 @@ def _read_index(data: dict[str, Any], where: str) -> dict[str, str]:
                 "expected the plain name of a .safetensors file in the same folder"
             )
     return table
-
-
-def _why_no_weights(folder: Path) -> str:
-    found = sorted(os.listdir(folder))
-    shards = [name for name in found if name.endswith(".safetensors")]
-    pickles = [name for name in found if name.endswith(_PICKLES)]
-    if shards:
-        return f"{shown(folder)}: {len(shards)} .safetensors files but no {_INDEX}; download it, or name one {_SINGLE}"
-    if pickles:
-        return (
-            f"{shown(folder)}: its weights are pickle files ({quoted(pickles[0])}), which are never opened because "
-            "they can run code; get or save them as safetensors"
-        )
-    return f"{shown(folder)}: neither {_SINGLE} nor {_INDEX} in it"
 
 
 def count(what: str, items: list[str]) -> str:

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .. import quantized
+from .. import foreign, quantized
 from ..checkpoint import Checkpoint, inside, open_files, resolve
 from ..config import ModelConfig, read_json
 from ..errors import DgemmaError, shown
@@ -140,8 +140,7 @@ def prepare(
         DgemmaError: a source that is damaged or of no known layout, or a recipe that cannot be had from it.
     """
     folder = resolve(source, revision=revision)
-    if not folder.is_dir():
-        raise DgemmaError(f"{shown(folder)}: not a folder; a checkpoint is a folder with config.json and *.safetensors")
+    foreign.check_folder(folder)
     data = read_json(inside(folder, "config.json"))
     config = ModelConfig.from_hf(data, where=shown(folder / "config.json"))
     files = open_files(folder)

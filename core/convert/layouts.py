@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import names, quantized, ties, weights
+from .. import foreign, names, quantized, ties, weights
 from ..config import ModelConfig
 from ..errors import DgemmaError, quoted, shown
 from ..quantized import Packed, Quantization, module_of
@@ -42,7 +42,7 @@ from ..safetensors import SafetensorsFile
 from .integers import FLOATS, float8_block_part, integer_part
 from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Part, Stored, Weight
 
-METHODS = ("modelopt", "compressed-tensors", "fp8", "fbgemm_fp8")
+METHODS = quantized.CONVERTED
 
 _LEFT_OUT = (
     "input_scale", "input_zero_point", "input_global_scale", "input_scale_ub", "activation_scale", "output_scale",
@@ -91,7 +91,7 @@ def read_source(
     undeclared = all(data.get(key) is None for key in ("quantization", "quantization_config"))
     method = quantized.needs_conversion(data) or ("modelopt" if hinted and undeclared else None)
     if method is not None and method not in METHODS:
-        raise DgemmaError(f"{where}: quantized by {quoted(method, 40)}; what can be read is {' and '.join(METHODS)}")
+        raise DgemmaError(f"{where}: quantized by {quoted(method, 40)}, which is not read; take {foreign.READABLE}")
     scheme = None if method else Quantization.from_config(data, shown(folder / "config.json"))
     needed = weights.shapes(config)
     found: dict[str, Weight] = {}
@@ -318,7 +318,7 @@ def _check(
     faults = (("missing", missing), ("unknown", unknown), ("misshapen", shape), ("of no readable type", width))
     for what, which in faults:
         if which:
-            raise DgemmaError(f"{where}: {len(which)} tensors {what}: {_few(which)}")
+            raise DgemmaError(f"{where}: {len(which)} tensors {what}: {_few(which)}{foreign.hint(unknown)}")
 
 
 def _few(which: Sequence[str]) -> str:
