@@ -150,7 +150,7 @@ def test_headers_against_the_format(tmp_path: Path, header: Any, data: int, word
         ((100_000_001).to_bytes(8, "little"), ["header of 100000001"]),
         ((50).to_bytes(8, "little") + b"{}", ["truncated"]),
         (b"<!DOCTYPE html>" * 10, ["not a safetensors file"]),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", ["not a safetensors file"]),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n", ["git-lfs pointer", "git lfs pull"]),
     ],
 )
 def test_lengths_against_the_format(tmp_path: Path, content: bytes, words: list[str]) -> None:
