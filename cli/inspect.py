@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -51,8 +52,9 @@ def inspect(
     the config is downloaded.
     """
     from ..core.convert import recipes
-    from ..core.inspect import inspect_config, inspect_folder, read_config
+    from ..core.inspect import ignored_in, inspect_config, inspect_folder, read_config
 
+    ignored: tuple[str, ...] = ()
     if (model is None) == (config is None):
         raise click.UsageError("give MODEL or --config FILE, and not both")
     chosen = recipes.read_rules(rules) if rules else recipes.find(recipe) if recipe else None
@@ -62,6 +64,7 @@ def inspect(
         where = _find(str(model), revision)
         if where.is_dir():
             found = inspect_folder(where, chosen, mlx=mlx)
+            ignored = ignored_in(where) if where.is_dir() else ()
         else:
             found = inspect_config(read_config(where), chosen or recipes.find(recipes.DEFAULT), mlx=mlx)
     from .machine import system
@@ -69,12 +72,12 @@ def inspect(
     machine, context = system(), min(context, found.config.max_positions)
     memory = {"total": machine["memory_bytes"], "free": machine["free_memory_bytes"]}
     if as_json:
-        click.echo(json.dumps(to_json(found, context, memory)))
+        click.echo(json.dumps(to_json(found, context, memory) | {"ignored": list(ignored)}))
     else:
         from .output import consoles
 
         console, _ = consoles()
-        for line in describe(found, context, memory):
+        for line in (*describe(found, context, memory), *_left_out(ignored)):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -115,6 +118,13 @@ def not_on_onnx(found: Inspection) -> list[str]:
     """The formats that ONNX Runtime refuses; see `export.weights.check`."""
     formats = dict.fromkeys(one for part in found.parts for one in part.formats)
     return [one for one in formats if re.match("mxfp|nvfp|(affine|symmetric)[^48]", one)]
+
+
+def _left_out(keys: Sequence[str], most: int = 8) -> list[str]:
+    """Say which settings have no effect here, in one line."""
+    more = f" and {len(keys) - most} more (all with --json)" if len(keys) > most else ""
+    names = [key if key.isprintable() and len(key) <= 60 else ascii(key)[:60] for key in keys[:most]]
+    return [f"  settings without effect here, ignored: {', '.join(names)}{more}"] if keys else []
 
 
 def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str, object]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import importlib.resources
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -228,13 +229,13 @@ def resolve(name: str | Path, *, revision: str | None = None, progress: Any = No
     Raises:
         DgemmaError: nothing by that name, or a download that failed, with what to do about it.
     """
-    text = str(name)
-    if isinstance(name, str) and name in PACKAGED:
+    name, text = _checked(name, revision)
+    if text in PACKAGED and (isinstance(name, str) or not name.exists()):
         package = __name__.rpartition(".core.")[0]
         folder = Path(str(importlib.resources.files(package) / "models" / name))
         if not folder.is_dir():
-            raise DgemmaError(f"{name}: the packaged model is missing from {shown(folder)}; install dgemma again")
-        return _unrevised(folder, name, revision)
+            raise DgemmaError(f"{text}: the packaged model is missing from {shown(folder)}; install dgemma again")
+        return _unrevised(folder, text, revision)
     try:
         path = Path(name).expanduser()
         here = text != "" and path.exists()
@@ -248,6 +249,17 @@ def resolve(name: str | Path, *, revision: str | None = None, progress: Any = No
             "or a Hugging Face id such as 'google/diffusiongemma-26B-A4B-it'"
         )
     return _download(text, revision, progress)
+
+
+def _checked(name: Any, revision: Any) -> tuple[str | Path, str]:
+    """The name as text or a path, and as text."""
+    if isinstance(name, os.PathLike) and isinstance(os.fspath(name), str):
+        name = Path(name)
+    if not isinstance(name, str | Path):
+        raise DgemmaError(f"the model is {quoted(name, 40)}, expected a name, the path of a folder, or a hub id")
+    if revision is not None and not (isinstance(revision, str) and revision):
+        raise DgemmaError(f"revision is {quoted(revision, 40)}, expected a branch, a tag or a commit")
+    return name, str(name)
 
 
 def _unrevised(path: Path, name: str, revision: str | None) -> Path:

@@ -325,7 +325,7 @@ def _check_alike(a: str | Path | DiffusionGemma, b: str | Path | DiffusionGemma)
     def config(model: str | Path | DiffusionGemma) -> ModelConfig:
         if isinstance(model, DiffusionGemma):
             return model.config
-        checkpoint = Checkpoint.open(resolve(str(model)))
+        checkpoint = Checkpoint.open(resolve(model))
         checkpoint.check()
         return checkpoint.config
 

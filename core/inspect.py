@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import foreign, weights
-from .checkpoint import inside, open_files
-from .config import ModelConfig, read_json
+from .checkpoint import open_files
+from .config import ModelConfig, ignored_keys, read_json
 from .convert.layouts import Source, read_source
 from .convert.plan import wanted_format, written
 from .convert.recipes import Recipe, spell
 from .errors import DgemmaError, shown
+from .links import inside, present
 from .memory import stays_narrow
 from .ops import DType, Ops
 from .quant import Format
@@ -28,6 +29,7 @@ PARTS = {
     "router": ".router.",
 }
 OTHER = "norms, scalars"
+SETTINGS = ("config.json", "generation_config.json")
 WIDTH: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 _WIDTHS: dict[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -130,6 +132,12 @@ def inspect_folder(folder: Path, recipe: Recipe | None = None, *, mlx: bool = Fa
         return _inspection(config, "planned", recipe.name, _planned(config, recipe, mlx), int(image))
     sized = {name: (kind, _stored_bytes(source, name), dtype) for name, (kind, dtype) in stored.items()}
     return _inspection(config, source.layout, "", sized, int(image))
+
+
+def ignored_in(folder: Path) -> tuple[str, ...]:
+    """Return the keys of a folder's settings that have no effect here; see `hf_keys.py`."""
+    found = [read_json(inside(folder, name)) if present(folder / name) else {} for name in SETTINGS]
+    return ignored_keys(*found) if found[0] else ()
 
 
 def inspect_config(config: ModelConfig, recipe: Recipe, *, mlx: bool = False) -> Inspection:

@@ -88,7 +88,7 @@ def load(
         if not isinstance(value, str):
             raise DgemmaError(f"{option} is {quoted(value)}, expected a name such as 'auto'")
     chosen = backends.choose(backend)
-    checkpoint = Checkpoint.open(resolve(str(name), revision=revision))
+    checkpoint = Checkpoint.open(resolve(name, revision=revision))
     checkpoint.check()
     if dtype == "auto":
         known = partial(backends.native, chosen, device)

@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import dgemma
+from dgemma.cli import main
 from dgemma.core import safetensors
 from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.convert import convert
@@ -170,3 +172,22 @@ def test_an_unfinished_copy_of_a_published_folder_is_not_taken_for_a_whole_one(f
     everywhere(half, SINGLE, "truncated", "download it again")
     safetensors.write(half / SINGLE, {"a": np.ones(3, np.float32)})
     everywhere(half, "missing")
+
+
+def test_inspect_says_what_was_ignored(folder: Path) -> None:
+    def lines(*options: str) -> str:
+        result = CliRunner().invoke(main, ["inspect", str(folder), *options])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    data = json.loads((folder / "config.json").read_text())
+    edit_json(
+        folder / "config.json", unsloth_version="1", text_config=data["text_config"] | {"num_kv_shared_layers": 0}
+    )
+    edit_json(folder / "generation_config.json", repetition_penalty=1.0)
+    (line,) = (line for line in lines().splitlines() if "ignored" in line)
+    assert line.isprintable() and "without effect" in line
+    listed = json.loads(lines("--json"))["ignored"]
+    assert {"unsloth_version", "text_config.num_kv_shared_layers", "generation_config.repetition_penalty"} <= set(
+        listed
+    )

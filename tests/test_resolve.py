@@ -14,8 +14,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+import dgemma
 from dgemma.core.checkpoint import resolve
 from said import says
+from tiny import tiny_checkpoint
 
 REPO = "google/diffusiongemma-26B-A4B-it"
 
@@ -122,3 +124,39 @@ def test_the_real_library_offline(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=120)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("\n") == 1 and REPO in result.stdout and "not downloaded yet" in result.stdout
+
+
+@pytest.mark.parametrize("name", [3, 2.5, None, b"nano", ["nano"], True, object()])
+def test_what_is_no_name_is_refused(tmp_path: Path, name: Any) -> None:
+    for act in (
+        dgemma.load, lambda one: dgemma.convert(one, tmp_path / "out"),
+        lambda one: dgemma.export(one, tmp_path / "out"), lambda one: dgemma.compare(one, one, ["a"]),
+    ):  # fmt: skip
+        with says("the model is", "expected a name"):
+            act(name)
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\udcff/b", "x\0y", "\n", "a" * 5000, "~nobody-of-that-name/x", "", " "])
+def test_names_that_no_file_system_has(tmp_path: Path, name: str) -> None:
+    for act in (dgemma.load, lambda one: dgemma.convert(one, tmp_path / "out"),
+                lambda one: dgemma.export(one, tmp_path / "out")):  # fmt: skip
+        with says("no model"):
+            act(name)
+
+
+@pytest.mark.parametrize("revision", [3, "", b"main"])
+def test_revisions_are_names(revision: Any) -> None:
+    with says("revision", "branch"):
+        dgemma.load("owner/model", revision=revision)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tiny_checkpoint(tmp_path)) + b"-\xff"))
+    (tmp_path / "tiny").rename(folder)
+    for backend in ("torch", "numpy", "mlx"):
+        assert dgemma.load(folder, backend=backend).generate([20, 21], max_new_tokens=2).token_ids
+    dgemma.convert(folder, tmp_path / "out", "bf16", workers=1)
+    (folder / "config.json").write_text("{")
+    with says("config.json", "JSON"):
+        dgemma.load(folder)
