@@ -64,7 +64,9 @@ def check_folder(folder: Path) -> None:
         what = f"no config.json; there is one in {quoted(inner[0], 40)}: give that folder if it is the checkpoint"
     if what is None and any(name.endswith(".safetensors") for name in found):
         what = "no config.json beside the weights; get the model's own from where the weights are from"
-    raise DgemmaError(f"{shown(folder)}: {what or f'no such file as config.json; {WANTED}'}")
+    if what is None:
+        raise DgemmaError(f"{shown(folder / 'config.json')}: no such file; {WANTED}")
+    raise DgemmaError(f"{shown(folder)}: {what}")
 
 
 def no_weights(folder: Path, single: str, index: str) -> DgemmaError:
