@@ -50,7 +50,8 @@ def batch(
     if raw and system is not None:
         raise click.UsageError("--system stands in the chat template, which --raw leaves out")
     from ..core.batch import Item, Results, read_items
-    from .output import consoles, load_model, put_words
+    from . import notes
+    from .output import consoles, load_model, note, put_words
     from .sinks import ResultSink, follow
 
     where = "stdin" if str(prompts) == "-" else str(prompts)
@@ -71,6 +72,8 @@ def batch(
 
             for item in left:
                 ask(item)  # checks it
+            if not raw and not loaded.tokenizer.has_template:
+                note(errors, notes.without_template(model))
             try:
                 for item in left:
                     head = {"line": item.line, "key": keys[item.line], **item.carried}

@@ -28,7 +28,8 @@ from .options import (
 )  # fmt: skip
 @system_option
 @option(
-    "--raw", is_flag=True, group="Prompt", help="Give the prompt to the model as it stands, without the chat template.",
+    "--raw", is_flag=True, group="Prompt",
+    help="Give the prompt to the model as it stands, without the chat template, special tokens and all.",
 )  # fmt: skip
 @specials_option
 @model_options
@@ -77,6 +78,8 @@ def generate(
     loaded = load_model(errors, model, revision=revision, backend=backend, device=device, dtype=dtype)
     asked = text if system is None else messages(system, text)
     events = loaded.stream(asked, raw=raw, **sampling)
+    if not raw and not loaded.tokenizer.has_template:
+        note(errors, notes.without_template(model))
     sink = open_sink(out, errors, loaded, live=live, form=form, budget=sampling["max_new_tokens"])
     done = follow(events, sink)
     if said := notes.about(model, text, text=sink.answer, thinking=sink.thinking, done=done):

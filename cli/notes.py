@@ -39,6 +39,11 @@ def about(model: str, prompt: str, *, text: str, thinking: str, done: Done) -> s
     )
 
 
+def without_template(model: str) -> str:
+    """Return what to say where text goes in as it stands though nobody asked for that."""
+    return f"{model} has no chat template: prompts go in as they stand, as with --raw"
+
+
 def is_board(prompt: str) -> bool:
     cells = "".join(prompt.split())
     return len(cells) in (16, 36) and re.fullmatch("[1-6.]+", cells) is not None

@@ -198,6 +198,8 @@ def read_file(file: Path) -> str:
 def decode(data: bytes, where: str, *, chop: bool = True) -> str:
     """Return UTF-8 as text, without a byte order mark and, if `chop`, without one line break at its end.
 
+    Line ends of other systems become newlines: models were trained on those, and nobody sees which ones a file has.
+
     Raises:
         click.ClickException: not UTF-8, or more than any model reads.
     """
@@ -207,6 +209,5 @@ def decode(data: bytes, where: str, *, chop: bool = True) -> str:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise click.ClickException(f"{where}: not UTF-8 (byte {error.start} is 0x{data[error.start]:02x})") from None
-    if chop:
-        text = text.removesuffix("\n").removesuffix("\r")
-    return text
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.removesuffix("\n") if chop else text

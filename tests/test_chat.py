@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from chats import laid_out, opened, user, with_template
+from dgemma.cli import main
 from dgemma.core.tokens import Tokenizer
 from said import says
+from tiny import tiny_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +143,23 @@ def test_without_a_template_text_is_taken_as_it_stands(tmp_path: Path) -> None:
     assert not tokenizer.has_template
     with says("no chat template"):
         tokenizer.render([user("hi")])
+
+
+def test_the_command_line_says_so(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path)
+    for args, said in (([], False), (["--raw"], False)):
+        assert ("no chat template" in answered(folder, *args)) is said
+    (folder / "chat_template.jinja").unlink()
+    assert answered(folder).count("no chat template") == 1
+    assert "no chat template" not in answered(folder, "--raw")
+
+
+def answered(folder: Path, *args: str) -> str:
+    """What stands on stderr after one answer."""
+    line = ["generate", "hi", "-m", str(folder), "--backend", "numpy", "-n", "1", "--steps", "1", *args]
+    result = CliRunner().invoke(main, line, prog_name="dgemma")
+    assert result.exit_code == 0, result.output
+    return result.stderr
 
 
 def unreadable(folder: Path, kind: str) -> str:
