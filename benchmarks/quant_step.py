@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from operator import truediv
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 import numpy as np
@@ -70,10 +70,13 @@ def write(
     return sum(math.prod(dims) for dims in shapes.values())
 
 
+Key = TypeVar("Key")
+
+
 def passes(
-    folders: dict[str, Path], dtype: str, repeats: int, threads: int, clock: Callable[[], float]
-) -> dict[str, list[float]]:
-    """Time one denoising pass of each folder's model in turn; seconds by name."""
+    folders: dict[tuple[Key, str], Path], repeats: int, threads: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[tuple[Key, str], list[float]]:
+    """Time one denoising pass of each folder's model in turn; seconds by name and width."""
     import torch
 
     import dgemma
@@ -82,8 +85,8 @@ def passes(
 
     torch.set_num_threads(threads)
     runs = {}
-    for name, folder in folders.items():
-        engine = dgemma.load(folder, backend="torch", device="cpu", dtype=dtype).engine
+    for key, folder in folders.items():
+        engine = dgemma.load(folder, backend="torch", device="cpu", dtype=key[1]).engine
         ops, model = engine.ops, engine.model
         vocab = model.config.vocab_size
         generator = np.random.default_rng(0)
@@ -91,14 +94,14 @@ def passes(
         noise = ops.asarray(generator.integers(6, vocab, (1, CANVAS)).astype(np.int32))
         state = start(ops, noise, model.config.hidden_size)
         rest = torch.full((1, 1), 0.6), torch.rand(1, CANVAS), noise
-        runs[name] = lambda o=ops, m=model, c=cache, s=state, r=rest: step(o, m, SamplerConfig(), c, s, *r)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+        runs[key] = lambda o=ops, m=model, c=cache, s=state, r=rest: step(o, m, SamplerConfig(), c, s, *r)
+    times: dict[tuple[Key, str], list[float]] = {key: [] for key in runs}
     for i in range(repeats + 2):
-        for name, run in runs.items():
+        for key, run in runs.items():
             began = clock()
             run()
             if i > 1:  # the first two warm up
-                times[name].append(clock() - began)
+                times[key].append(clock() - began)
     return times
 
 
@@ -147,7 +150,9 @@ def main(
         if memory:
             taken = [measured(name, folders[name], dtype) for name in recipes]
         else:
-            times = passes(folders, dtype, repeats, threads, time.process_time if cpu else time.perf_counter)
+            runs = {(name, dtype): folder for name, folder in folders.items()}
+            timed = passes(runs, repeats, threads, time.process_time if cpu else time.perf_counter)
+            times = {name: taken for (name, _), taken in timed.items()}
             taken = [
                 {
                     "recipe": name, "step_s": round(statistics.median(times[name]), 4),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +18,10 @@ from .options import ways_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..core.bench import Plan, Result
+    from ..core.bench import Plan, Result, Shape
     from ..core.model import Model
     from ..core.ops import Ops
+    from .output import Wait
 
 SHOWN, LISTED = 20, 60
 """Kernels that the card and the JSON line list."""
@@ -25,42 +29,51 @@ SHOWN, LISTED = 20, 60
 
 @click.command(short_help="Measure speed with random weights.")
 @click.option(
-    "--random", "shape", type=click.Choice(["26b", "110m", "nano-like"]), default="26b", show_default=True,
-    help="Random weights of this model's shapes; nothing is read or downloaded.",
+    "--random", "shape", type=click.Choice(["26b", "110m", "nano-like"]),
+    help="Random weights of this model's shapes; nothing is read or downloaded.  [default: the largest that this "
+    "device measures within a minute]",
 )  # fmt: skip
 @click.option("--recipe", "-r", default="4bit", show_default=True, metavar="NAME", help="What the weights are held in.")
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Passes over each canvas.")
 @click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the prompt.")
 @click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Canvases side by side.")
-@click.option("--canvases", type=click.IntRange(min=1), default=4, show_default=True, help="Canvases that are timed.")
+@click.option(
+    "--canvases", type=click.IntRange(min=1), metavar="N",
+    help="Canvases that are timed.  [default: 4, or, without --random, what a minute allows of them]",
+)  # fmt: skip
 @click.option("--profile", is_flag=True, help="Also list where a pass spends its time (torch).")
 @click.option("--check", is_flag=True, help="Also compare the captured passes' tokens with the plain loop's (CUDA).")
 @click.option("--plain", is_flag=True, help="Start every kernel from the host, instead of captured passes (CUDA).")
-@click.option("--json", "as_json", is_flag=True, help="Write one JSON line and nothing else.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Write one JSON line instead of the table, as always off a terminal.",
+)  # fmt: skip
 @ways_options
 @click.pass_context
 def bench(
-    ctx: click.Context, recipe: str, profile: bool, check: bool, plain: bool, as_json: bool, backend: str, device: str,
-    dtype: str, **options: Any,
+    ctx: click.Context, shape: Shape | None, canvases: int | None, profile: bool, check: bool, plain: bool,
+    as_json: bool, backend: str, device: str, dtype: str, **options: Any,
 ) -> None:  # fmt: skip
     """Measure how fast this machine denoises, with random weights of a real model's shapes.
 
     Every canvas takes exactly --steps passes and one that reads it; tokens per second are its 256 tokens over that
-    time. The prompt comes before and does not count. What is not quantized is bfloat16, unless --dtype says otherwise.
+    time. The prompt comes before and does not count. Weights that are not quantized are stored in bfloat16; auto
+    computes in the width that `load` would take for them.
 
     \b
+    dgemma bench
     dgemma bench --random 26b --recipe 4bit --steps 16
     dgemma bench --random 110m --recipe bf16 --device cpu
     """
-    from ..backends import choose, make
+    from ..backends import choose
     from ..core.bench import Plan, config_of, measure
+    from ..core.bench_size import CARD_SHAPES, HOST_SHAPES, passes
     from .output import Wait, consoles
 
-    plan = Plan(recipe=recipe, **options)
     chosen = choose(backend)
     if chosen == "onnx":
         raise click.UsageError("--backend onnx runs graphs written out of a checkpoint, and here there is none")
-    ops = make(chosen, device=device, dtype="bfloat16" if dtype == "auto" else dtype)  # type: ignore[arg-type]
+    plan = Plan(shape=shape or HOST_SHAPES[-1], canvases=canvases or Plan.canvases, **options)
+    ops = _ops(chosen, device, dtype, plan)
     if check and not ops.lookahead:
         raise click.UsageError("--check compares captured passes, and this backend and device capture none")
     if plain and not ops.lookahead:
@@ -70,11 +83,16 @@ def bench(
     if profile and not _on_torch(ops):
         raise click.UsageError("--profile reads torch's profiler; choose --backend torch")
     out, errors = consoles()
-    with Wait(errors, f"making {plan.shape} in {plan.recipe}"), ops.guarded("making random weights"):
-        model = _model(ops, config_of(plan.shape), plan)
+    if shape is None:
+        shapes = CARD_SHAPES if _on_torch(ops) and ops.device.type == "cuda" else HOST_SHAPES
+        ops, model, plan = _picked(errors, shapes, chosen, device, dtype, plan, fixed=canvases is not None)
+    else:
+        with Wait(errors, f"making {plan.shape} in {plan.recipe}"), ops.guarded("making random weights"):
+            model = _model(ops, config_of(plan.shape), plan)
     ops = _uncaptured(ops) if plain else ops
-    with Wait(errors, "measuring"), ops.guarded("measuring"):
-        result = measure(ops, model, plan)
+    total = passes(plan, model.config.canvas_length)
+    with Wait(errors, "measuring") as wait, ops.guarded("measuring"):
+        result = measure(ops, model, plan, _progress(wait, total))
     with Wait(errors, "measuring a copy"), ops.guarded("measuring a copy"):
         row = report(ops, plan, result, backend=chosen)
     same = True
@@ -86,9 +104,10 @@ def bench(
             with Wait(errors, "profiling"), ops.guarded("profiling"):
                 row["profile"] = _profile(ops, model, plan)[:LISTED]
     finally:  # what has been measured is said, whatever comes after it
-        if not as_json:
+        if as_json or not out.is_terminal:
+            click.echo(json.dumps(row))
+        else:
             _show(out, row)
-        click.echo(json.dumps(row))
     if not same:
         ctx.exit(1)
 
@@ -125,6 +144,67 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return f"{head.stdout.strip()}{'+' if changed.stdout.strip() else ''}" if head.stdout.strip() else "unknown"
+
+
+def _ops(backend: str, device: str, dtype: str, plan: Plan) -> Ops:
+    from ..backends import make, native
+    from ..core.bench import config_of
+    from ..core.runtime import auto_dtype
+
+    if dtype == "auto":
+        dtype = auto_dtype(config_of(plan.shape), "bfloat16", backend, partial(native, backend, device))
+    return make(backend, device=device, dtype=dtype)  # type: ignore[arg-type]
+
+
+def _picked(
+    errors: Console, shapes: Sequence[Shape], backend: str, device: str, dtype: str, plan: Plan, *, fixed: bool
+) -> tuple[Ops, Model, Plan]:
+    """Take the first shape that one timed pass says can be measured in a minute, else the last; say how long.
+
+    Of canvases as many as that allows, unless their number is `fixed`.
+    """
+    from dataclasses import replace
+
+    from ..core.bench import config_of
+    from ..core.bench_size import passes, time_a_pass, within
+    from ..core.errors import DgemmaError
+    from .output import Wait
+
+    for shape in shapes:
+        plan = replace(plan, shape=shape)
+        config, ops = config_of(shape), _ops(backend, device, dtype, plan)
+        length, last = config.canvas_length, shape == shapes[-1]
+        try:
+            with Wait(errors, f"making {shape} in {plan.recipe}"), ops.guarded("making random weights"):
+                model = _model(ops, config, plan)
+            with Wait(errors, f"timing a pass of {shape}"), ops.guarded("timing a pass"):
+                seconds = time_a_pass(ops, model, plan)
+        except DgemmaError:  # there is no room for it
+            if last:
+                raise
+            continue
+        fewest = plan if fixed else replace(plan, canvases=1)
+        taken = within(plan, length, seconds)
+        taken = None if fixed and taken != plan else taken
+        if taken is not None or last:
+            plan = taken or fewest
+            total = passes(plan, length)
+            click.echo(f"{shape}: {total} passes of about {seconds:.3g} s, {total * seconds:.0f} s in all", err=True)
+            return ops, model, plan
+        click.echo(f"{shape}: a pass takes about {seconds:.3g} s, too long for a minute", err=True)
+    raise AssertionError("the last shape is always taken")
+
+
+def _progress(wait: Wait, total: int) -> Callable[[], None]:
+    began, done = time.perf_counter(), 0
+
+    def passed() -> None:
+        nonlocal done
+        done = min(done + 1, total)
+        left = (time.perf_counter() - began) / done * (total - done)
+        wait.update(done, total, f"about {left:.0f} s left")
+
+    return passed
 
 
 def _on_torch(ops: Ops) -> bool:

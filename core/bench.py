@@ -194,8 +194,9 @@ def float_scale(mode: str) -> int:
 class Loop:
     """The compiled passes over one batch, as the engine compiles them."""
 
-    def __init__(self, ops: Ops, model: Model, plan: Plan) -> None:
-        self.ops, self.model, self.plan = ops, model, plan
+    def __init__(self, ops: Ops, model: Model, plan: Plan, passed: Callable[[], None] = lambda: None) -> None:
+        """`passed` is called after each pass that has been started."""
+        self.ops, self.model, self.plan, self._passed = ops, model, plan, passed
         baked = SamplerConfig(steps=plan.steps, schedule_steps=plan.steps, confidence=0.0)
         self._step = ops.compile(lambda *arrays: step(ops, model, baked, *arrays))
         self._encode = ops.compile(lambda cache, tokens, fresh: encode(ops, model, cache, tokens, fresh))
@@ -205,6 +206,7 @@ class Loop:
     def encode(self, cache: Cache, tokens: Array) -> Cache:
         """Read tokens int32 [B, L], all of them."""
         length = tokens.shape[1]
+        self._passed()
         if length not in self.ops.encode_sizes:
             return encode(self.ops, self.model, cache, tokens)
         before = int(cache.length)
@@ -229,6 +231,7 @@ class Loop:
 
     def step(self, cache: Cache, state: sampling.StepState, index: int, seed: int) -> sampling.StepState:
         """One denoising pass; `cache.length` is what `ops.extent` returned."""
+        self._passed()
         return self._step(cache, state, *self._draws(index, seed))
 
     def join(self, cache: Cache, tokens: Array, seed: int) -> tuple[Cache, sampling.StepState]:
@@ -269,8 +272,8 @@ class Loop:
         return self.ops.asarray(np.stack([u for u, _ in draws])), self.ops.asarray(np.stack([t for _, t in draws]))
 
 
-def measure(ops: Ops, model: Model, plan: Plan) -> Result:
-    """Time a plan. What comes first, and compiles, does not count.
+def measure(ops: Ops, model: Model, plan: Plan, passed: Callable[[], None] = lambda: None) -> Result:
+    """Time a plan. What comes first, and compiles, does not count; `passed` is called with every pass.
 
     Raises:
         DgemmaError: a context that the model does not have room for.
@@ -278,9 +281,9 @@ def measure(ops: Ops, model: Model, plan: Plan) -> Result:
     config = model.config
     if plan.context + _room(plan, config) > config.max_positions:
         raise DgemmaError(f"a context of {plan.context:,} and {plan.canvases} canvases exceed the model's")
-    passes = Loop(ops, model, plan)
+    passes = Loop(ops, model, plan, passed)
     canvas, denoise, commit = _times(passes)
-    engine_rate, first_draft = _through_the_engine(ops, model, plan)
+    engine_rate, first_draft = _through_the_engine(ops, model, plan, passed)
     prefill = min(_timed(passes, lambda: passes.prompt(room=_room(plan, config)))[1] for _ in range(2))
     held, width = weight_bytes(model), 4 if ops.dtype == "float32" else 2
     return Result(
@@ -344,7 +347,7 @@ def drafts(ops: Ops, model: Model, plan: Plan) -> list[np.ndarray]:
     return found
 
 
-def _through_the_engine(ops: Ops, model: Model, plan: Plan) -> tuple[float, float]:
+def _through_the_engine(ops: Ops, model: Model, plan: Plan, passed: Callable[[], None]) -> tuple[float, float]:
     """Tokens per second after the prefill, and seconds to the first draft, of one sequence; the second run counts."""
     config = model.config
     generator = np.random.default_rng(2)
@@ -357,6 +360,7 @@ def _through_the_engine(ops: Ops, model: Model, plan: Plan) -> tuple[float, floa
     stats = None
     for _ in range(2):
         for event in engine.generate(request):
+            passed()
             if isinstance(event, Draft):
                 assert event.tokens.shape == (config.canvas_length,)
             if isinstance(event, Done):

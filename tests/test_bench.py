@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from rich.console import Console
 
 from dgemma import backends
 from dgemma.backends.cuda import bench as card
@@ -24,8 +27,8 @@ from dgemma.backends.cuda.inference import InferenceOps
 from dgemma.backends.cuda.packed import QuantizedTensor
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.cli import bench as command
-from dgemma.cli import machine, main
-from dgemma.core import bench, weights
+from dgemma.cli import machine, main, output
+from dgemma.core import bench, bench_size, weights
 from dgemma.core.config import ModelConfig, read_json
 from dgemma.core.convert import recipes
 from dgemma.core.errors import DgemmaError
@@ -119,15 +122,67 @@ def test_the_row_adds_up() -> None:
         assert row[key], key
 
 
-def test_the_card_is_followed_by_the_row() -> None:
+def test_off_a_terminal_stdout_is_one_json_line() -> None:
     result = run(*SHORT, "--batch", "2", "--profile")
-    assert result.exit_code == 0, result.output
-    *shown, line = result.stdout.strip().splitlines()
-    row = json.loads(line)
+    assert result.exit_code == 0 and result.stdout.count("\n") == 1, result.output
+    row = json.loads(result.stdout)
     assert row["batch"] == 2 and row["profile"][0]["ms"] >= row["profile"][-1]["ms"] > 0
-    text = "\n".join(shown)
-    for part in ("tokens per second", "denoising pass", row["profile"][0]["kernel"]):
-        assert part in text
+
+
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """The console that is stdout, and a terminal, for commands run from here on."""
+    screen = io.StringIO()
+    shown = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(output, "consoles", lambda: (shown, Console(file=io.StringIO())))
+    return screen
+
+
+def test_on_a_terminal_it_is_the_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = on_a_terminal(monkeypatch)
+    result = run(*SHORT, "--profile")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "" and "{" not in screen.getvalue()
+    for part in ("tokens per second", "denoising pass", "launches"):
+        assert part in screen.getvalue()
+    assert json.loads(run(*SHORT, "--json").stdout)["shape"] == "nano-like"
+
+
+# ---- Without a shape --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("canvases", [1, 3])
+def test_passes_are_counted(canvases: int) -> None:
+    """The count that an estimate and progress rest on is the number of passes that run."""
+    ops, plan = InferenceOps(), bench.Plan(shape="nano-like", steps=2, context=96, canvases=canvases)
+    model = bench.random_model(ops, bench.config_of("nano-like"), "bf16")
+    seen: list[None] = []
+    bench.measure(ops, model, plan, lambda: seen.append(None))
+    assert bench_size.passes(plan, 48) * 0.6 < len(seen) <= 1.4 * bench_size.passes(plan, 48) + 10
+    assert 0 < bench_size.time_a_pass(ops, model, plan) < 60
+
+
+def test_a_plan_is_cut_to_what_a_pass_allows() -> None:
+    plan = bench.Plan(shape="110m")
+    whole, least = (bench_size.passes(replace(plan, canvases=n), 256) for n in (4, 1))
+    assert bench_size.within(plan, 256, 60 / whole) == plan
+    assert bench_size.within(plan, 256, 60 / least) == replace(plan, canvases=1)
+    assert bench_size.within(plan, 256, 60 / (least - 1)) is None
+
+
+@pytest.mark.parametrize("seconds, shape", [(0.001, "110m"), (0.3, "110m"), (9.0, "nano-like")])
+def test_without_a_shape_it_takes_what_a_minute_allows(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, shape: str
+) -> None:
+    monkeypatch.setitem(bench.SIZES, "110m", bench.SIZES["nano-like"])
+    monkeypatch.setitem(bench.CANVAS, "110m", bench.CANVAS["nano-like"])
+    monkeypatch.setattr(bench_size, "time_a_pass", lambda *_: seconds)
+    result = run("--steps", "2", "--context", "480", "--backend", "torch", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    row, said = json.loads(result.stdout), result.stderr
+    assert row["shape"] == shape and f"{shape}: " in said and f"passes of about {seconds:g} s" in said
+    assert row["canvases"] == {0.001: 4, 0.3: 4, 9.0: 1}[seconds]
+    fixed = run("--steps", "2", "--canvases", "2", "--context", "480", "--backend", "torch", "--device", "cpu")
+    assert json.loads(fixed.stdout)["canvases"] == 2
 
 
 def test_on_a_backend_without_torch() -> None:
