@@ -104,6 +104,8 @@ def opened(target: Target, checkpoint: Checkpoint, coming: Collection[str], *, f
                 try:
                     yield stage
                     _move(stage, folder, _replaced(target, checkpoint, coming, force))
+                except DgemmaError as error:  # the name it was to have says more than one that is gone
+                    raise DgemmaError(str(error).replace(f"{stage.name}{os.sep}", "")) from None
                 finally:
                     shutil.rmtree(stage, ignore_errors=True)
             except BaseException:

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import dgemma
 from dgemma.core import safetensors
 from dgemma.core.safetensors import SafetensorsFile
-from dgemma.export.manifest import NAME
+from dgemma.export.manifest import NAME, stamp
 from said import says
 from tiny import edit_json, rewrite, shard, tiny_checkpoint
 
@@ -225,3 +226,27 @@ def test_a_manifest_that_is_a_link(folder: Path, target: str) -> None:
     (folder / NAME).symlink_to(target)
     with says(NAME):
         dgemma.load(folder, backend="onnx")
+
+
+@pytest.mark.parametrize(
+    ("location", "offset", "words"),
+    [
+        ("../other.safetensors", 0, "it is no weight file of the folder; export again"),
+        ("/etc/passwd", 0, "it is no weight file of the folder"),
+        ("config.json", 0, "it is no weight file of the folder"),
+        ("model.safetensors", 1 << 40, "a graph wants bytes behind its end; export again"),
+    ],
+)
+def test_a_graph_that_names_other_bytes(folder: Path, location: str, offset: int, words: str) -> None:
+    """One that was made to, with a manifest to match."""
+    shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
+    model = onnx.load(folder / "denoise.onnx", load_external_data=False)
+    one = next(one for one in model.graph.initializer if one.external_data)
+    for entry in one.external_data:
+        entry.value = {"location": location, "offset": str(offset)}.get(entry.key, entry.value)
+    (folder / "denoise.onnx").write_bytes(model.SerializeToString())
+    about = json.loads((folder / NAME).read_text())
+    about["bound"]["graphs"]["denoise"] = stamp((folder / "denoise.onnx").read_bytes())
+    (folder / NAME).write_text(json.dumps(about))
+    with says(words):
+        dgemma.load(folder, backend="onnx", device="cpu")

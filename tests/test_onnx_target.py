@@ -332,6 +332,21 @@ def test_what_a_kill_left_is_not_in_the_way(source: Path) -> None:
     assert tokens(rest.parent) and rest.is_dir()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("options", ["standalone=True", ""])
+def test_a_file_that_may_not_grow(source: Path, options: str) -> None:
+    """A limit is a full disk that any user can make; the names it says are those that were asked for."""
+    code = (
+        "import resource, sys, dgemma; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"try: dgemma.export(sys.argv[1], sys.argv[2], {options})\n"
+        "except dgemma.DgemmaError as error: print(error)"
+    )
+    out = source.parent / "out"
+    run = subprocess.run([sys.executable, "-c", code, str(source), str(out)], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.count("\n") == 1, run.stderr
+    assert "/out" in run.stdout and ".partial" not in run.stdout and not out.exists()
+
+
 def test_two_exports_at_once(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen, bring = [], exporter._write
 

@@ -116,11 +116,15 @@ class Weights:
                 options.add_initializer(name, self._value(value.const_value, checkpoint))
 
     def _file(self, path: str, checkpoint: Checkpoint) -> SafetensorsFile:
-        """Return a file as a graph spells it: the checkpoint's own, where it is one of those."""
+        """Return a file as a graph spells it, which has to be one of the checkpoint's own."""
         if path not in self._files:
             real = Path(path).resolve()
-            own = (file for file in checkpoint.files if file.path.resolve() == real)
-            self._files[path] = next(own, None) or SafetensorsFile.open(real)
+            own = next((file for file in checkpoint.files if file.path.resolve() == real), None)
+            if own is None:
+                raise DgemmaError(
+                    f"{shown(path)}: a graph wants it, and it is no weight file of the folder; export again"
+                )
+            self._files[path] = own
         return self._files[path]
 
     def _value(self, tensor: ir.ExternalTensor, checkpoint: Checkpoint) -> ort.OrtValue:
@@ -128,7 +132,10 @@ class Weights:
         shape = tensor.shape.numpy()
         key = (path, start, tensor.dtype, shape)
         if key not in self._values:
-            raw = self._file(path, checkpoint).raw(start, size)
+            file = self._file(path, checkpoint)
+            if start < 0 or start + size > file.size:
+                raise DgemmaError(f"{shown(file.path)}: a graph wants bytes behind its end; export again")
+            raw = file.raw(start, size)
             lacking = tensor.dtype.name == "BFLOAT16"  # which NumPy has not
             array = raw.view(np.uint16 if lacking else tensor.dtype.numpy()).reshape(shape)
             if not array.flags.aligned:  # where MLX has written it: the runtime trusts what it is lent
