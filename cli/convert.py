@@ -32,17 +32,24 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Replace DIR, and throw away work begun there with other options.")
 @click.option("--verify", is_flag=True, help="Afterwards read everything back and compare it with the source.")
 @click.option("--revision", metavar="NAME", help="Branch, tag or commit of a model on the Hugging Face hub.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), metavar="DIR",
+    help="For a GGUF file: a folder with the original tokenizer, instead of one rebuilt from the file.",
+)  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Processes. By default one for each core.")
 @click.option("--json", "as_json", is_flag=True, help="Write the report as one JSON object.")
 def convert(source: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Convert SOURCE, a checkpoint folder or a Hugging Face id, into a folder that every backend loads.
+    """Convert SOURCE, a checkpoint folder, a GGUF file or a Hugging Face id, into a folder that every backend loads.
 
-    SOURCE can be bf16, f16 or f32; quantized by MLX; NVIDIA modelopt's NVFP4; compressed-tensors' NVFP4 or FP8.
-    Memory use stays small whatever its size. Interrupted, the same command goes on where it stopped.
+    SOURCE can be bf16, f16 or f32; quantized by MLX; NVIDIA modelopt's NVFP4; compressed-tensors' NVFP4, FP8 or
+    integers (W4A16); fp8 in blocks; GGUF, of which Q8_0, Q4_0, Q5_0, Q4_1, Q5_1 and MXFP4 are kept to the bit and
+    K-quants need --requantize. Memory use stays small whatever its size. Interrupted, the same command goes on where
+    it stopped.
 
     \b
     dgemma convert google/diffusiongemma-26B-A4B-it --out diffusiongemma-4bit
     dgemma convert ./checkpoint --recipe 8bit --out ./checkpoint-8bit --verify
+    dgemma convert ./diffusiongemma-Q8_0.gguf --out ./diffusiongemma-q8
     """
     from ..core.convert import convert as run
     from .output import Wait, consoles

@@ -48,8 +48,8 @@ def inspect(
 ) -> None:
     """Show a checkpoint's parameters, bits per weight by part, and the memory that each backend needs.
 
-    MODEL is a folder in any layout that `convert` reads, a packaged model, or a Hugging Face id, of which nothing but
-    the config is downloaded.
+    MODEL is a folder in any layout that `convert` reads, a GGUF file, a packaged model, or a Hugging Face id, of which
+    nothing but the config is downloaded.
     """
     from ..core.convert import recipes
     from ..core.inspect import ignored_in, inspect_config, inspect_folder, read_config
@@ -62,7 +62,7 @@ def inspect(
         found = inspect_config(read_config(config), chosen or recipes.find(recipes.DEFAULT), mlx=mlx)
     else:
         where = _find(str(model), revision)
-        if where.is_dir():
+        if where.is_dir() or where.suffix.lower() == ".gguf":
             found = inspect_folder(where, chosen, mlx=mlx)
             ignored = ignored_in(where) if where.is_dir() else ()
         else:
@@ -163,7 +163,7 @@ def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[st
                 f"  {part.name:<18} {part.parameters:>14,} {amount(part.bytes):>10} {part.bits_per_weight:>6.2f}  "
                 f"{', '.join(part.formats)}"
             )
-    if found.layout in ("modelopt", "compressed-tensors"):
+    if found.layout not in ("float", "mlx", "planned"):
         lines.append("  this layout does not run as it is; `dgemma convert` makes a folder that does")
     dtype, need = auto_dtype(found.config, found.stored), needed(found, context)
     lines += [

@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import foreign, weights
+from . import foreign, gguf, weights
 from .checkpoint import open_files
 from .config import ModelConfig, ignored_keys, read_json
+from .convert.gguf_source import open_source
 from .convert.layouts import Source, read_source
 from .convert.plan import wanted_format, written
 from .convert.recipes import Recipe, spell
@@ -63,7 +64,7 @@ class Cache:
 class Inspection:
     config: ModelConfig
     layout: str
-    """float, mlx, modelopt or compressed-tensors; or "planned", from a config alone."""
+    """float, mlx, gguf, modelopt, compressed-tensors or fp8; or "planned", from a config alone."""
     recipe: str
     """The recipe that was asked about, or nothing."""
     parts: tuple[Part, ...]
@@ -116,18 +117,18 @@ def part_of(name: str) -> str:
 
 
 def inspect_folder(folder: Path, recipe: Recipe | None = None, *, mlx: bool = False) -> Inspection:
-    """Look at a checkpoint folder in any known layout or, with a recipe, at what would become of it.
+    """Look at a checkpoint folder in any known layout, or a GGUF file, or, with a recipe, at what would become of it.
 
     Raises:
         DgemmaError: damaged, incomplete, or of no known layout.
     """
-    where = shown(folder / "config.json")
-    foreign.check_folder(folder)
-    data = read_json(inside(folder, "config.json"))
-    config = ModelConfig.from_hf(data, where=where)
-    source = read_source(open_files(folder), data, config, folder, hinted=(folder / "hf_quant_config.json").exists())
+    if path := gguf.find(folder):
+        opened = open_source(path)
+        config, source = opened.config, opened.source
+    else:
+        config, source = _read_folder(folder)
     image = sum(_stored_bytes(source, one.name) for one in source.image)
-    stored = {one.name: (one.format, one.dtype) for one in source.text}
+    stored = {one.name: (one.format, one.kind.lower() or one.dtype) for one in source.text}
     if recipe is not None and not recipe.keep:
         return _inspection(config, "planned", recipe.name, _planned(config, recipe, mlx), int(image))
     sized = {name: (kind, _stored_bytes(source, name), dtype) for name, (kind, dtype) in stored.items()}
@@ -138,6 +139,15 @@ def ignored_in(folder: Path) -> tuple[str, ...]:
     """Return the keys of a folder's settings that have no effect here; see `hf_keys.py`."""
     found = [read_json(inside(folder, name)) if present(folder / name) else {} for name in SETTINGS]
     return ignored_keys(*found) if found[0] else ()
+
+
+def _read_folder(folder: Path) -> tuple[ModelConfig, Source]:
+    where = shown(folder / "config.json")
+    foreign.check_folder(folder)
+    data = read_json(inside(folder, "config.json"))
+    config = ModelConfig.from_hf(data, where=where)
+    hinted = (folder / "hf_quant_config.json").exists()
+    return config, read_source(open_files(folder), data, config, folder, hinted=hinted)
 
 
 def inspect_config(config: ModelConfig, recipe: Recipe, *, mlx: bool = False) -> Inspection:
@@ -179,7 +189,7 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
         counted: dict[str, int] = {}
         for name in names:
             kind, _, dtype = sized[name]
-            said = spell(kind) if kind else dtype.lower() if dtype in _WIDTHS else "fp8"
+            said = spell(kind) if kind else "fp8" if dtype == "quantized" else dtype.lower()
             counted[said] = counted.get(said, 0) + math.prod(shapes[name])
         parts.append(
             Part(

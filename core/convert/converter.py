@@ -97,6 +97,7 @@ def convert(
     force: bool = False,
     verify: bool = False,
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Report:
@@ -106,8 +107,8 @@ def convert(
     the same source, nothing is done.
 
     Args:
-        source: a folder, or a Hugging Face hub id, which is downloaded; bf16, f16 or f32, MLX's quantized layout,
-            modelopt's NVFP4, or compressed-tensors' NVFP4 and FP8.
+        source: a folder, a GGUF file, or a Hugging Face hub id, which is downloaded. bf16, f16 or f32, MLX's quantized
+            layout, modelopt's NVFP4, compressed-tensors' NVFP4, FP8 and integers, or fp8 in blocks.
         out: the folder to make. Until it is whole it is called `<out>.partial`.
         recipe: a name in `recipes.RECIPES`; by default `4bit`, and `keep` where the source is quantized already.
         rules: a file of one's own rules, in place of a recipe.
@@ -117,6 +118,7 @@ def convert(
         force: make `out` anew if it is there, and throw away work begun with other settings.
         verify: read everything back and compare it with the source.
         revision: branch, tag or commit, for a hub id.
+        tokenizer: a folder with the original tokenizer, for a GGUF file.
         workers: processes that encode; by default one for each core, and none besides this for what is small.
         progress: called a few times a second.
 
@@ -130,7 +132,7 @@ def convert(
     fresh = False
     try:
         chosen = recipes.read_rules(rules) if rules is not None else recipes.find(recipe) if recipe else None
-        job = prepare(source, chosen, revision=revision, mlx=mlx, requantize=requantize)
+        job = prepare(source, chosen, revision=revision, mlx=mlx, requantize=requantize, tokenizer=tokenizer)
         if rules is not None and (unused := job.recipe.unused([item.weight.module for item in job.text])):
             raise DgemmaError(f"{shown(rules)}: {quoted(unused[0], 60)} matches no module that is left to it")
         target.check(out, job, force=force)
@@ -151,6 +153,8 @@ def convert(
 
 def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
+    if job.gguf:
+        _ = job.gguf.companions  # made first: a tokenizer that cannot be rebuilt is found before the work
     with open_partial(out, job.plan, force=force) as partial:
         _check_space(job, partial)
         _check_copies(job, meter)
@@ -174,7 +178,10 @@ def _check_copies(job: Job, meter: Meter) -> None:
 
 def _check_space(job: Job, partial: Partial) -> None:
     needed = sum(shard.size for shard in job.shards) - partial.allocated()
-    needed += sum(inside(job.folder, name).stat().st_size for name in _copied(job.folder))
+    if job.gguf:
+        needed += sum(map(len, job.gguf.companions.values()))
+    else:
+        needed += sum(inside(job.folder, name).stat().st_size for name in _copied(job.folder))
     free = shutil.disk_usage(partial.folder).free
     if needed > free:
         where = shown(partial.folder.parent)
@@ -268,9 +275,12 @@ def _complete(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
         "weight_map": dict(sorted(table.items())),
     }
     small = {"config.json": _json(make_config(job)), _INDEX: _json(index)}
-    small |= {name: read_bytes(inside(job.folder, name), _LARGEST_COPY) for name in _copied(job.folder)}
+    if job.gguf:
+        small |= job.gguf.companions
+    else:
+        small |= {name: read_bytes(inside(job.folder, name), _LARGEST_COPY) for name in _copied(job.folder)}
     if job.mlx and "generation_config.json" in small:
-        settings = read_json(job.folder / "generation_config.json")
+        settings = json.loads(small["generation_config.json"])
         # mlx-vlm takes a null for a value.
         small["generation_config.json"] = _json({key: one for key, one in settings.items() if one is not None})
     files: dict[str, dict[str, Any]] = {}

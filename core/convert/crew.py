@@ -168,7 +168,8 @@ def gather(job: Job, partial: Partial, workers: int) -> Iterator[Crew]:
 
 def _arguments(job: Job, partial: Partial) -> dict[str, Any]:
     return {
-        "source": str(job.folder.absolute()), "recipe": job.recipe.to_json(), "mlx": job.mlx,
+        "source": str(job.location.absolute()), "recipe": job.recipe.to_json(), "mlx": job.mlx,
+        "tokenizer": str(job.gguf.tokenizer) if job.gguf and job.gguf.tokenizer else None,
         "plan": job.plan, "partial": str(partial.folder), "folder": partial.files.identity,
     }  # fmt: skip
 
@@ -194,8 +195,9 @@ def work() -> None:
 def _start(arguments: Mapping[str, Any]) -> Here:
     # What the parent was allowed to round again, it has said; a worker asks no second time.
     job = prepare(
-        Path(arguments["source"]), Recipe.from_json(arguments["recipe"]), mlx=arguments["mlx"], requantize=True
-    )
+        Path(arguments["source"]), Recipe.from_json(arguments["recipe"]), mlx=arguments["mlx"], requantize=True,
+        tokenizer=arguments["tokenizer"],
+    )  # fmt: skip
     if json.loads(json.dumps(job.plan)) != arguments["plan"]:
         raise DgemmaError(
             f"{shown(job.folder)}: the source changed while it was being converted; start over with --force"

@@ -17,9 +17,11 @@ from ..checkpoint import Checkpoint, inside, open_files, resolve
 from ..config import ModelConfig, read_json
 from ..errors import DgemmaError, shown
 from ..files import open_file
+from ..gguf import GgufFile, find
 from ..quant import Format
 from ..quantized import Quantization
 from ..safetensors import SafetensorsFile
+from .gguf_source import GgufSource, open_source
 from .layouts import Source, read_source
 from .plan import Item, Shard, decide, lay_out, wanted, written
 from .recipes import DEFAULT, KEEP, RECIPES, Recipe
@@ -50,16 +52,24 @@ class Job:
     name: str
     """What the source is called: a hub id, or the name of its folder."""
     folder: Path
+    """Where it lies."""
     data: dict[str, Any]
     """config.json of the source."""
     config: ModelConfig
     source: Source
-    files: tuple[SafetensorsFile, ...]
+    files: tuple[SafetensorsFile, ...] | tuple[GgufFile, ...]
+    gguf: GgufSource | None
+    """What it is, where it is no folder."""
     marks: Mapping[str, Mark]
     recipe: Recipe
     mlx: bool
     items: tuple[Item, ...]
     shards: tuple[Shard, ...]
+
+    @property
+    def location(self) -> Path:
+        """What `prepare` makes this job of again."""
+        return self.gguf.path if self.gguf else self.folder
 
     @cached_property
     def text(self) -> tuple[Item, ...]:
@@ -107,7 +117,7 @@ class Job:
             "recipe": self.recipe.to_json(),
             "mlx": self.mlx,
             "target": headers,
-        }
+        } | ({"tokenizer": self.gguf.tokenizer_hash} if self.gguf else {})
 
     @property
     def plan_hash(self) -> str:
@@ -117,7 +127,7 @@ class Job:
 
     def check_source(self) -> None:
         for file in self.files:
-            if mark(file.path) != self.marks[file.path.name]:
+            if mark(file.path, _header(file)) != self.marks[file.path.name]:
                 raise DgemmaError(
                     f"{shown(file.path)}: the source changed while it was being converted; "
                     "start over with --force when it is at rest"
@@ -131,31 +141,40 @@ def prepare(
     revision: str | None = None,
     mlx: bool = False,
     requantize: bool = False,
+    tokenizer: str | Path | None = None,
 ) -> Job:
     """Read a source's headers and decide everything.
 
-    Without a recipe a quantized source is kept as it is, and a float one gets the default.
+    Without a recipe a quantized source is kept as it is, and a float one gets the default. `tokenizer` is a folder to
+    take the tokenizer of a GGUF file from.
 
     Raises:
         DgemmaError: a source that is damaged or of no known layout, or a recipe that cannot be had from it.
     """
-    folder = resolve(source, revision=revision)
-    foreign.check_folder(folder)
-    data = read_json(inside(folder, "config.json"))
-    config = ModelConfig.from_hf(data, where=shown(folder / "config.json"))
-    files = open_files(folder)
-    hinted = os.path.lexists(folder / "hf_quant_config.json")
-    found = read_source(files, data, config, folder, hinted=hinted)
+    folder, gguf = resolve(source, revision=revision), None
+    if path := find(folder):
+        gguf = open_source(path, None if tokenizer is None else Path(tokenizer).expanduser().absolute())
+        folder, files, data, config, found = path.absolute().parent, gguf.files, gguf.data, gguf.config, gguf.source
+    else:
+        foreign.check_folder(folder)
+        if tokenizer is not None:
+            raise DgemmaError(f"{shown(folder)}: a folder with a tokenizer of its own; --tokenizer is for GGUF files")
+        data = read_json(inside(folder, "config.json"))
+        config = ModelConfig.from_hf(data, where=shown(folder / "config.json"))
+        files = open_files(folder)
+        hinted = os.path.lexists(folder / "hf_quant_config.json")
+        found = read_source(files, data, config, folder, hinted=hinted)
     recipe = recipe or (KEEP if any(one.quantized for one in found.text) else RECIPES[DEFAULT])
     items = decide(found, recipe, mlx=mlx, requantize=requantize)
     return Job(
-        name=_name(source, folder),
+        name=gguf.path.stem if gguf else _name(source, folder),
         folder=folder,
         data=data,
         config=config,
         source=found,
         files=files,
-        marks={file.path.name: mark(file.path) for file in files},
+        gguf=gguf,
+        marks={file.path.name: mark(file.path, _header(file)) for file in files},
         recipe=recipe,
         mlx=mlx,
         items=items,
@@ -163,8 +182,12 @@ def prepare(
     )
 
 
-def mark(path: Path) -> Mark:
-    """Look at a file.
+def _header(file: SafetensorsFile | GgufFile) -> int | None:
+    return file.header if isinstance(file, GgufFile) else None
+
+
+def mark(path: Path, header: int | None = None) -> Mark:
+    """Look at a file, whose header is of a known length, or of the one that safetensors files begin with.
 
     Raises:
         DgemmaError: it cannot be read.
@@ -172,15 +195,15 @@ def mark(path: Path) -> Mark:
     try:
         with open_file(path) as file:
             stat = os.fstat(file.fileno())
-            length = int.from_bytes(file.read(8), "little")
-            header = hashlib.sha256(file.read(min(length, stat.st_size))).hexdigest()
+            length = int.from_bytes(file.read(8), "little") if header is None else header
+            first = hashlib.sha256(file.read(min(length, stat.st_size))).hexdigest()
             digest = hashlib.sha256()
             for i in range(SAMPLES):
                 file.seek(stat.st_size * i // SAMPLES)
                 digest.update(file.read(SAMPLE))
     except OSError as error:
         raise DgemmaError(f"{shown(path)}: {error.strerror or error}") from None
-    return Mark(size=stat.st_size, changed=stat.st_mtime_ns, header=header, sample=digest.hexdigest())
+    return Mark(size=stat.st_size, changed=stat.st_mtime_ns, header=first, sample=digest.hexdigest())
 
 
 def make_config(job: Job) -> dict[str, Any]:

@@ -61,6 +61,7 @@ class Source:
     """A checkpoint folder in any known layout."""
 
     layout: str
+    """float, mlx, gguf, or what quantized it: modelopt, compressed-tensors, fp8."""
     text: tuple[Weight, ...]
     """Exactly the tensors of `weights.shapes`, in its order."""
     image: tuple[Weight, ...]
@@ -123,7 +124,7 @@ def _sort_out(
     """Say which of a folder's weights is what; `found` has them by the names they have there."""
     roles = names.assign(found, needed)
     text = {name: replace(found[own], name=name) for name, own in roles.weights.items()}
-    _check(text, roles.unknown, needed, shown(folder))
+    check(text, roles.unknown, needed, shown(folder))
     copies = tuple((found[copy], text[name]) for name, several in roles.copies.items() for copy in several)
     for copy, one in copies:
         ties.check(copy, one, copy.name, one.name, folder, sample=True)
@@ -307,9 +308,10 @@ def _only(extra: set[str], wanted: set[str]) -> None:
         raise DgemmaError(f"has {unknown[0]}, which does not belong to its format")
 
 
-def _check(
+def check(
     found: Mapping[str, Weight], unknown: Sequence[str], needed: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
+    """Refuse weights that are missing, unknown, misshapen or of no readable type, by name."""
     missing = [name for name in needed if name not in found]
     shape = [f"{name} is {list(found[name].shape)}, expected {list(want)}"
              for name, want in needed.items() if name in found and found[name].shape != want]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 
 from ..config import read_json
@@ -48,8 +49,8 @@ def check(out: Path, job: Job, *, force: bool) -> None:
         raise DgemmaError(f"{shown(above)}: is not a folder, so nothing can be made in it; choose another --out")
     if not os.access(above, os.W_OK | os.X_OK):
         raise DgemmaError(f"{shown(above)}: nothing may be written there; choose another --out")
-    source = job.folder.resolve()
-    for target in (out.resolve(), place_of(out).resolve()):
+    sources = [file.path.resolve() for file in job.files] if job.gguf else [job.folder.resolve()]
+    for target, source in product((out.resolve(), place_of(out).resolve()), sources):
         if target == source or target in source.parents or source in target.parents or _same(target, source):
             raise DgemmaError(f"{shown(out)}: the target may not be the source, nor lie in it or around it")
     if not out.exists() or not any(out.iterdir()) or (not force and finished(out, job)):
