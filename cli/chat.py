@@ -80,6 +80,8 @@ def chat(
 
 def _on_terminal(table: Table, *, history: bool) -> None:
     """Read lines until the user leaves; what is refused or stopped ends neither the chat nor what was said before."""
+    from rich.style import Style
+
     from .output import consoles, note, put, put_words
     from .typed import Typed, history_file
 
@@ -100,7 +102,7 @@ def _on_terminal(table: Table, *, history: bool) -> None:
             except KeyboardInterrupt:
                 put(screen, "\n(Ctrl-D leaves)\n")
             except DgemmaError as error:
-                put(screen, f"dgemma: error: {error}\n")
+                put_words(screen, f"dgemma: error: {error}", Style.null())
         put(screen, "\n")
     finally:
         typed.remember()

@@ -101,10 +101,10 @@ def show(console: Console, found: Comparison) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from .live import printable
+    from .output import put_lines
 
     def say(line: str = "") -> None:
-        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        put_lines(console, [line])
 
     for letter, side in (("A", found.a), ("B", found.b)):
         say(

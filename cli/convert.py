@@ -52,7 +52,7 @@ def convert(source: str, out: Path, as_json: bool, **options: Any) -> None:
     dgemma convert ./diffusiongemma-Q8_0.gguf --out ./diffusiongemma-q8
     """
     from ..core.convert import convert as run
-    from .output import Wait, consoles
+    from .output import Wait, consoles, put_lines
 
     console, errors = consoles()
     try:
@@ -63,8 +63,7 @@ def convert(source: str, out: Path, as_json: bool, **options: Any) -> None:
     if as_json:
         click.echo(json.dumps(asdict(report) | {"path": str(report.path)}))
         return
-    for line in describe(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    put_lines(console, describe(report))
 
 
 def _figure(one: Progress) -> str:

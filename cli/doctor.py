@@ -34,7 +34,7 @@ def doctor(
     --model also takes the path of a bare config.json. Nothing but a config is ever downloaded. The exit code is 1
     if no backend works or the model does not fit.
     """
-    from .output import Wait, consoles
+    from .output import Wait, consoles, put_lines
 
     out, errors = consoles()
     with Wait(errors, "asking the frameworks"):
@@ -42,12 +42,10 @@ def doctor(
     if as_json:
         click.echo(json.dumps(report, indent=1))
     else:
-        from .live import printable
-
         for label, lines in _sections(report):
             for i, line in enumerate(lines):
                 out.print(f"{'' if i else label:<10}", end="", style="bold", markup=False)
-                out.print(printable(line), markup=False, soft_wrap=True)
+                put_lines(out, [line], indent=10)
     if report["problems"]:
         ctx.exit(1)
 

@@ -40,7 +40,7 @@ def export(source: str, out: Path | None, as_json: bool, **options: Any) -> None
     dgemma export nano --out nano-onnx --standalone --verify
     """
     from ..export import export as run
-    from .output import consoles, put
+    from .output import consoles, put, put_lines
 
     console, errors = consoles()
 
@@ -52,8 +52,7 @@ def export(source: str, out: Path | None, as_json: bool, **options: Any) -> None
     if as_json:
         click.echo(json.dumps(asdict(report) | {"path": str(report.path)}))
         return
-    for line in describe(report):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    put_lines(console, describe(report))
 
 
 def describe(report: Report) -> list[str]:

@@ -74,11 +74,10 @@ def inspect(
     if as_json:
         click.echo(json.dumps(to_json(found, context, memory) | {"ignored": list(ignored)}))
     else:
-        from .output import consoles
+        from .output import consoles, put_lines
 
         console, _ = consoles()
-        for line in (*describe(found, context, memory), *_left_out(ignored)):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        put_lines(console, [*describe(found, context, memory), *_left_out(ignored)])
 
 
 def _find(model: str, revision: str | None) -> Path:

@@ -22,8 +22,7 @@ def models(as_json: bool) -> None:
     """
     from ..backends import MODULES, choose
     from . import machine
-    from .live import printable
-    from .output import Wait, consoles
+    from .output import Wait, consoles, put_lines
 
     out, errors = consoles()
     with Wait(errors, "looking at this machine"):
@@ -35,8 +34,7 @@ def models(as_json: bool) -> None:
             click.echo(json.dumps(row))
         return
     for row in rows:
-        for line in describe(row):
-            out.print(printable(line), markup=False, highlight=False, soft_wrap=True)
+        put_lines(out, describe(row))
 
 
 def _found() -> list[tuple[str, str | None, Path]]:

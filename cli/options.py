@@ -35,11 +35,12 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
+        rest: list[tuple[str, str]] = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
-            if record is not None:
-                groups.setdefault(param.group if isinstance(param, Option) else "Options", []).append(record)
-        for name, records in groups.items():
+            if record is not None and isinstance(param, click.Option):
+                (groups.setdefault(param.group, []) if isinstance(param, Option) else rest).append(record)
+        for name, records in [*groups.items(), ("Options", rest)]:
             with formatter.section(name):
                 formatter.write_dl(records)
 
@@ -48,7 +49,7 @@ def option(*names: str, group: str, **attributes: Any) -> Callable[[Command_], C
     return click.option(*names, cls=Option, group=group, **attributes)
 
 
-FROM_CHECKPOINT: dict[str, Any] = {"show_default": "the checkpoint's"}
+SAMPLING = "Sampling (by default as the checkpoint says)"
 
 
 def _together(*options: Callable[[Any], Any]) -> Callable[[Command_], Command_]:
@@ -96,39 +97,39 @@ budget_options = _together(
 sampling_options = _together(
     budget_options,
     option(
-        "--steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT, group="Sampling",
+        "--steps", type=click.IntRange(min=1), metavar="N", group=SAMPLING,
         help="Cap on the denoising passes of one canvas; most stop long before it.",
     ),
     option(
-        "--schedule-steps", type=click.IntRange(min=1), metavar="N", **FROM_CHECKPOINT, group="Sampling",
+        "--schedule-steps", type=click.IntRange(min=1), metavar="N", group=SAMPLING,
         help="Passes over which the temperature falls; apart from --steps, so that a lower cap changes nothing else.",
     ),
     option(
-        "--temperature", "-t", type=click.FloatRange(min=0), metavar="T", show_default="1", group="Sampling",
+        "--temperature", "-t", type=click.FloatRange(min=0), metavar="T", group=SAMPLING,
         help="Multiplies the checkpoint's temperature schedule: 1 is as it stands, 0 is --greedy.",
     ),
     option(
-        "--greedy", is_flag=True, group="Sampling",
+        "--greedy", is_flag=True, group=SAMPLING,
         help="Accept the most probable token everywhere, instead of one that is drawn.",
     ),
     option(
-        "--t-max", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT, group="Sampling",
+        "--t-max", type=click.FloatRange(min=0), metavar="T", group=SAMPLING,
         help="Temperature that the schedule starts from.",
     ),
     option(
-        "--t-min", type=click.FloatRange(min=0), metavar="T", **FROM_CHECKPOINT, group="Sampling",
+        "--t-min", type=click.FloatRange(min=0), metavar="T", group=SAMPLING,
         help="Temperature that it falls towards. One of the two takes the other with it where they would cross.",
     ),
     option(
-        "--entropy-bound", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT, group="Sampling",
+        "--entropy-bound", type=click.FloatRange(min=0), metavar="NATS", group=SAMPLING,
         help="How unsure the tokens accepted in one pass may be, taken together. Higher: fewer passes, more mistakes.",
     ),
     option(
-        "--confidence", type=click.FloatRange(min=0), metavar="NATS", **FROM_CHECKPOINT, group="Sampling",
+        "--confidence", type=click.FloatRange(min=0), metavar="NATS", group=SAMPLING,
         help="A canvas that no longer changes is finished once its mean entropy is below this; 0 takes every step.",
     ),
     option(
-        "--stability", type=click.IntRange(min=0), metavar="N", **FROM_CHECKPOINT, group="Sampling",
+        "--stability", type=click.IntRange(min=0), metavar="N", group=SAMPLING,
         help="How many passes in a row must leave a canvas as it was before it is finished.",
     ),
     option(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import threading
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -106,9 +108,23 @@ def footer(console: Console, done: Done, *, full: bool = False) -> None:
         put_words(console, summary(done, console.width if console.is_terminal else None))
 
 
-def put_words(console: Console, text: str) -> None:
+def put_lines(console: Console, lines: Iterable[str], *, indent: int = 0) -> None:
+    """Write lines of a report; on a terminal wrapped between words, what goes on a little to the right."""
+    for line in map(printable, lines):
+        if console.is_terminal and len(line) > console.width - indent:
+            hang = " " * (len(line) - len(line.lstrip()) + 2)
+            room = max(20, console.width - indent)
+            wrapped = textwrap.wrap(
+                line, room, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False,
+                drop_whitespace=True, replace_whitespace=False,
+            )  # fmt: skip
+            line = f"\n{' ' * indent}".join(wrapped)
+        console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def put_words(console: Console, text: str, style: Style = FAINT) -> None:
     """Write a remark: wrapped between words on a terminal, on one line elsewhere."""
-    console.print(Text(printable(text), FAINT), soft_wrap=not console.is_terminal)
+    console.print(Text(printable(text), style), soft_wrap=not console.is_terminal)
 
 
 def note(console: Console, text: str) -> None:

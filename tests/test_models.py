@@ -89,7 +89,8 @@ def test_revisions_are_for_hub_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["generate", "chat", "batch"])
 def test_help_lists_options_by_group(command: str) -> None:
     heads = [line for line in run(command, "--help").stdout.splitlines() if line and not line.startswith(" ")]
-    assert {"Prompt:", "Model:", "Length and seed:", "Sampling:", "Output:"} <= set(heads)
+    assert "Sampling (by default as the checkpoint says):" in heads and "[PROMPT]" not in heads
+    assert {"Prompt:", "Model:", "Length and seed:", "Output:", "Options:"} <= set(heads)
 
 
 def test_shells_complete_commands_and_options() -> None:
