@@ -21,7 +21,7 @@ from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderResult
 from rich.control import Control
 from rich.live import Live
-from rich.segment import ControlType
+from rich.segment import ControlType, Segment
 from rich.style import Style
 from rich.text import Text
 
@@ -235,6 +235,14 @@ def _hidden(count: int, width: int) -> Text:
     return mark
 
 
+class _Wrapping(Control):
+    """Whether the terminal goes on in the next row where a line is full (DECAWM)."""
+
+    def __init__(self, *, on: bool) -> None:
+        super().__init__()
+        self.segment = Segment(f"\x1b[?7{'h' if on else 'l'}", None, [(ControlType.CARRIAGE_RETURN,)])
+
+
 class CanvasLive(Live):
     """A rich `Live` that also survives a terminal being made narrower, and draws no more often than eyes can follow."""
 
@@ -259,4 +267,6 @@ class CanvasLive(Live):
         result = super().process_renderables(renderables)
         if extra and result:
             result.insert(1, Control(*((ControlType.CURSOR_UP, 1), (ControlType.ERASE_IN_LINE, 2)) * extra))
-        return result
+        # A terminal may be narrower for a while before it says so. What is drawn then must not wrap too, or every frame
+        # would leave rows behind; clipped, it takes the rows that are counted.
+        return [*result[:-1], _Wrapping(on=False), result[-1], _Wrapping(on=True)] if result else result

@@ -85,7 +85,8 @@ model_options = _together(
 
 budget_options = _together(
     option(
-        "--max-new-tokens", "-n", type=click.IntRange(min=1), metavar="N", group="Length and seed", **FROM_CHECKPOINT,
+        "--max-new-tokens", "-n", type=click.IntRange(min=1), metavar="N", group="Length and seed",
+        show_default="the checkpoint's",
         help="Write at most N tokens, thinking included; 256 where the checkpoint does not say.",
     ),
     option(

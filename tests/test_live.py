@@ -203,6 +203,27 @@ def test_a_narrowed_terminal_is_wiped_over_the_rows_it_wrapped() -> None:
     assert again.count("\x1b[1A") == wrapped - 1 > len(widths) - 1
 
 
+def test_what_is_drawn_does_not_wrap() -> None:
+    """A terminal that is narrower already and has not said so clips it: every frame has the rows that are counted."""
+    view = view_of(["word "] * 30)
+    console = terminal(60)
+    view.update(make_draft([1] * 30, [True] * 30))
+    with CanvasLive(view, console, redirect_stderr=False) as live:
+        live.draw(now=True)
+        console.print("a line that goes above, and wraps as any other")
+    parts = re.split(r"\x1b\[\?7([lh])", written(console))
+    wraps, drawn = True, 0
+    for text in parts:
+        if text in ("l", "h"):
+            wraps = text == "h"
+        elif "settled" in text:
+            assert not wraps
+            drawn += 1
+        elif "goes above" in text:
+            assert wraps
+    assert drawn >= 2 and wraps
+
+
 def test_draws_at_most_so_often(monkeypatch: pytest.MonkeyPatch) -> None:
     view = view_of(["a"])
     live = CanvasLive(view, terminal(), redirect_stderr=False)
