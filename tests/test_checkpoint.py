@@ -131,7 +131,7 @@ def test_a_tiny_checkpoint_opens_single_and_sharded(folder: Path) -> None:
 
 def test_generation_config_may_be_absent(folder: Path) -> None:
     (folder / "generation_config.json").unlink()
-    assert Checkpoint.open(folder).generation.max_new_tokens == 256
+    assert Checkpoint.open(folder).generation.budget(0) == 256
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
