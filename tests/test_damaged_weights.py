@@ -153,6 +153,28 @@ def test_a_revision_of_the_hubs_cache_is_named(tmp_path: Path) -> None:
     assert (source["name"], source["revision"]) == ("org/model", "0123456789" * 4)
 
 
+def test_entries_that_nothing_asks_for_and_notes_in_entries_change_nothing(tmp_path: Path) -> None:
+    folder, _ = published(tmp_path, "mlx")
+    before = Checkpoint.open(folder)
+    data = json.loads((folder / "config.json").read_text())["quantization"]
+    router = data[ROUTER] | {"mode": None, "bits": 8.0, "quant_method": "mlx", "zero_point": False, "note": "8 bits"}
+    data |= {"model.encoder.vision_tower.patch_embedder": {"bits": 99}, "lm_head": {"mode": "gguf"}, ROUTER: router}
+    data |= {
+        "model.audio_tower": {"a": {"b": 1}},
+        "quant_method": "mlx",
+        "calibration_data": None,
+        "mlx_version": "0.32",
+    }
+    edit_json(folder / "config.json", quantization=data, quantization_config=data)
+    after = Checkpoint.open(folder)
+    after.check()
+    assert all(after.format(name) == before.format(name) for name in before.names)
+    dgemma.convert(folder, tmp_path / "out", "4bit-mlx")
+    with says("norm_topk"):
+        edit_json(folder / "config.json", quantization=data | {"norm_topk": 3}, quantization_config=None)
+        Checkpoint.open(folder)
+
+
 def test_other_quantizations_are_refused_by_name(tmp_path: Path) -> None:
     folder = floats(tmp_path)
     edit_json(folder / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})

@@ -279,3 +279,18 @@ def test_quantized_copies_are_compared(tmp_path: Path, layout: str) -> None:
     if layout == "mlx":
         with says(encoder(GATE), "differs"):
             dgemma.load(folder)
+
+
+def test_float16_scales_in_onnx_runtime(tmp_path: Path) -> None:
+    """mlx-vlm's `convert --quantize --dtype float16`; an optimization of the runtime's fails on such a graph."""
+    pytest.importorskip("onnxruntime")
+    folder, _ = published(tmp_path, "mlx")
+
+    def narrow(tensors: Weights) -> None:
+        for name, value in tensors.items():
+            if value.dtype == ml_dtypes.bfloat16:
+                tensors[name] = value.astype(np.float32).astype(np.float16)
+
+    rewrite(folder, narrow)
+    got, want = (dgemma.load(folder, backend=one, dtype="float32").logits(PROMPT, CANVAS) for one in ("onnx", "numpy"))
+    assert_close_f32(got, want)

@@ -5,6 +5,7 @@ Session options, and what they are for:
                          would be a second copy of the model in memory, and no faster with a canvas of rows; see
                          docs/onnx.md
     ConstantFolding off  where weights are quantized: scales are cast in every pass instead of being kept in float32
+    FuseFp16Initializer… off  there too: of float16 scales it makes a graph that its own check refuses (seen in 1.32)
     allow_spinning off   threads that wait give the processor up; beside torch's or another session's they would take
                          it from those
     memory_arena_shrinkage  a run of `encode` gives its working memory back: it is followed by many of `denoise`, whose
@@ -177,7 +178,7 @@ def open_session(
 
         source = ir.to_proto(model).SerializeToString()
         options.add_session_config_entry(_EXTERNAL, str(checkpoint.files[0].path.resolve().parent))
-    off = ["ConstantFolding"] if checkpoint.quantization is not None else []
+    off = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"] if checkpoint.quantization else []
     try:
         inner = ort.InferenceSession(source, options, providers=list(providers.items()), disabled_optimizers=off)
     except Exception as error:  # as above
