@@ -51,7 +51,7 @@ def call(what: str, function: Callable[[], Any]) -> Any:
 
 def first_line(error: BaseException) -> str:
     """Return what an exception says, on one line, printable, and short."""
-    lines = str(error)[:1000].strip().splitlines()
+    lines = str(error)[:1000].removeprefix("Cannot instantiate Tokenizer from buffer: ").strip().splitlines()
     text = "".join(c if c.isprintable() else " " for c in lines[0]) if lines else type(error).__name__
     return text if len(text) <= 120 else f"{text[:117]}..."
 
