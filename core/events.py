@@ -113,6 +113,14 @@ class Generation:
     thinking: str
     """The thinking channel, empty where there was none."""
     token_ids: tuple[int, ...]
-    """Everything emitted, thinking included; without the end-of-sequence token, never more than asked for."""
+    """Everything emitted, thinking included; without the end-of-sequence token, never more than asked for.
+
+    An empty answer that ended by itself has no tokens and `stop`: the model had nothing to say.
+    """
     finish_reason: FinishReason
     stats: Stats
+
+    def __repr__(self) -> str:
+        head = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."
+        thought = f", thinking {len(self.thinking):,} characters" if self.thinking else ""
+        return f"<Generation {head!r}: {len(self.token_ids):,} tokens, {self.finish_reason}{thought}>"

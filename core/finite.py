@@ -55,7 +55,10 @@ def scores(given: Any, shape: tuple[int, int], name: str = "previous_logits") ->
     Raises:
         DgemmaError: another shape, no floats, NaN, +inf (as float32), or a position with every token out.
     """
-    array = np.asarray(given)
+    try:
+        array = np.asarray(given)
+    except (ValueError, TypeError):  # ragged, or of a framework's that is not on the host
+        raise DgemmaError(f"{name} is {quoted(type(given).__name__)}, expected floats of shape {shape}") from None
     if array.shape != shape or (array.dtype.kind != "f" and array.dtype.name != "bfloat16"):
         raise DgemmaError(f"{name} is {array.dtype} {array.shape}, expected floats of shape {shape}")
     with np.errstate(over="ignore"):

@@ -111,6 +111,8 @@ class Ops(ABC):
     """Denoising passes that the engine starts before it reads what the one before them came to."""
     joined: bool = False
     """Whether a canvas is read in the next one's first pass, `model.encode_and_step`, not in a pass of its own."""
+    maps_weights: bool = False
+    """Whether weights stay views of the files that they came from."""
     survives_fork: ClassVar[bool] = False
     """Whether a forked child can go on with a model that its parent loaded: not where the runtime keeps threads."""
 

@@ -17,9 +17,10 @@ from .config import GenerationConfig, ModelConfig
 from .engine import Engine, Request, check_tokens
 from .errors import DgemmaError, quoted
 from .events import Commit, Done, Event, Generation
+from .given import figure, ids_of, integer
 from .model import denoise
 from .ops import Passes
-from .reader import show
+from .safetensors import SafetensorsFile
 from .sampler import settings
 from .tokens import Message, Tokenizer
 
@@ -34,6 +35,11 @@ FLOAT32_LIMIT = 2 << 30
 NATIVE_LIMIT = 16 << 20
 """The same where it is known what the processor multiplies. On two cores with AVX512_BF16 a pass in bfloat16 takes 1.15
 times float32's time with 2 million parameters, 0.85 with 6, 0.67 with 27 and 0.55 with 108."""
+
+
+HELD = 256 << 20
+"""Bytes of weight files that are read into memory at once, so that nothing that becomes of the files matters; larger
+ones are mapped where the backend computes from the map, and looked at before each generation."""
 
 
 def auto_dtype(
@@ -67,6 +73,8 @@ def load(
 
     The model serves any number of generations, in any threads; they take turns, see `DiffusionGemma.stream`. A forked
     child cannot go on with it, but for the numpy backend, and is told so: it loads its own, or is started by `spawn`.
+    Files above 256 MiB stay mapped on torch's CPU, onnx and numpy: leave them as they are while the model is in use
+    (replacing one by another of its name is safe). One that was written to is refused by the next generation.
 
     Args:
         name: `nano` (shipped with the package), a folder, or a Hugging Face hub id.
@@ -94,6 +102,9 @@ def load(
         known = partial(backends.native, chosen, device)
         dtype = auto_dtype(checkpoint.config, checkpoint.stored_dtype, chosen, known)
     ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
+    if ops.maps_weights and sum(file.size for file in checkpoint.files) <= HELD:
+        for file in checkpoint.files:
+            file.hold()
     total = checkpoint.nbytes + sum(map(checkpoint.copied_bytes, checkpoint.names))
     done = 0
 
@@ -127,16 +138,28 @@ def load(
             controls=(*config.image_token_ids, *config.eos_token_ids, config.pad_token_id),
             context=config.max_positions,
         )
-    return DiffusionGemma(Engine(ops, model, tokenizer), checkpoint.generation, checkpoint.path)
+    files = checkpoint.files if ops.maps_weights else ()
+    return DiffusionGemma(Engine(ops, model, tokenizer), checkpoint.generation, checkpoint.path, files)
 
 
 class DiffusionGemma:
     """A loaded model; `load` makes one."""
 
-    def __init__(self, engine: Engine, generation: GenerationConfig, path: Path) -> None:
+    def __init__(
+        self, engine: Engine, generation: GenerationConfig, path: Path, files: Sequence[SafetensorsFile] = ()
+    ) -> None:
+        """`files` are those that weights are views of."""
         self.engine = engine
         self.generation = generation
         self.path = path
+        self._files = tuple(files)
+
+    def __repr__(self) -> str:
+        size = sum(math.prod(shape) for shape in weights.shapes(self.config).values())
+        return (
+            f"<DiffusionGemma {quoted(self.path.name)}: {figure(size)} parameters, {self.backend} on {self.device}, "
+            f"{self.dtype}, context {self.config.max_positions:,}>"
+        )
 
     @property
     def config(self) -> ModelConfig:
@@ -273,8 +296,8 @@ class DiffusionGemma:
                 dtype and what to try; and whatever the device refuses.
         """
         if max_new_tokens is not None:
-            _integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
-        _integer("seed", seed, 0, (1 << 64) - 1)
+            integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
+        integer("seed", seed, 0, (1 << 64) - 1)
         sampler = settings(
             self.generation.sampler, steps=steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
             t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, temperature=temperature,
@@ -296,6 +319,7 @@ class DiffusionGemma:
             stop=stops,
         )
         self.engine.check(request)
+        self._check_files()
         return self.engine.generate(request)
 
     def logits(
@@ -318,7 +342,7 @@ class DiffusionGemma:
         ops, model = self.ops, self.engine.model
         prompt = self.prompt_ids(prompt_ids)
         check_tokens(prompt, self.config.vocab_size, self.config.image_token_ids)
-        canvas = self.tokenizer.encode(canvas_ids) if isinstance(canvas_ids, str) else _ids(canvas_ids, "the canvas")
+        canvas = self.tokenizer.encode(canvas_ids) if isinstance(canvas_ids, str) else ids_of(canvas_ids, "the canvas")
         check_tokens(canvas, self.config.vocab_size, what="the canvas")
         if len(prompt) + len(canvas) > self.config.max_positions:
             raise DgemmaError(f"prompt and canvas exceed the model's context of {self.config.max_positions:,} tokens")
@@ -337,7 +361,13 @@ class DiffusionGemma:
             finite.check_results(logits, ops.dtype)
             return logits
 
+        self._check_files()
         return self.engine.turns.take("computing logits", run)
+
+    def _check_files(self) -> None:
+        """Refuse to read weights from files that were written to since they were mapped."""
+        for file in self._files:
+            file.check_unchanged()
 
     def prompt_ids(
         self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False
@@ -349,30 +379,12 @@ class DiffusionGemma:
             prompt = [{"role": "user", "content": prompt}]
         if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
             return self.tokenizer.render(cast("Sequence[Message]", prompt), thinking=thinking, specials=specials)
-        return _ids(prompt, "the prompt")
+        return ids_of(prompt, "the prompt")
 
     def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos is None:
             return self.generation.eos_token_ids or self.config.eos_token_ids
-        ends = tuple(_ids([eos] if isinstance(eos, int) else eos, "eos"))
+        ends = tuple(ids_of([eos] if isinstance(eos, int) else eos, "eos"))
         if ends:
             check_tokens(ends, self.config.vocab_size, what="eos")
         return ends
-
-
-def _ids(values: Any, what: str) -> list[int]:
-    """Accept any sequence or array of integers."""
-    try:
-        array = np.asarray(values)
-    except Exception:  # whatever the conversions of other libraries' arrays raise
-        array = np.asarray("ragged")
-    if array.size == 0:
-        return []
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DgemmaError(f"{what}: expected text, chat messages or a flat sequence of token ids")
-    return [int(i) for i in array]
-
-
-def _integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
-        raise DgemmaError(f"{name} is {show(value)}, expected an integer from {low} to {high}")

@@ -16,6 +16,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from . import files
 from .errors import DgemmaError, quoted, shown
 
 _MAX_HEADER = 100_000_000  # bytes; the format's own cap
+_READ = 1 << 26
 _MAX_DIMENSIONS = 32  # NumPy 1's limit
 
 # The bytes of float8 scales are codes, not numbers to compute with.
@@ -104,22 +106,75 @@ class SafetensorsFile:
         """Return a view [count] of the file's bytes, uint8, under the same conditions as a tensor."""
         return np.frombuffer(self._map, np.uint8, count, start)
 
+    def hold(self) -> None:
+        """Read the file into memory: tensors are views of that, and what becomes of the file is no matter any more.
+
+        Raises:
+            DgemmaError: it cannot be read, or is not as long as it was.
+        """
+        held = mmap.mmap(-1, self.size)  # aligned to pages, as a file's map is
+        try:
+            with files.open_file(self.path) as file:
+                read, view = 0, memoryview(held)
+                while count := file.readinto(view[read : read + _READ]):
+                    read += count
+        except OSError as error:
+            raise DgemmaError(f"{shown(self.path)}: {error.strerror or error}") from None
+        self._check_size(read)
+        self.__dict__["_map"] = held
+
+    def check_unchanged(self) -> None:
+        """Refuse a mapped file that was written to since: a page beyond its end kills the process that reads it.
+
+        A file that was replaced by another of its name is no matter: the map is of the old one.
+
+        Raises:
+            DgemmaError: its size or its time of change is another.
+        """
+        if (opened := self.__dict__.get("_opened")) is None:
+            return
+        file, before = opened
+        now = os.fstat(file.fileno())
+        if (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            raise DgemmaError(f"{shown(self.path)}: the file was changed after it was loaded; load the model again")
+
+    def _check_size(self, found: int) -> None:
+        if found != self.size:
+            raise DgemmaError(f"{shown(self.path)}: the file changed while it was being read; open it again")
+
+    @cached_property
+    def _opened(self) -> tuple[_Kept, os.stat_result]:
+        """The mapped file, and what it was when it was mapped."""
+        with files.open_file(self.path) as file:
+            kept = _Kept(os.dup(file.fileno()))
+        return kept, os.fstat(kept.fileno())
+
     @cached_property
     def _map(self) -> mmap.mmap:
         try:
-            with files.open_file(self.path) as file:
-                # Copy-on-write, because torch warns of memory that it may not write; no page is copied by reading.
-                try:
-                    result = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-                except OSError:  # Linux refuses writable maps of files larger than memory and swap
-                    result = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            file, _ = self._opened
+            # Copy-on-write, because torch warns of memory that it may not write; no page is copied by reading.
+            try:
+                result = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            except OSError:  # Linux refuses writable maps of files larger than memory and swap
+                result = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except DgemmaError:
             raise
         except (OSError, ValueError) as error:
             raise DgemmaError(f"{shown(self.path)}: cannot be mapped into memory: {error}") from None
-        if len(result) != self.size:
-            raise DgemmaError(f"{shown(self.path)}: the file changed while it was being read; open it again")
+        self._check_size(len(result))
         return result
+
+
+class _Kept:
+    """A descriptor that is closed when nobody has it any more."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+
+    def fileno(self) -> int:
+        return self._descriptor
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:

@@ -56,6 +56,7 @@ class InferenceOps(TorchOps):
         by_default = processor.multiplies(dtype) if self.device.type == "cpu" else dtype
         self._product = TORCH_DTYPES[products or by_default]
         self.compiles = compile
+        self.maps_weights = self.device.type == "cpu"
         self._scratch = Scratch()
         self._head = VocabHead(self._scratch)
 

@@ -20,6 +20,7 @@ Array = np.ndarray
 
 class NumpyOps(Ops):
     name = "numpy"
+    maps_weights = True
     survives_fork = True
 
     def __init__(self, dtype: DType = "float32") -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from ..config import read_json
 from ..errors import DgemmaError, quoted, shown
 from ..files import MAX_NAME
+from ..given import check_path
 from .job import Job
 from .partial import MANIFEST, place_of, replaceable
 
@@ -20,6 +21,7 @@ def absolute(out: str | Path) -> Path:
     Raises:
         DgemmaError: no folder can have that name, or not while it is being made.
     """
+    check_path(out, "out")
     refusal = DgemmaError(f"{quoted(str(out))}: not the name of a folder that could be made")
     try:
         path = Path(os.path.abspath(Path(out).expanduser()))

@@ -1,0 +1,47 @@
+"""What callers give, checked: token ids, integers, paths; and figures as messages show them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from .errors import DgemmaError, quoted
+from .reader import show
+
+
+def check_path(path: Any, what: str) -> None:
+    """Refuse what is no path.
+
+    Raises:
+        DgemmaError: neither text nor a path of text.
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+        raise DgemmaError(f"{what} is {quoted(path)}, expected a path")
+
+
+def figure(count: int) -> str:
+    """Return a count in the largest unit of three digits: 1.23 M."""
+    for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):
+        if count >= unit:
+            return f"{count / unit:.3g}{name}"
+    return str(count)
+
+
+def ids_of(values: Any, what: str) -> list[int]:
+    """Accept any sequence or array of integers."""
+    try:
+        array = np.asarray(values)
+    except Exception:  # whatever the conversions of other libraries' arrays raise
+        array = np.asarray("ragged")
+    if array.size == 0:
+        return []
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise DgemmaError(f"{what}: expected text, chat messages or a flat sequence of token ids")
+    return [int(i) for i in array]
+
+
+def integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
+        raise DgemmaError(f"{name} is {show(value)}, expected an integer from {low} to {high}")
