@@ -96,6 +96,11 @@ class Folder:
         name = fresh_name()
         return name, self.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
+    def make_folder(self, name: str) -> None:
+        """Make a folder in it, unless the name is taken."""
+        with self._naming(name), suppress(FileExistsError):
+            os.mkdir(self._at(name), dir_fd=self._handle)
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file whole, in place of what has the name."""
         fresh, handle = self.fresh()

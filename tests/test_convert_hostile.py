@@ -300,7 +300,7 @@ def test_names_that_are_not_text(folder: Path, made: Path) -> None:
     assert hashes(report.path).keys() == hashes(made / "whole").keys()
     with says("no model"):
         convert(folder / odd / odd, folder / "other")
-    with says("??"):
+    with says("??"):  # how a name that is not UTF-8 is shown
         convert(folder / f"out{odd}", folder / f"{odd}2", rules=folder / f"{odd}.toml")
 
 
@@ -364,6 +364,22 @@ def test_another_folder_takes_the_place_while_it_works(folder: Path, monkeypatch
     with says():
         again(folder)
     assert os.listdir(theirs) == [] and not os.path.lexists(folder / "out")
+
+
+def test_a_link_takes_the_place_of_a_folder_just_made(folder: Path, monkeypatch: Any) -> None:
+    (folder / "theirs").mkdir()
+    whole = Path.mkdir
+
+    def mkdir(self: Path, *args: Any, **options: Any) -> None:
+        whole(self, *args, **options)
+        if self.name == "new.partial":
+            self.rmdir()
+            self.symlink_to(folder / "theirs")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with says("new.partial"):
+        convert(folder / "source", folder / "new")
+    assert os.listdir(folder / "theirs") == []
 
 
 def test_an_open_folder_is_known_by_more_than_its_name(tmp_path: Path) -> None:

@@ -73,9 +73,13 @@ class Partial:
         try:
             self.files.check_own()
             self.hidden = Folder(folder / HIDDEN, follow=False, parent=self.files)
-            self.hidden.check_own()
         except BaseException:
             self.files.close()
+            raise
+        try:
+            self.hidden.check_own()
+        except BaseException:
+            self.close()
             raise
 
     def close(self) -> None:
@@ -216,7 +220,9 @@ def open_partial(out: Path, plan: Mapping[str, Any], *, force: bool) -> Iterator
         raise DgemmaError(
             f"{shown(folder)}: is in the way, and not of dgemma's making; remove it, or take another --out"
         )
-    (folder / HIDDEN).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    with Folder(folder, follow=False) as made:
+        made.make_folder(HIDDEN)
     text = json.dumps(plan, indent=1, sort_keys=True).encode()
     partial = Partial(folder, text)
     try:
@@ -279,6 +285,9 @@ def place_of(out: Path) -> Path:
 def finish(partial: Partial, out: Path, *, force: bool) -> None:
     """Move the folder to its name, in place of what `force` replaces."""
     partial.files.sync()
+    found = os.stat(partial.folder, follow_symlinks=False)
+    if (found.st_dev, found.st_ino) != partial.files.identity:
+        raise DgemmaError(f"{shown(partial.folder)}: another folder has taken its place; start again")
     if os.path.lexists(out) and not _is_folder(out):
         raise DgemmaError(f"{shown(out)}: is no folder; choose another --out")
     if out.exists() and not any(out.iterdir()):
