@@ -61,6 +61,7 @@ def batch(
     _, errors = consoles(quiet=quiet)
     with Results(out, keys, force=force) as results:
         left = [item for item in items if item.line not in results.done]
+        empty: list[int] = []
         if left:
             loaded = load_model(errors, model, revision=revision, backend=backend, device=device, dtype=dtype)
 
@@ -80,7 +81,12 @@ def batch(
                     what = f"line {item.line} of {items[-1].line}"
                     sink = ResultSink(errors, lambda record, head=head: results.append(head | record), what=what)
                     follow(ask(item), sink)
+                    if not sink.answer.strip():
+                        empty.append(item.line)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt("the same command goes on from here") from None
         there = len(items) - len(left)
+        if empty:
+            many = "1 answer is" if len(empty) == 1 else f"{len(empty)} answers are"
+            note(errors, f"{many} empty: line {', '.join(map(str, empty[:8]))}{', ...' if len(empty) > 8 else ''}")
         put_words(errors, f"{len(left)} answered{f', {there} were there already' if there else ''}: {out}")

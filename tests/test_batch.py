@@ -62,6 +62,13 @@ def test_results(model: ScriptedModel, prompts: Path, tmp_path: Path) -> None:
     assert asked[0][0] == "one" and asked[2][0] == [system, {"role": "user", "content": "three"}]
 
 
+def test_empty_answers_are_noticed(monkeypatch: pytest.MonkeyPatch, prompts: Path, tmp_path: Path) -> None:
+    monkeypatch.setattr(dgemma, "load", lambda *a, **k: ScriptedModel([" "]), raising=False)
+    result = run(prompts, "--out", tmp_path / "out.jsonl", "-m", tmp_path)
+    assert result.exit_code == 0
+    assert result.stderr.startswith("dgemma: note: 4 answers are empty: line 1, 3, 4, 5\n4 answered")
+
+
 def test_going_on(model: ScriptedModel, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     assert run(prompts, "--out", out, "-m", tmp_path).exit_code == 0
