@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core import safetensors
-from ..core.checkpoint import Checkpoint, inside, resolve
+from ..core.checkpoint import Checkpoint, resolve
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.files import read_bytes
+from ..core.links import inside
 from . import manifest
 from .target import choose, left, opened
 
@@ -85,32 +86,23 @@ def export(
     """
     began = time.perf_counter()
     say = progress or (lambda line: None)
-    if opset not in OPSETS:
-        raise DgemmaError(f"opset is {quoted(opset, 20)}, expected one of {', '.join(map(str, OPSETS))}")
-    if cpu and portable:
-        raise DgemmaError("cpu and portable are two ways to write the same products; give one of them")
-    for what, package in {"writing": "onnx_ir", "checking": "onnx"}.items():
-        if find_spec(package) is None:
-            name = package.replace("_", "-")
-            raise DgemmaError(f"{what} ONNX graphs needs {name}: pip install 'dgemma[onnx]'")
-    if verify and find_spec("onnxruntime") is None:
-        raise DgemmaError("verifying ONNX graphs needs onnxruntime: pip install 'dgemma[onnx]'")
+    _check_options(opset, cpu, portable, verify)
     say("reading headers")
     original = Checkpoint.open(resolve(source, revision=revision))
     original.check()
-    for name in original.names:
-        original.check_copies(name)
     _check_formats(original)
     target = choose(out, original)
     if target.inside and standalone:
         raise DgemmaError("standalone makes a folder of its own; give another out than the source")
-    options = {"opset": opset, "dtype": "float16" if fp16 else "float32", "logits": logits, "cpu": cpu}
-    options["portable"] = portable
+    options: dict[str, Any] = dict(opset=opset, logits=logits, cpu=cpu, portable=portable)
+    options["dtype"] = "float16" if fp16 else "float32"
     copied = [] if target.inside else _copied(original, standalone)
     coming = {manifest.NAME, *(f"{name}.onnx" for name in (["unified"] if unified else ["encode", "denoise"]))}
     if not target.inside:
         coming |= {*copied, *([_SINGLE] if standalone else [file.path.name for file in original.files])}
     with opened(target, original, coming, force=force) as stage:
+        for name in original.names:
+            original.check_copies(name)  # which reads weights, and so comes behind all that can be known without
         checkpoint = original
         if not target.inside:
             say("copying weights" if standalone else "linking weights")
@@ -135,6 +127,19 @@ def export(
         lacking=lacking(made.values()), fused_experts=has_fused_experts(), errors=errors,
         seconds=time.perf_counter() - began,
     )  # fmt: skip
+
+
+def _check_options(opset: int, cpu: bool, portable: bool, verify: bool) -> None:
+    if opset not in OPSETS:
+        raise DgemmaError(f"opset is {quoted(opset, 20)}, expected one of {', '.join(map(str, OPSETS))}")
+    if cpu and portable:
+        raise DgemmaError("cpu and portable are two ways to write the same products; give one of them")
+    for what, package in {"writing": "onnx_ir", "checking": "onnx"}.items():
+        if find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise DgemmaError(f"{what} ONNX graphs needs {name}: pip install 'dgemma[onnx]'")
+    if verify and find_spec("onnxruntime") is None:
+        raise DgemmaError("verifying ONNX graphs needs onnxruntime: pip install 'dgemma[onnx]'")
 
 
 def _check_formats(checkpoint: Checkpoint) -> None:

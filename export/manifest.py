@@ -14,9 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.checkpoint import Checkpoint, inside
+from ..core.checkpoint import Checkpoint
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
+from ..core.links import inside
 from ..core.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
