@@ -61,6 +61,16 @@ def test_its_logits_are_the_dequantized_models(tmp_path: Path, kind: str) -> Non
         assert_close_f32(logits(checkpoint.config, checkpoint.tensor, backend), want, backend)
 
 
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_1"])
+def test_float16_scales_run_in_onnx_runtime(tmp_path: Path, kind: str) -> None:
+    """Which fuses casts of float16 initializers, and fails at it where experts were inlined, unless told not to."""
+    path, _ = gguf_file(tmp_path, kind)
+    dgemma.convert(path, tmp_path / "out")
+    prompt, canvas = list(range(20, 33)), list(range(40, 56))
+    want = dgemma.load(tmp_path / "out", backend="numpy").logits(prompt, canvas)
+    assert_close_f32(dgemma.load(tmp_path / "out", backend="onnx").logits(prompt, canvas), want)
+
+
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
 def test_floats_are_stored_as_they_are(tmp_path: Path, kind: str) -> None:
     path, meant = gguf_file(tmp_path, kind)

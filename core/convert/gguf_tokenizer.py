@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import inside
-from ..config import ModelConfig
+from ..config import GenerationConfig, ModelConfig
 from ..errors import DgemmaError, quoted, shown
 from ..files import read_bytes
 from ..gguf import Array, GgufFile
@@ -40,7 +40,9 @@ def companions(file: GgufFile, config: ModelConfig, folder: Path | None) -> dict
     Raises:
         DgemmaError: a tokenizer that is missing, of a kind that cannot be rebuilt, or larger than the vocabulary.
     """
-    made = {"generation_config.json": _json(make_generation(file, config))}
+    settings = make_generation(file, config)
+    GenerationConfig.from_hf(settings, where=f"{shown(file.path)}: its settings")
+    made = {"generation_config.json": _json(settings)}
     return made | (copied(folder, config) if folder is not None else _rebuilt(file, config))
 
 
