@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..core import weights
+from ..core import foreign, weights
 from ..core.checkpoint import PACKAGED, Checkpoint, resolve
 from ..core.config import ModelConfig, read_json
 from ..core.convert import recipes
@@ -83,6 +83,8 @@ def describe(name: str, *, revision: str | None = None) -> Described:
         path = resolve(name, revision=revision)
     elif not path.is_file():
         path = from_hub(name, revision)
+    if path.is_dir() or path.suffix != ".json":
+        foreign.check_folder(path)
     if path.is_dir() and any(path.glob("*.safetensors")):
         checkpoint = Checkpoint.open(path)
         checkpoint.check()

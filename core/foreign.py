@@ -12,6 +12,7 @@ from .links import present
 
 WANTED = "a checkpoint is a folder with config.json, tokenizer.json and *.safetensors"
 READABLE = "one that is not quantized, or in MLX's layout, NVFP4, FP8 or W4A16"
+_GGUF = "which does not run as it is; `dgemma convert` makes a folder that does, of K-quants with --requantize"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors", re.ASCII)
 
@@ -33,7 +34,7 @@ def _no_folder(path: Path) -> DgemmaError:
         lost = "a link to what is not there" if path.is_symlink() else "no such folder"
         return DgemmaError(f"{where}: {lost}; {WANTED}")
     if name.endswith(".gguf"):
-        what = "a GGUF file, which does not run as it is; `dgemma convert` makes a folder that does"
+        what = f"a GGUF file, {_GGUF}"
     elif name.endswith(".safetensors") and present(path.parent / "config.json"):
         what = f"one file of a checkpoint; give the folder, {shown(path.parent)}"
     elif name.endswith(_PICKLES):
@@ -113,7 +114,7 @@ def _named(folder: Path, found: list[str]) -> str | None:
     if ends[".safetensors"]:
         return None
     if ends[".gguf"]:
-        return "GGUF, which does not run as it is; `dgemma convert` makes a folder that does"
+        return f"GGUF, {_GGUF}"
     if ends[".onnx"]:
         return "ONNX graphs without the checkpoint's weights; give the folder that they were exported from"
     if pickles := [name for name in found if name.endswith(_PICKLES)]:

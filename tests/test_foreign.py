@@ -14,9 +14,11 @@ from click.testing import CliRunner
 
 import dgemma
 from dgemma.cli import main
+from dgemma.cli.fit import describe
 from dgemma.core import safetensors
 from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.convert import convert
+from dgemma.core.errors import DgemmaError
 from dgemma.core.inspect import inspect_folder
 from published import one_by_one, published
 from said import says
@@ -69,6 +71,25 @@ def only(folder: Path, *names: str, config: bool = False) -> Path:
 )
 def test_what_a_folder_is_instead(folder: Path, names: list[str], words: list[str], config: bool) -> None:
     everywhere(only(folder, *names, config=config), *words)
+
+
+@pytest.mark.parametrize("names", [["adapter_model.bin"], ["pytorch_model.bin"], ["a.gguf"], []])
+def test_doctor_says_the_same_of_what_has_no_config(folder: Path, names: list[str]) -> None:
+    with pytest.raises(DgemmaError) as load:
+        dgemma.load(only(folder, *names))
+    with says(str(load.value)):
+        describe(str(folder))
+
+
+def test_gguf_where_a_folder_is_wanted(folder: Path) -> None:
+    for path in (only(folder, "a.gguf"), folder / "a.gguf"):
+        for act in (
+            dgemma.load,
+            lambda one: dgemma.export(one, folder.parent / "onnx"),
+            lambda one: describe(str(one)),
+        ):
+            with says("GGUF", "`dgemma convert`", "--requantize"):
+                act(path)
 
 
 def test_empty_folders_unfinished_downloads_and_folders_of_folders(folder: Path, tmp_path: Path) -> None:
