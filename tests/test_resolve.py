@@ -144,6 +144,12 @@ def test_names_that_no_file_system_has(tmp_path: Path, name: str) -> None:
             act(name)
 
 
+@pytest.mark.parametrize("rules", [3, b"x.toml", ["x.toml"]])
+def test_rules_are_a_path(tmp_path: Path, rules: Any) -> None:
+    with says("rules", "expected a path"):
+        dgemma.convert("nano", tmp_path / "out", rules=rules)
+
+
 @pytest.mark.parametrize("revision", [3, "", b"main"])
 def test_revisions_are_names(revision: Any) -> None:
     with says("revision", "branch"):

@@ -30,6 +30,7 @@ from typing import Any, Literal
 from ..config import read_json
 from ..errors import DgemmaError, quoted, shown
 from ..files import read_text
+from ..given import check_path
 from ..quant import FLOAT_MODES, Format
 
 Target = Format | Literal["bf16", "stored"]
@@ -149,6 +150,7 @@ def read_rules(path: str | Path) -> Recipe:
     Raises:
         DgemmaError: not readable, or a rule that means nothing; names the line or the key.
     """
+    check_path(path, "rules")
     path = Path(path)
     where = shown(path)
     if path.suffix not in (".json", ".toml"):
