@@ -1,6 +1,7 @@
 """The converter: any published layout in, one layout out, streaming.
 
-layouts, stored   what a source folder holds, whoever wrote it
+layouts, stored   what a source folder holds, whoever wrote it; integers: W4A16 and fp8 in blocks
+gguf_*            the same of a GGUF file: names and tensors, settings, blocks, the tokenizer
 recipes, plan     which tensor becomes what, and in which file it lands
 job, encode       the work, tensor by tensor
 crew, partial     worker processes, and the unfinished folder that a later run resumes
