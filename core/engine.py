@@ -22,9 +22,9 @@ from .config import SamplerConfig
 from .errors import DgemmaError
 from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
 from .finite import check_results
-from .memory import peak_memory
+from .memory import check_room, peak_memory
 from .model import Cache, Model, encode, encode_and_step, new_cache, step
-from .ops import Array, Ops
+from .ops import NUMPY_DTYPES, Array, Ops
 from .random import step_noise
 from .tokens import Decoder, Tokenizer, split_at_end
 from .turns import Stream, Turns
@@ -153,6 +153,8 @@ class Engine:
             scratch = max(canvas_length, min(chunk, len(prompt)))
         if ops.joined:
             scratch = max(scratch, 2 * canvas_length)
+        if ops.reserves_cache:
+            check_room(self.model.config, capacity, scratch, np.dtype(NUMPY_DTYPES[ops.dtype]).itemsize)
         cache = new_cache(ops, self.model.config, batch=1, capacity=capacity, chunk=scratch)
         ids = np.asarray(prompt, np.int32)[None]
         yield Prefill(done=0, total=len(prompt))

@@ -6,6 +6,12 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .errors import DgemmaError
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
 
 WIDENED_ONCE = 1 << 20
 """Weights of a tensor, up to which torch on the CPU widens one when it is loaded; see `stays_narrow`."""
@@ -17,6 +23,26 @@ def stays_narrow(shape: Sequence[int]) -> bool:
     Small ones cost more in calls, every pass, than they save in memory.
     """
     return len(shape) > 1 and math.prod(shape) > WIDENED_ONCE
+
+
+def check_room(config: ModelConfig, tokens: int, scratch: int, width: int) -> None:
+    """Refuse a cache of so many tokens, elements of `width` bytes, that this machine could never hold.
+
+    Raises:
+        DgemmaError: with the numbers.
+    """
+    import psutil
+
+    needed = 0
+    for layer in config.layers:
+        rows = tokens if layer.window is None else min(tokens, layer.window - 1)
+        needed += 2 * width * layer.kv_heads * layer.head_dim * (rows + scratch)
+    total = psutil.virtual_memory().total
+    if needed > total:
+        raise DgemmaError(
+            f"a cache of {tokens:,} tokens takes {needed / 1e9:.1f} GB and this machine has {total / 1e9:.1f} GB of "
+            "memory; give a smaller max_new_tokens, or a shorter prompt"
+        )
 
 
 def peak_memory() -> int:

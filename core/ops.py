@@ -111,6 +111,8 @@ class Ops(ABC):
     """Denoising passes that the engine starts before it reads what the one before them came to."""
     joined: bool = False
     """Whether a canvas is read in the next one's first pass, `model.encode_and_step`, not in a pass of its own."""
+    reserves_cache: bool = False
+    """Whether `new_cache` takes all of a cache's bytes at once from the host's memory."""
     maps_weights: bool = False
     """Whether weights stay views of the files that they came from."""
     survives_fork: ClassVar[bool] = False

@@ -109,6 +109,15 @@ def test_ends_are_config_jsons_where_the_generation_config_names_none(tmp_path: 
     assert model._ends(None) == (IDS["<eos>"], IDS["<turn|>"])
 
 
+def test_a_cache_beyond_this_machine_is_refused_by_arithmetic(tmp_path: Path) -> None:
+    """A context as long as it may be: 2^31 tokens, and nothing is allocated."""
+    model = dgemma.load(tiny_checkpoint(tmp_path, max_position_embeddings=1 << 31), backend="torch")
+    line = says("a cache of 2,1", "tokens takes", "GB and this machine has", "smaller max_new_tokens")
+    with line:
+        model.generate([5, 6, 7], 1 << 31)
+    assert len(model.generate([5, 6, 7], 5, steps=1, eos=()).token_ids) == 5
+
+
 def test_end_of_sequence_cuts_and_nothing_follows(model: DiffusionGemma, script: Any) -> None:
     log = script("abcdefghijklmnop", "qr<turn|>never", "never")
     result = model.generate("x", max_new_tokens=1000)

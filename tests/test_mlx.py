@@ -11,12 +11,14 @@ import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
 
+import dgemma
 import hf
 from dgemma.backends.mlx import attention as attending
 from dgemma.backends.mlx import head, mlx_backend
@@ -31,6 +33,7 @@ from dgemma.core.ops import KV, Span
 from dgemma.core.random import step_noise
 from dgemma.core.sampler import StepState, start
 from law import assert_close_f32
+from tiny import tiny_checkpoint
 from under_test import values
 
 SHAPE = "top4"  # window 8
@@ -257,3 +260,25 @@ def test_encode_and_new_cache_hold_a_batch_of_one_length() -> None:
         for a, b in zip(both.layers, alone.layers, strict=True):
             valid = min(13, b.keys.shape[2])
             assert_close_f32(ops.to_numpy(a.keys)[row, :, :valid], ops.to_numpy(b.keys)[0, :, :valid], "keys")
+
+
+def test_any_settings_are_one_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Entropy bound, confidence and stability go in as arrays: nothing is traced again, so no library is left."""
+    model = dgemma.load(tiny_checkpoint(tmp_path), backend="mlx")
+    assert model.ops.compiles  # type: ignore[attr-defined]
+    plain = dgemma.load(model.path, backend="torch")
+    traces = []
+    advance = type(model.ops).advance
+
+    def counted(self: MlxOps, *arguments: Any) -> Any:
+        traces.append(1)
+        return advance(self, *arguments)
+
+    monkeypatch.setattr(type(model.ops), "advance", counted)
+    model.generate([5, 6, 7], 16, steps=2)
+    before = len(traces)
+    for i in range(12):
+        settings: dict[str, Any] = {"entropy_bound": 0.01 * i, "confidence": 0.3 + 0.01 * i, "stability": i % 3}
+        got = model.generate([5, 6, 7], 16, i, 4, **settings)
+        assert got.token_ids == plain.generate([5, 6, 7], 16, i, 4, **settings).token_ids
+    assert len(traces) == before == 1

@@ -13,7 +13,8 @@ What is done differently from the default bodies, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+from ...core.errors import DgemmaError
 from ...core.memory import stays_narrow
 from ...core.ops import KV, DType, Rope, Span
 from ...core.quant import QTensor
@@ -56,7 +58,7 @@ class InferenceOps(TorchOps):
         by_default = processor.multiplies(dtype) if self.device.type == "cpu" else dtype
         self._product = TORCH_DTYPES[products or by_default]
         self.compiles = compile
-        self.maps_weights = self.device.type == "cpu"
+        self.maps_weights = self.reserves_cache = self.device.type == "cpu"
         self._scratch = Scratch()
         self._head = VocabHead(self._scratch)
 
@@ -226,6 +228,15 @@ class InferenceOps(TorchOps):
 
     def extent(self, length: int) -> int | Array:
         return torch.tensor([length], dtype=torch.int32, device=self.device) if self.compiles else length
+
+    @contextmanager
+    def guarded(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):
+                raise
+            raise DgemmaError(f"out of memory while {doing}; take a shorter context or a smaller recipe") from None
 
     def synchronize(self, *arrays: Array) -> None:
         if self.device.type == "cuda":
