@@ -2,6 +2,7 @@
 
     python benchmarks/cpu_widths.py                       # the processor as it is, and limited to AVX2
     python benchmarks/cpu_widths.py --processor native    # as it is, alone
+    python benchmarks/cpu_widths.py --cpu --threads 1     # CPU time, which a busy machine changes least
 
 110 M parameters at random: a bfloat16 file, the same in float32, and what the recipes 4bit and 8bit make of it. Each
 setting of the processor is a process of its own, because torch and oneDNN read their limits when they are loaded. In it
@@ -18,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from operator import truediv
 from pathlib import Path
 from typing import Any
@@ -38,14 +40,14 @@ BASE = ("f32", "float32")
 """The folder and the width that all are compared with."""
 
 
-def measure(work: Path, repeats: int, threads: int) -> list[dict[str, Any]]:
+def measure(work: Path, repeats: int, threads: int, *, cpu: bool) -> list[dict[str, Any]]:
     """Time all folders in all widths in turn, in this process; return rows."""
     from dgemma import backends
     from dgemma.core.checkpoint import Checkpoint
     from dgemma.core.runtime import auto_dtype
 
     runs = {BASE: work / BASE[0]} | {(name, width): work / name for name in FOLDERS for width in WIDTHS}
-    times = passes(runs, repeats, threads)
+    times = passes(runs, repeats, threads, time.process_time if cpu else time.perf_counter)
     middle = {key: statistics.median(map(truediv, taken, times[BASE])) for key, taken in times.items()}
     found = []
     for name in (BASE[0], *FOLDERS):
@@ -79,12 +81,15 @@ def table(processor: str, found: list[dict[str, Any]]) -> list[str]:
 @click.option("--processor", "processors", multiple=True, type=click.Choice(list(LIMITS)), help="[default: both]")
 @click.option("--repeats", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True)
+@click.option("--cpu", is_flag=True, help="Count CPU time; with one thread.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary folder.")
 @click.option("--child", is_flag=True, hidden=True)
-def main(processors: tuple[str, ...], repeats: int, threads: int, folder: Path | None, child: bool) -> None:
+def main(
+    processors: tuple[str, ...], repeats: int, threads: int, cpu: bool, folder: Path | None, child: bool
+) -> None:  # fmt: skip
     if child:
         assert folder is not None
-        click.echo(json.dumps(measure(folder, repeats, threads)))
+        click.echo(json.dumps(measure(folder, repeats, threads, cpu=cpu)))
         return
     taken: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="dgemma-widths-", dir=folder) as made:
@@ -95,6 +100,7 @@ def main(processors: tuple[str, ...], repeats: int, threads: int, folder: Path |
             convert(work / "bf16", work / recipe, recipe)
         for processor in processors or tuple(LIMITS):
             arguments = ["--child", "--folder", str(work), "--repeats", str(repeats), "--threads", str(threads)]
+            arguments += ["--cpu"] if cpu else []
             done = subprocess.run(
                 [sys.executable, __file__, *arguments], env=os.environ | LIMITS[processor], stdout=subprocess.PIPE,
                 text=True, check=True,
@@ -104,6 +110,7 @@ def main(processors: tuple[str, ...], repeats: int, threads: int, folder: Path |
             common = {
                 "benchmark": "cpu_widths", "limited_to": processor, "parameters": parameters, "canvas": CANVAS,
                 "prompt": PROMPT, "repeats": repeats, "threads": threads,
+                "clock": "CPU time" if cpu else "wall",
             }  # fmt: skip
             taken += [rows.append("cpu_widths", common | row, "torch") for row in found]
     click.echo(json.dumps(taken))
