@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import stat
 import sys
@@ -166,8 +167,16 @@ class Folder:
         return found.st_uid == own
 
 
+_FRESH = re.compile(r"\.dgemma-[0-9a-f]{16}" + re.escape(SUFFIX), re.ASCII)
+
+
 def fresh_name() -> str:
     return f".dgemma-{secrets.token_hex(8)}{SUFFIX}"
+
+
+def is_fresh(name: str) -> bool:
+    """Whether a name is of `fresh_name`'s making: what has it, and nobody works at, was left by a kill."""
+    return _FRESH.fullmatch(name) is not None
 
 
 def look(path: str | Path, folder: int | None = None) -> os.stat_result | None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
-import secrets
 import shutil
 import stat
 import sys
@@ -25,13 +23,12 @@ from ..core.checkpoint import PACKAGED, Checkpoint, resolve
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.files import open_file, why
-from ..core.folder import SUFFIX, Folder
+from ..core.folder import Folder, fresh_name, is_fresh
 from . import manifest
 
 GRAPHS = ("encode.onnx", "denoise.onnx", "unified.onnx")
 _MARK = b"\x12\x06dgemma"
 """How protobuf begins the producer's name, which stands in a graph's first bytes."""
-_STAGE = re.compile(r"\.dgemma-[0-9a-f]{16}" + re.escape(SUFFIX))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +96,7 @@ def opened(target: Target, checkpoint: Checkpoint, coming: Collection[str], *, f
         with _alone(folder):
             try:
                 _replaced(target, checkpoint, coming, force)
-                stage = folder / f".dgemma-{secrets.token_hex(8)}{SUFFIX}"
+                stage = folder / fresh_name()
                 stage.mkdir(0o700)
                 try:
                     yield stage
@@ -124,7 +121,7 @@ def _replaced(target: Target, checkpoint: Checkpoint, coming: Collection[str], f
         DgemmaError: something is there that `force` is needed for, or in the way that no export left.
     """
     folder, ours = target.path, (*GRAPHS, manifest.NAME)
-    there = [name for name in os.listdir(folder) if not _STAGE.fullmatch(name)]
+    there = [name for name in os.listdir(folder) if not is_fresh(name)]
     if target.inside:
         there = [name for name in there if name in ours]
     if not there:

@@ -97,6 +97,31 @@ def test_force_takes_away_nothing_but_checkpoints(folder: Path, tmp_path: Path) 
     assert (home / "pictures").is_dir() and (tmp_path / "file").read_text() == "x"
 
 
+def test_what_a_kill_left_is_not_taken_for_the_users(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stage = out / ".dgemma-0123456789abcdef.partial"
+    stage.mkdir(parents=True)
+    (stage / "file").write_bytes(b"half a file")
+    assert convert(folder, out).fresh  # nothing else is there, so that nothing is replaced
+    before = hashes(out)
+    stage.mkdir()
+    (stage / "encode.onnx").write_bytes(b"half a graph")
+    with says("exists", "--force"):
+        convert(folder, out, "8bit")
+    convert(folder, out, force=True)
+    assert hashes(out) == before and left(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "photo.png", "notes", ".dgemma-0123456789abcdef.partial.txt", ".ssh"])
+def test_force_keeps_files_that_no_checkpoint_has(folder: Path, tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    convert(folder, out)
+    (out / name).write_text("precious")
+    with says("holds more than a checkpoint", name, "--force"):
+        convert(folder, out, "8bit", force=True)
+    assert (out / name).read_text() == "precious" and left(tmp_path) == {"out"}
+
+
 def test_other_work_in_the_same_place_is_not_mixed(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     interrupted(folder, tmp_path / "out", monkeypatch)
     with says("out.partial", "begun with another 'recipe'", "--force"):

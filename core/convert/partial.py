@@ -32,7 +32,7 @@ from typing import Any
 
 from ..errors import DgemmaError, quoted, shown
 from ..files import read_bytes
-from ..folder import Folder
+from ..folder import Folder, is_fresh
 from .plan import Shard
 
 HIDDEN = ".dgemma"
@@ -43,6 +43,12 @@ _JOURNAL = "journal.jsonl"
 _MAX_JOURNAL = 1 << 26  # bytes; a line has some 150 of them and stands for four million weights
 _MAX_PLAN = 1 << 26
 _REPLACED = re.compile(r"dgemma-[0-9a-f]{16}\.replaced")
+_KINDS = re.compile(
+    r".+\.(json|jsonl|jinja|safetensors|onnx|gguf|bin|model)|(LICENSE|NOTICE|README|USE_POLICY|CHAT).*|"
+    r"(merges|vocab)\.txt|\.git(attributes|ignore)|\.DS_Store",
+    re.IGNORECASE | re.DOTALL,
+)
+"""Names of what checkpoints consist of: a folder with others has something of the user's in it."""
 
 
 class Partial:
@@ -293,10 +299,7 @@ def finish(partial: Partial, out: Path, *, force: bool) -> None:
     if out.exists() and not any(out.iterdir()):
         out.rmdir()
     elif out.exists():
-        if not force:
-            raise DgemmaError(f"{shown(out)}: exists; choose another --out, or replace it with --force")
-        if not replaceable(out):
-            raise DgemmaError(f"{shown(out)}: holds more than a checkpoint, so --force does not replace it")
+        check_replaceable(out, force=force)
         # A name that nobody has, written down before it is given: after a kill, the next run takes the folder away.
         name = f"dgemma-{secrets.token_hex(8)}.replaced"
         _remove_replaced(out, partial.folder)
@@ -319,14 +322,26 @@ def _remove_replaced(out: Path, folder: Path) -> None:
     with suppress(DgemmaError):  # nothing was replaced, or nobody can tell what
         name = read_bytes(folder / HIDDEN / "replaced", 100).decode("ascii", "replace")
         old = out.with_name(name) if _REPLACED.fullmatch(name) else None
-        if old is not None and _is_folder(old) and replaceable(old):
+        if old is not None and _is_folder(old):
+            check_replaceable(old, force=True)
             shutil.rmtree(old)
 
 
-def replaceable(folder: Path) -> bool:
-    """Whether a folder is a checkpoint and nothing else, so that --force may take it away."""
-    names = {path.name for path in folder.iterdir() if path.name != HIDDEN}
-    return "config.json" in names and not any(_is_folder(folder / name) for name in names)
+def check_replaceable(folder: Path, *, force: bool) -> None:
+    """See that a folder may be taken away: nothing but leftovers of kills, or, with `force`, a checkpoint.
+
+    Raises:
+        DgemmaError: it may not, and why.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name != HIDDEN and not is_fresh(path.name))
+    if not names:
+        return
+    if not force:
+        raise DgemmaError(f"{shown(folder)}: exists; choose another --out, or replace it with --force")
+    odd = [name for name in names if _is_folder(folder / name) or not _KINDS.fullmatch(name)]
+    if odd or "config.json" not in names:
+        held = f"holds more than a checkpoint ({quoted(odd[0], 40)})" if odd else "holds no checkpoint"
+        raise DgemmaError(f"{shown(folder)}: {held}, so --force does not replace it")
 
 
 def _difference(there: bytes, plan: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from ..errors import DgemmaError, quoted, shown
 from ..files import MAX_NAME
 from ..given import check_path
 from .job import Job
-from .partial import MANIFEST, place_of, replaceable
+from .partial import MANIFEST, check_replaceable, place_of
 
 
 def absolute(out: str | Path) -> Path:
@@ -57,10 +57,7 @@ def check(out: Path, job: Job, *, force: bool) -> None:
             raise DgemmaError(f"{shown(out)}: the target may not be the source, nor lie in it or around it")
     if not out.exists() or not any(out.iterdir()) or (not force and finished(out, job)):
         return
-    if not force:
-        raise DgemmaError(f"{shown(out)}: exists; choose another --out, or replace it with --force")
-    if not replaceable(out):
-        raise DgemmaError(f"{shown(out)}: holds more than a checkpoint, so --force does not replace it")
+    check_replaceable(out, force=force)
 
 
 def finished(out: Path, job: Job) -> bool:
