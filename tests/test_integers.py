@@ -169,6 +169,38 @@ def test_parts_that_do_not_fit_are_refused_before_the_work(
     assert not (tmp_path / "out.partial").exists()
 
 
+def group(**weights: Any) -> dict[str, Any]:
+    return {"targets": ["Linear"], "weights": {"type": "int", "num_bits": 4, "strategy": "group"} | weights}
+
+
+def test_zero_points_that_are_declared_have_to_be_there(tmp_path: Path) -> None:
+    """Without them the codes would be taken for symmetric ones: a number for every weight, and the wrong one."""
+    folder, _ = integers(tmp_path)
+    method = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    declare(folder, method | {"config_groups": {"group_0": group(symmetric=False)}})
+    with says("has no weight_zero_point", "asymmetric"):
+        dgemma.convert(folder, tmp_path / "out")
+    for sound in (
+        {"group_0": group(symmetric=True)}, {"group_0": group()}, {"group_0": group(symmetric=False, num_bits=8)},
+        {"group_0": group(symmetric=False), "group_1": group(symmetric=True)}, {"group_0": {"weights": None}}, None,
+    ):  # fmt: skip
+        declare(folder, method | {"config_groups": sound})
+        assert inspect_folder(folder).layout == "compressed-tensors"
+
+
+def test_weights_that_are_rotated_are_refused(tmp_path: Path) -> None:
+    folder, _ = integers(tmp_path)
+    method = {"quant_method": "compressed-tensors"}
+    turned = {"config_groups": {"v": {"type": "hadamard", "apply": [{"targets": ["Linear"], "location": "input"}]}}}
+    for wrong in (turned, "hadamard", [1], {"config_groups": [1]}):
+        declare(folder, method | {"transform_config": wrong})
+        with says("transform_config", "rotated", "bf16 original"):
+            dgemma.convert(folder, tmp_path / "out")
+    for neutral in (None, {}, {"config_groups": {}}):
+        declare(folder, method | {"transform_config": neutral})
+        assert inspect_folder(folder).layout == "compressed-tensors"
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("zeros", [False, True])
 def test_scales_that_are_no_numbers_are_found(tmp_path: Path, bad: float, zeros: bool) -> None:

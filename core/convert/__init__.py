@@ -1,6 +1,7 @@
 """The converter: any published layout in, one layout out, streaming.
 
-layouts, stored   what a source folder holds, whoever wrote it; integers: W4A16 and fp8 in blocks
+layouts, stored   what a source folder holds, whoever wrote it; integers: W4A16 and fp8 in blocks;
+                  declared: what only config.json tells of them
 gguf_*            the same of a GGUF file: names and tensors, settings, blocks, the tokenizer
 recipes, plan     which tensor becomes what, and in which file it lands
 job, encode       the work, tensor by tensor

@@ -39,6 +39,8 @@ from ..config import ModelConfig
 from ..errors import DgemmaError, quoted, shown
 from ..quantized import Packed, Quantization, module_of
 from ..safetensors import SafetensorsFile
+from . import declared
+from .declared import Declared
 from .integers import FLOATS, float8_block_part, integer_part
 from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Part, Stored, Weight
 
@@ -169,33 +171,17 @@ def _split(name: str) -> tuple[str, str]:
     return module, kind if plain else f"weight_{kind}"
 
 
-def _block(data: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the block that float8 scales are for, as config.json declares it; 128 by 128 where it does not."""
-    outer = data.get("quantization_config")
-    found = [outer.get("weight_block_size")] if isinstance(outer, Mapping) else []
-    groups = outer.get("config_groups") if isinstance(outer, Mapping) else None
-    for group in groups.values() if isinstance(groups, Mapping) else ():
-        weights = group.get("weights") if isinstance(group, Mapping) else None
-        found.append(weights.get("block_structure") if isinstance(weights, Mapping) else None)
-    for block in found:
-        if isinstance(block, list) and len(block) == 2 and all(type(n) is int and 0 < n < 1 << 20 for n in block):
-            return block[0], block[1]
-        if block is not None:
-            raise DgemmaError(f"config.json: the block of float8 scales is {quoted(block, 40)}, expected two sizes")
-    return 128, 128
-
-
 def _by_module(
     modules: Mapping[str, dict[str, Stored]], where: str, config: ModelConfig, data: Mapping[str, Any]
 ) -> dict[str, Weight]:
     """Put together what quantizers keep apart, and experts that stand one by one."""
     found: dict[str, Weight] = {}
-    block = _block(data)
+    said = declared.read(data)
     widths = {module_of(name): shape[-1] for name, shape in weights.shapes(config).items()}
     experts: dict[str, dict[tuple[int, str], Weight]] = {}
     for module, parts in modules.items():
         try:
-            one = _module_weight(module, parts, block, _width(module, widths, config))
+            one = _module_weight(module, parts, said, _width(module, widths, config))
         except DgemmaError as error:
             raise DgemmaError(f"{where}: {quoted(module)}: {error}") from None
         if match := _EXPERT.fullmatch(module):
@@ -243,7 +229,7 @@ def _width(module: str, widths: Mapping[str, int], config: ModelConfig) -> int:
     return widths.get(module) or widths.get(module_of(names.tied_to(f"{module}.weight")), 0)
 
 
-def _module_weight(module: str, parts: Mapping[str, Stored], block: tuple[int, int], width: int) -> Weight:
+def _module_weight(module: str, parts: Mapping[str, Stored], said: Declared, width: int) -> Weight:
     name = module if _STACK.fullmatch(module) else f"{module}.weight"
     if "weight_g_idx" in parts:
         raise DgemmaError(
@@ -264,11 +250,13 @@ def _module_weight(module: str, parts: Mapping[str, Stored], block: tuple[int, i
         return Weight(name=name, shape=shape, dtype=dtype, format=None, parts=(codes,))
     factor = "weight_global_scale" if packed else "weight_scale_2"
     if dtype == "F8_E4M3" and not packed:
-        return _float8_weight(name, codes, parts, extra, block)
+        return _float8_weight(name, codes, parts, extra, said.block)
     if factor not in extra and (dtype in ("I32", "I8") or (packed and dtype != "U8")):
         _only(extra - {"weight_zero_point"}, {"weight_scale"})
         scale = parts["weight_scale"]
         made, shape = integer_part(module, codes, scale, parts.get("weight_zero_point"), width)
+        if made.zeros is None and made.bits in said.asymmetric:
+            raise DgemmaError("has no weight_zero_point, and config.json says that it is asymmetric")
         scales = "F16" if scale.entry.dtype == "F16" else "BF16"
         return Weight(name=name, shape=shape, dtype="quantized", format=made.format, parts=(made,), scales=scales)
     if dtype == "U8":
