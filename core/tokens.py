@@ -260,11 +260,11 @@ class Decoder:
         """Add final tokens; `last` gives out what was held back."""
         self._tokens += [int(token) for token in tokens]
         answer, thinking = self._decode(len(self._tokens))
-        count = len(self._tokens)
+        count, whole = len(self._tokens), len(answer)
+        if not last:  # before the search: half a character is no replacement character, which a stop string may hold
+            answer, thinking = answer.rstrip(_UNFINISHED), thinking.rstrip(_UNFINISHED)
         end = cut = min((at for stop in self.stop if (at := answer.find(stop)) >= 0), default=None)
         if cut is None and not last:
-            whole = len(answer)
-            answer, thinking = answer.rstrip(_UNFINISHED), thinking.rstrip(_UNFINISHED)
             held = self._held(answer)
             # The bytes of a character that is not all there may begin a stop string too.
             if held or (self.stop and len(answer) < whole):

@@ -81,6 +81,15 @@ def test_what_may_become_a_stop_string_is_held_back(tokenizer: Tokenizer) -> Non
     assert (piece.text, tokenizer.decode(piece.tokens)) == ("ENZ two", "ENZ two")
 
 
+def test_half_a_character_at_the_end_of_a_canvas_is_no_stop_string(tokenizer: Tokenizer) -> None:
+    """A replacement character stands for it until the rest comes, and that alone must not end a text."""
+    tokens = tokenizer.encode("b😀c")
+    text, _, ids, stopped = feed(Decoder(tokenizer, ["\ufffd"]), [tokens[:3], tokens[3:]])
+    assert (text, ids, stopped) == ("b😀c", tokens, False)
+    text, _, _, stopped = feed(Decoder(tokenizer, ["\ufffd"]), [tokens[:3], tokenizer.encode("c")])
+    assert (text, stopped) == ("b", True)
+
+
 def test_the_earliest_of_several_stop_strings_wins(tokenizer: Tokenizer) -> None:
     text, _, _, stopped = feed(Decoder(tokenizer, ["zz", "b"]), [tokenizer.encode("aabzz")])
     assert (text, stopped) == ("aa", True)
