@@ -228,25 +228,59 @@ def test_a_manifest_that_is_a_link(folder: Path, target: str) -> None:
         dgemma.load(folder, backend="onnx")
 
 
+def remade(folder: Path, name: str, change: Callable[[Any], None]) -> None:
+    """Edit a graph, and make the manifest say that it was so."""
+    model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+    change(model)
+    (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+    about = json.loads((folder / NAME).read_text())
+    about["bound"]["graphs"][name] = stamp((folder / f"{name}.onnx").read_bytes())
+    (folder / NAME).write_text(json.dumps(about))
+
+
 @pytest.mark.parametrize(
     ("location", "offset", "words"),
     [
         ("../other.safetensors", 0, "it is no weight file of the folder; export again"),
         ("/etc/passwd", 0, "it is no weight file of the folder"),
         ("config.json", 0, "it is no weight file of the folder"),
+        ("a\0b", 0, "it is no weight file of the folder"),
+        ("x" * 5000, 0, "it is no weight file of the folder"),
         ("model.safetensors", 1 << 40, "a graph wants bytes behind its end; export again"),
     ],
 )
 def test_a_graph_that_names_other_bytes(folder: Path, location: str, offset: int, words: str) -> None:
     """One that was made to, with a manifest to match."""
     shutil.copy(folder / "model.safetensors", folder.parent / "other.safetensors")
-    model = onnx.load(folder / "denoise.onnx", load_external_data=False)
-    one = next(one for one in model.graph.initializer if one.external_data)
-    for entry in one.external_data:
-        entry.value = {"location": location, "offset": str(offset)}.get(entry.key, entry.value)
-    (folder / "denoise.onnx").write_bytes(model.SerializeToString())
-    about = json.loads((folder / NAME).read_text())
-    about["bound"]["graphs"]["denoise"] = stamp((folder / "denoise.onnx").read_bytes())
-    (folder / NAME).write_text(json.dumps(about))
+
+    def change(model: Any) -> None:
+        one = next(one for one in model.graph.initializer if one.external_data)
+        for entry in one.external_data:
+            entry.value = {"location": location, "offset": str(offset)}.get(entry.key, entry.value)
+
+    remade(folder, "denoise", change)
     with says(words):
         dgemma.load(folder, backend="onnx", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["UNDEFINED", "STRING", "BOOL", "UINT2", "UINT4", "FLOAT8E8M0", "COMPLEX64"])
+def test_a_graph_that_wants_weights_in_another_type(folder: Path, kind: str) -> None:
+    def change(model: Any) -> None:
+        next(one for one in model.graph.initializer if one.external_data).data_type = number
+
+    number = dict(onnx.TensorProto.DataType.items()).get(kind, 25)
+    remade(folder, "denoise", change)
+    with says(kind, "which no weight is in; export again"):
+        dgemma.load(folder, backend="onnx", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "output"), [("encode", "present.1.value"), ("denoise", "entropy"), ("denoise", "next_canvas")]
+)
+def test_a_graph_that_lacks_an_output(folder: Path, name: str, output: str) -> None:
+    def change(model: Any) -> None:
+        model.graph.output.remove(next(one for one in model.graph.output if one.name == output))
+
+    remade(folder, name, change)
+    with says("onnxruntime", output):
+        tokens(folder, "onnx")

@@ -105,7 +105,8 @@ class OrtOps(NumpyOps, Passes):
     def encode(self, cache: Cache, tokens: Array) -> Cache:
         session = self._session("encode")
         feeds = {"input_ids": tokens.astype(np.int64), **self._context(cache, tokens.shape)}
-        made = session.run(feeds, {name: session.device for name in session.outputs})
+        names = [f"present.{i}.{part}" for i in range(len(cache.layers)) for part in ("key", "value")]
+        made = session.run(feeds, dict.fromkeys(names, session.device))
         layers = [KV(made[f"present.{i}.key"], made[f"present.{i}.value"]) for i in range(len(cache.layers))]
         return Cache(tuple(layers), int(cache.length) + tokens.shape[1])
 

@@ -17,6 +17,7 @@ Session options, and what they are for:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ from ...core.safetensors import SafetensorsFile
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+_HELD = ("FLOAT", "FLOAT16", "BFLOAT16", "UINT8", "INT8", "UINT16", "INT16", "UINT32", "INT32", "INT64")
+"""What weights may be in, by ONNX's names: whole bytes, and no text."""
 _EXTERNAL = "session.model_external_initializers_file_folder_path"
 
 
@@ -60,7 +63,6 @@ class Session:
             self._how.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         kind, _, index = device.partition(":")
         self._device = (kind, int(index or 0))
-        self.outputs = tuple(one.name for one in inner.get_outputs())
 
     @property
     def device(self) -> tuple[str, int]:
@@ -81,17 +83,17 @@ class Session:
             DgemmaError: the runtime fails, with what it says.
         """
         binding = self._inner.io_binding()
-        for name, value in feeds.items():
-            if isinstance(value, np.ndarray):
-                binding.bind_cpu_input(name, np.ascontiguousarray(value))
-            else:
-                binding.bind_ortvalue_input(name, value)
-        for name, place in places.items():
-            if isinstance(place, tuple):
-                binding.bind_output(name, *place)
-            else:
-                binding.bind_ortvalue_output(name, place)
         try:
+            for name, value in feeds.items():
+                if isinstance(value, np.ndarray):
+                    binding.bind_cpu_input(name, np.ascontiguousarray(value))
+                else:
+                    binding.bind_ortvalue_input(name, value)
+            for name, place in places.items():  # a graph that others have edited may lack an output
+                if isinstance(place, tuple):
+                    binding.bind_output(name, *place)
+                else:
+                    binding.bind_ortvalue_output(name, place)
             self._inner.run_with_iobinding(binding, self._how)
         except Exception as error:  # the runtime's own exceptions have no common base but this
             raise DgemmaError(f"onnxruntime {ort.__version__}: {_first_line(error)}") from None
@@ -119,8 +121,10 @@ class Weights:
     def _file(self, path: str, checkpoint: Checkpoint) -> SafetensorsFile:
         """Return a file as a graph spells it, which has to be one of the checkpoint's own."""
         if path not in self._files:
-            real = Path(path).resolve()
-            own = next((file for file in checkpoint.files if file.path.resolve() == real), None)
+            own = None
+            with suppress(OSError, ValueError, RuntimeError):  # names that no file can have, and links in a circle
+                real = Path(path).resolve()
+                own = next((file for file in checkpoint.files if file.path.resolve() == real), None)
             if own is None:
                 raise DgemmaError(
                     f"{shown(path)}: a graph wants it, and it is no weight file of the folder; export again"
@@ -129,6 +133,11 @@ class Weights:
         return self._files[path]
 
     def _value(self, tensor: ir.ExternalTensor, checkpoint: Checkpoint) -> ort.OrtValue:
+        if tensor.dtype.name not in _HELD:
+            raise DgemmaError(
+                f"{quoted(tensor.name or '', 60)}: a graph wants it in {tensor.dtype.name}, which no weight is in; "
+                "export again"
+            )
         path, start, size = str(tensor.path), tensor.offset or 0, tensor.nbytes
         shape = tensor.shape.numpy()
         key = (path, start, tensor.dtype, shape)
