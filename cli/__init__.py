@@ -16,6 +16,8 @@ from ..core.errors import DgemmaError
 from .process import INTERRUPTED, Unwritable, say, unwritable
 
 COMMANDS = ("generate", "chat", "batch", "models", "convert", "export", "compare", "inspect", "bench", "doctor")
+LONGEST = 1000
+"""Characters of an error's line."""
 
 
 class Group(click.Group):
@@ -67,6 +69,8 @@ class Group(click.Group):
 def _one_line(error: click.ClickException) -> str:
     text = " ".join(error.format_message().split())
     text = "".join(c if c.isprintable() else "?" for c in text)
+    if len(text) > LONGEST:  # it repeats what was typed
+        text = f"{text[: LONGEST - 40]} ... {text[-35:]}"
     if isinstance(error, click.UsageError) and error.ctx is not None:
         text = f"{text.rstrip('.')} (see {error.ctx.command_path} --help)"
     return text
@@ -82,9 +86,9 @@ def main(ctx: click.Context, debug: bool) -> None:
     It writes a canvas of tokens at once, in a dozen passes, instead of one token after another.
 
     \b
-    dgemma generate '.3.1 .2.. .... ...4'        nano, the model that ships with dgemma, solves Sudoku
+    dgemma generate '.3.1 .2.. .... ...4'  nano, which ships with it, plays Sudoku
     dgemma chat --model google/diffusiongemma-26B-A4B-it
-    dgemma doctor                                what this machine can run
+    dgemma doctor                          what this machine can run
     """
     if ctx.invoked_subcommand is None:
         click.echo(ctx.get_help())

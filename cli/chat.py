@@ -12,10 +12,10 @@ from ..core.errors import DgemmaError
 from .conversation import Conversation, settable
 from .options import (
     Command,
-    decode,
     live_option,
     model_options,
     option,
+    read_stdin,
     sampling_options,
     shown_options,
     specials_option,
@@ -71,9 +71,9 @@ def chat(
     if sys.stdin.isatty() and out.is_terminal:
         _on_terminal(table, history=history)
     else:
-        while line := sys.stdin.buffer.readline():
+        while line := read_stdin(line=True):
             try:
-                table.take(decode(line, "stdin"))
+                table.take(line.removesuffix("\n"))
             except EOFError:
                 break
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ class Conversation:
             raise DgemmaError("/retry: nothing has been asked yet")
         if self.turns and self.turns[-1]["role"] == "assistant" and self.turns[-2]["content"] == self.asked:
             del self.turns[-2:]
-        self.sampling["seed"] += 1
+        self.sampling["seed"] = (self.sampling["seed"] + 1) % 2**64
         return self.asked
 
     def command(self, line: str) -> str:
@@ -99,7 +100,7 @@ class Conversation:
             case "/save" | "/load":
                 if not value:
                     raise DgemmaError(f"{name} needs the name of a file")
-                path = Path(value).expanduser()
+                path = Path(os.path.expanduser(value))
                 return self.save(path) if name == "/save" else self.load(path)
         raise DgemmaError(f"no command {quoted(name)[1:-1]}; /help lists them")
 
@@ -131,7 +132,7 @@ class Conversation:
         """Write the conversation to a file for the user's eyes alone, which may be an earlier one and nothing else."""
         from ..core import files
 
-        if path.exists():
+        if os.path.lexists(path):
             self._read(path)  # refuses what is not a conversation
         data = {"format": FORM, "system": self.system, "messages": self.turns}
         files.write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n", private=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,10 +79,10 @@ def describe(name: str, *, revision: str | None = None) -> Described:
     Raises:
         DgemmaError: nothing by that name, or files that are damaged.
     """
-    path = Path(name).expanduser()
-    if name in PACKAGED or path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if name in PACKAGED or os.path.isdir(path):  # os's: a name that no file can have is none, and no exception
         path = resolve(name, revision=revision)
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         path = from_hub(name, revision)
     if path.is_dir() or path.suffix != ".json":
         foreign.check_folder(path)

@@ -23,8 +23,8 @@ from .options import (
 @click.command(cls=Command, short_help="Answer one prompt.")
 @click.argument("prompt", required=False)
 @option(
-    "--file", "-f", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="PATH", group="Prompt",
-    help="Read the prompt from a UTF-8 file.",
+    "--file", "-f", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path), metavar="PATH",
+    group="Prompt", help="Read the prompt from a UTF-8 file; - is stdin.",
 )  # fmt: skip
 @system_option
 @option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -85,7 +86,7 @@ def _find(model: str, revision: str | None) -> Path:
     from ..core.checkpoint import PACKAGED, resolve
     from .fit import from_hub
 
-    if model in PACKAGED or Path(model).expanduser().exists():
+    if model in PACKAGED or os.path.exists(os.path.expanduser(model)):
         return resolve(model, revision=revision)
     return from_hub(model, revision)
 

@@ -138,6 +138,6 @@ def hub_cache() -> dict[str, Any]:
     """Where downloaded models go, and what is free there."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    place = Path(HF_HUB_CACHE).expanduser()
-    existing = next(folder for folder in (place, *place.parents) if folder.exists())
+    place = Path(os.path.expanduser(HF_HUB_CACHE)).absolute()
+    existing = next(folder for folder in (place, *place.parents) if os.path.exists(folder))
     return {"path": str(place), "free_bytes": shutil.disk_usage(existing).free}

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ..core.errors import DgemmaError
+from ..core.errors import DgemmaError, shown
 
 CONTEXT = 4096
 """Tokens that there has to be room for."""
@@ -40,6 +40,7 @@ def models(as_json: bool) -> None:
 def _found() -> list[tuple[str, str | None, Path]]:
     """Name, commit and folder of each model."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     from ..core.checkpoint import PACKAGED, resolve
     from ..core.config import read_json
@@ -49,6 +50,8 @@ def _found() -> list[tuple[str, str | None, Path]]:
         repositories = sorted(scan_cache_dir().repos, key=lambda one: one.repo_id)
     except CacheNotFound:
         repositories = []
+    except (OSError, ValueError):  # ValueError: a file
+        raise DgemmaError(f"{shown(HF_HUB_CACHE)}: not a folder of downloads that can be read (HF_HUB_CACHE)") from None
     for repository in repositories:
         if repository.repo_type != "model":
             continue

@@ -174,7 +174,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     elif sys.stdin is None or (prompt is None and sys.stdin.isatty()):
         raise click.UsageError("no prompt: give PROMPT, --file PATH, or pipe text in")
     else:
-        text = decode(sys.stdin.buffer.read(LARGEST_PROMPT + 1), "stdin")
+        text = read_stdin()
     if not text.strip():
         raise click.UsageError("the prompt is empty")
     return text
@@ -187,7 +187,7 @@ def read_file(file: Path) -> str:
         DgemmaError, click.ClickException: not a file, not readable, not UTF-8, or more than any model reads.
     """
     if str(file) == "-":
-        return decode(sys.stdin.buffer.read(LARGEST_PROMPT + 1) if sys.stdin else b"", "stdin")
+        return read_stdin()
     if not str(file).startswith(_STREAMS):
         return decode(read_bytes(file, LARGEST_PROMPT), str(file))
     try:
@@ -195,6 +195,22 @@ def read_file(file: Path) -> str:
             return decode(stream.read(LARGEST_PROMPT + 1), str(file))
     except OSError as error:
         raise click.ClickException(f"{file}: {error.strerror or error}") from None
+
+
+def read_stdin(*, line: bool = False) -> str:
+    """Return the text that comes in on stdin, or the next `line` of it, with its end where it has one.
+
+    Raises:
+        click.ClickException: not readable, not UTF-8, or more than any model reads.
+    """
+    if sys.stdin is None:
+        return ""
+    try:
+        read = sys.stdin.buffer.readline if line else sys.stdin.buffer.read
+        data = read(LARGEST_PROMPT + 1)
+    except OSError as error:  # a terminal that went away, or a stream that was opened for writing alone
+        raise click.ClickException(f"stdin: {error.strerror or error}") from None
+    return decode(data, "stdin", chop=not line)
 
 
 def decode(data: bytes, where: str, *, chop: bool = True) -> str:

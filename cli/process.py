@@ -1,4 +1,4 @@
-"""The process around a command: its three streams, Ctrl-C and SIGTERM, and what the shell hears at the end.
+"""The process around a command: its three streams, the signals that end it, and what the shell hears at the end.
 
 stdout   what was asked for. One that takes nothing ends the command: quietly where its reader has left
 stderr   remarks. One that takes nothing loses them, and the command goes on
@@ -20,7 +20,12 @@ from typing import Any, NoReturn
 FAILED = 1
 INTERRUPTED = 130  # what shells report of a program that Ctrl-C ended
 PIPE = 141  # … and of one that wrote to a pipe without a reader, as head leaves behind
-TERMINATED = 143
+SAID: dict[int, str] = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGHUP: "the terminal went away",
+}
+"""Signals that end a command, and what is said of each."""
 
 
 class Unwritable(Exception):
@@ -33,7 +38,7 @@ class Unwritable(Exception):
 
 
 class Terminated(SystemExit):
-    """SIGTERM came; an exception, so that terminals and files are put in order on the way out."""
+    """SIGTERM or SIGHUP came; an exception, so that terminals and files are put in order on the way out."""
 
 
 class _Stdout(io.TextIOWrapper):
@@ -67,8 +72,8 @@ def run(command: Callable[[], Any]) -> NoReturn:
     code: Any = None
     try:
         secure()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell has it for background jobs
+        for number in SAID:
+            if signal.getsignal(number) != signal.SIG_IGN:  # as a shell has it for background jobs, and nohup
                 signal.signal(number, _leave)
         sys.unraisablehook = _unraisable(sys.unraisablehook)
         if sys.stdout is None:
@@ -76,12 +81,12 @@ def run(command: Callable[[], Any]) -> NoReturn:
         command()
     except SystemExit as stopped:
         if isinstance(stopped, Terminated):
-            say("terminated")
+            say(SAID[int(str(stopped.code)) - 128])
         code = stopped.code
     except KeyboardInterrupt:
         say("interrupted")
         code = INTERRUPTED
-    for number in (signal.SIGINT, signal.SIGTERM):  # nothing is left to be put in order
+    for number in SAID:  # nothing is left to be put in order
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda number, frame: os._exit(128 + number))
     try:
@@ -146,14 +151,13 @@ def _leave(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
             shown = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""  # what a progress bar may have hidden
-            said = "interrupted" if number == signal.SIGINT else "terminated"
             with suppress(OSError):
-                os.write(2, f"{shown}dgemma: {said}\n".encode())
+                os.write(2, f"{shown}dgemma: {SAID[number]}\n".encode())
             os._exit(128 + number)
         frame = frame.f_back
-    if number == signal.SIGTERM:
-        raise Terminated(TERMINATED)
-    raise KeyboardInterrupt
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    raise Terminated(128 + number)
 
 
 def _unraisable(before: Callable[[Any], Any]) -> Callable[[Any], None]:

@@ -20,7 +20,7 @@ LARGEST = 16 << 20
 def history_file() -> Path:
     """Where the platform keeps what programs remember of a user."""
     state = os.environ.get("XDG_STATE_HOME", "")
-    base = Path(state) if os.path.isabs(state) else Path("~/.local/state").expanduser()
+    base = Path(state) if os.path.isabs(state) else Path(os.path.expanduser("~/.local/state"))
     return base / "dgemma" / "chat_history"
 
 
@@ -72,14 +72,15 @@ class Typed:
             self.problem = str(error)
 
     def _remembered(self) -> list[str]:
-        if self._history is None or not self._history.exists():
+        if self._history is None or not os.path.lexists(self._history):
             return []
         try:
             lines = [json.loads(line) for line in files.read_text(self._history, LARGEST).splitlines()]
         except DgemmaError as error:
             self.problem = str(error)
             return []
-        except ValueError:
+        except (ValueError, RecursionError):
             self.problem = f"{self._history}: damaged; remove it"
             return []
-        return [line for line in lines if isinstance(line, str)]
+        # What cannot be typed, no line editor takes.
+        return [line.encode(errors="replace").decode() for line in lines if isinstance(line, str) and "\0" not in line]

@@ -27,6 +27,8 @@ from .errors import DgemmaError, quoted, shown
 ASKED = ("prompt", "messages", "system")
 OWN = ("line", "key", "text", "thinking", "token_ids", "finish_reason", "stats")
 """What a result says itself; everything else in it is the input line's own."""
+DEEPEST = 100
+"""Lists and objects within each other in one line."""
 _BEGINS = b'{"line": '
 LARGEST = 1 << 32
 """Bytes of results that are read again."""
@@ -78,6 +80,10 @@ def _item(number: int, line: str, where: str, options: Collection[str], system: 
         data = {"prompt": data}
     if not isinstance(data, dict):
         raise DgemmaError(f"{where}: expected a string, or an object with a 'prompt' or 'messages'")
+    if _deeper(data, DEEPEST):
+        raise DgemmaError(f"{where}: lists and objects within each other more than {DEEPEST} deep")
+    if "raw" in data and "raw" not in options:
+        raise DgemmaError(f"{where}: raw holds for all lines or for none: leave the key out, and give --raw")
     if clash := [name for name in OWN if name in data]:
         raise DgemmaError(f"{where}: the key {quoted(clash[0])} is one of the result's own; give it another name")
     if ("prompt" in data) == ("messages" in data):
@@ -189,6 +195,17 @@ def _result(line: bytes, where: str) -> tuple[int, str]:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise DgemmaError(f"{where} is no result; choose another name for the results") from None
     return number, key
+
+
+def _deeper(value: Any, most: int) -> bool:
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for one in level
+            for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+        ]
+    return bool(level)
 
 
 def _finite(value: Any) -> Any:

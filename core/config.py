@@ -112,7 +112,7 @@ class SamplerConfig:
         _check("stability", self.stability, int, 0, 100_000)
         if not isinstance(self.greedy, bool):
             raise DgemmaError(f"greedy is {show(self.greedy)}, expected True or False")
-        if self.t_max == 0:
+        if self.t_max == 0 and not isinstance(self.t_max, bool):
             raise DgemmaError("t_max is 0, which divides by zero: for the most probable tokens use greedy (--greedy)")
         # A zero temperature divides by zero; the reference allows t_min = 0 because its last step never reaches it.
         floats = {"t_min": (0.0, 100.0), "t_max": (COLDEST, 100.0), "entropy_bound": (0.0, math.inf),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def inspect_config(config: ModelConfig, recipe: Recipe, *, mlx: bool = False) ->
 
 def read_config(path: Path) -> ModelConfig:
     """Read a bare config.json."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise DgemmaError(f"{shown(path)}: no such file; expected a config.json")
     return ModelConfig.from_hf(read_json(path), where=shown(path))
 

@@ -115,7 +115,7 @@ def settings(base: SamplerConfig, *, temperature: float | None = None, **given: 
     """
     given = {name: value for name, value in given.items() if value is not None}
     for name, other, crosses in (("t_max", "t_min", min), ("t_min", "t_max", max)):
-        if _number(given.get(name)) and other not in given:
+        if _number(given.get(name)) and given[name] >= 0 and other not in given:
             given[other] = crosses(given[name], getattr(base, other))
     if temperature is None:
         return replace(base, **given)

@@ -110,6 +110,8 @@ def test_other_settings_or_prompts_are_not_passed_over(model: ScriptedModel, pro
         ('{"messages": "a"}', ["messages is 'a'"]), ('{"prompt": "a", "text": "b"}', ["'text'", "another name"]),
         ('{"prompt": "a", "prompt": "b"}', ["stands twice"]), ('{"prompt": "a", "system": 1}', ["system is 1"]),
         ('{"messages": [{"role": "system"}], "system": "a"}', ["two system prompts"]), ("[" * 99_999, ["not JSON"]),
+        ('{"prompt": "a", "id": ' + 500 * "[" + 500 * "]" + "}", ["line 1", "100 deep"]),
+        ('{"prompt": "a", "raw": true}', ["line 1", "raw", "--raw"]),
     ],
 )  # fmt: skip
 def test_lines_that_are_none(text: str, words: list[str]) -> None:

@@ -187,6 +187,8 @@ def test_json_events(tiny: Path) -> None:
         (["generate", "x", "-m", "TINY", "--stop", ""], None, 1, "stop: expected non-empty strings"),
         (["generate", "-m", "TINY"], "long " * 500, 1, "the model's context is 512"),
         (["chat", "-m", "/"], "x", 1, "config.json: no such file"),
+        (["inspect", "~nobody-of-this-name/x"], None, 1, "no model"), (["inspect", "x" * 300], None, 1, "no model"),
+        (["inspect", "--config", "x" * 300], None, 1, "no such file"), (["x" * 9999], None, 2, "xxx ... xxx"),
     ],
 )  # fmt: skip
 def test_errors_are_one_line(tiny: Path, args: list[str], stdin: Any, code: int, said: str) -> None:

@@ -39,6 +39,7 @@ def test_the_schedule(given: dict[str, Any], t_min: float, t_max: float) -> None
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        ({"t_max": -1}, ["t_max is -1"]), ({"t_max": False}, ["t_max is false"]),
         ({"t_max": 0}, ["t_max is 0", "greedy"]), ({"t_max": 0.1, "t_min": 0.9}, ["t_max is 0.1", "t_min 0.9"]),
         ({"temperature": -1}, ["temperature is -1", "0 (greedy)"]), ({"temperature": float("nan")}, ["temperature"]),
         ({"temperature": True}, ["temperature"]), ({"temperature": "hot"}, ["temperature"]),

@@ -69,6 +69,13 @@ def test_models_without_a_cache_and_with_a_damaged_one(cached: Path, monkeypatch
     scan = huggingface_hub.utils.scan_cache_dir
     monkeypatch.setattr(huggingface_hub, "scan_cache_dir", lambda: scan(cached / "none"))
     assert run("models").stdout.splitlines()[0].startswith("nano: ")
+    monkeypatch.setattr(
+        huggingface_hub,
+        "scan_cache_dir",
+        lambda: scan(cached / "models--some--tiny" / "snapshots" / COMMIT / "config.json"),
+    )
+    result = run("models")
+    assert result.exit_code == 1 and "HF_HUB_CACHE" in result.stderr and result.stderr.count("\n") == 1, result.stderr
 
 
 def test_revisions_are_for_hub_ids(tmp_path: Path) -> None:

@@ -13,6 +13,9 @@ import pytest
 from tiny import tiny_checkpoint
 
 PATIENCE = 120.0
+ENDING = [
+    (signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated"), (signal.SIGHUP, "the terminal went away"),
+]  # fmt: skip
 FULL = Path("/dev/full")
 SAYS = "dgemma: error: stdout"
 
@@ -73,6 +76,21 @@ def test_a_closed_stdin_is_said(tiny: Path) -> None:
     assert code == 2 and "stdin is closed" in said, said
 
 
+@pytest.mark.parametrize(
+    "command", ["generate", "generate -f -", "chat", "batch - -o OUT", "compare nano nano --prompts -"]
+)
+def test_a_stdin_that_cannot_be_read_is_said(tiny: Path, command: str) -> None:
+    out = tiny / "out.jsonl"
+    model = "--backend numpy" if "compare" in command else "MODEL"
+    code, _, said = shell(f"DGEMMA {command.replace('OUT', str(out))} {model} 0>{tiny / 'written'}", tiny)
+    assert code == 1 and said == "dgemma: error: stdin: Bad file descriptor\n", said
+
+
+def test_a_line_without_an_end_is_refused(tiny: Path) -> None:
+    _, _, said = shell("head -c 70000000 /dev/zero | (DGEMMA chat MODEL)", tiny)
+    assert "stdin: longer than 64 MiB" in said and said.count("\n") == 1, said
+
+
 AT = """
 import os, signal, sys
 class Finder:
@@ -92,20 +110,20 @@ def child(code: str) -> tuple[int, str, str]:
 
 
 @pytest.mark.parametrize("name", ["click", "numpy", "rich", "dgemma.core.engine"])
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize(("number", "word"), ENDING)
 def test_signals_while_modules_are_imported(tiny: Path, name: str, number: int, word: str) -> None:
-    if name == "click" and number == signal.SIGTERM:
-        pytest.skip("until a command is known, SIGTERM ends the process as it does any other")
+    if name == "click" and number != signal.SIGINT:
+        pytest.skip("until a command is known, they end the process as it does any other")
     args = ["generate", "x", "-m", str(tiny), "--backend", "numpy"]
     code = AT.format(name=name, number=int(number), args=args)
     assert child(code) == (128 + number, "", f"dgemma: {word}\n")
 
 
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize(("number", "word"), ENDING)
 @pytest.mark.parametrize("swallowed", [False, True])
 def test_signals_while_a_command_works(number: int, word: str, swallowed: bool) -> None:
     """Also where Python swallows the exception: in a destructor."""
-    if swallowed and number == signal.SIGTERM:
+    if swallowed and number != signal.SIGINT:
         pytest.skip("only Ctrl-C is sent again")
     code = f"""
 import os, sys, time

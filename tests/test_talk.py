@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -19,6 +20,7 @@ from dgemma.cli import notes as notes_of
 from dgemma.cli.chat import chat
 from dgemma.cli.conversation import Conversation, settable
 from dgemma.cli.output import figures, summary
+from dgemma.cli.typed import Typed
 from dgemma.core.events import Done
 from said import says
 from scripted import STATS, ScriptedModel
@@ -67,6 +69,8 @@ def test_set_takes_what_the_command_line_takes() -> None:
         ("/set steps many", ["many"]), ("/thinking", ["on or off"]), ("/seed x", ["seed", "x"]),
         ("/set greedy perhaps", ["perhaps"]), ("/save", ["name of a file"]), ("/load", ["name of a file"]),
         ("/retry", ["nothing has been asked"]), ("/\x1b[31m", ["no command"]),
+        ("/save ~nobody-of-this-name/x", ["~nobody"]), ("/load ~nobody-of-this-name/x", ["no such file"]),
+        (f"/save {'x' * 300}", ["too long"]), (f"/load {'x' * 300}", ["too long"]), ("/load a\0b", ["a?b"]),
     ],
 )  # fmt: skip
 def test_commands_that_cannot_be(line: str, words: list[str]) -> None:
@@ -187,6 +191,29 @@ def test_nano_says_what_it_plays(args: list[str]) -> None:
     assert result.exit_code == 0 and result.stdout.strip() == ""
     assert result.stderr.splitlines()[0].startswith("dgemma: note: nano only plays Sudoku: ")
     assert run(*args, "--backend", "numpy", "-q", stdin="hello\n").stderr == ""
+
+
+def test_a_seed_that_is_the_last_is_followed_by_the_first() -> None:
+    talk = conversation("x")
+    talk.command(f"/seed {2**64 - 1}")
+    talk.again()
+    assert talk.sampling["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "known"),
+    [('"a"\n"b\\u0000"\n3\n"\\ud800"\n', ["a", "?"]), ("[" * 100_000, []), ('"a', []), ("\0\n", [])],
+)
+def test_a_damaged_history_is_no_reason_not_to_talk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: str, known: list[str]
+) -> None:
+    pytest.importorskip("readline")
+    history = tmp_path / "chat_history"
+    history.write_text(lines)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    one = Typed(history)
+    assert one._remembered() == known and (one.problem is None) == bool(known)
+    assert Typed(tmp_path / ("x" * 300) / "chat_history").problem is None
 
 
 def test_history_is_kept_private_and_bounded(tmp_path: Path) -> None:

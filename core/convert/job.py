@@ -153,7 +153,7 @@ def prepare(
     """
     folder, gguf = resolve(source, revision=revision), None
     if path := find(folder):
-        gguf = open_source(path, None if tokenizer is None else Path(tokenizer).expanduser().absolute())
+        gguf = open_source(path, None if tokenizer is None else Path(os.path.expanduser(tokenizer)).absolute())
         folder, files, data, config, found = path.absolute().parent, gguf.files, gguf.data, gguf.config, gguf.source
     else:
         foreign.check_folder(folder)
