@@ -122,6 +122,23 @@ def test_force_keeps_files_that_no_checkpoint_has(folder: Path, tmp_path: Path, 
     assert (out / name).read_text() == "precious" and left(tmp_path) == {"out"}
 
 
+def test_what_others_put_beside_our_notes_stays(folder: Path, tmp_path: Path) -> None:
+    out, theirs = tmp_path / "out", tmp_path / "out" / ".dgemma" / "thesis.txt"
+    convert(folder, out)
+    before = hashes(out)
+    theirs.parent.mkdir()
+    theirs.write_text("precious")
+    (theirs.parent / "plan.json").mkdir()
+    assert not convert(folder, out).fresh
+    with says("holds more than a checkpoint", ".dgemma", "--force"):
+        convert(folder, out, force=True)
+    assert theirs.read_text() == "precious"
+    shutil.rmtree(theirs.parent)
+    theirs.parent.mkdir()
+    (theirs.parent / "lock").write_text("")
+    assert convert(folder, out, force=True).fresh and hashes(out) == before and left(tmp_path) == {"out"}
+
+
 def test_other_work_in_the_same_place_is_not_mixed(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     interrupted(folder, tmp_path / "out", monkeypatch)
     with says("out.partial", "begun with another 'recipe'", "--force"):

@@ -313,9 +313,14 @@ def finish(partial: Partial, out: Path, *, force: bool) -> None:
 
 def tidy(out: Path) -> None:
     """Remove what a kill may have left after the move."""
-    if _is_folder(out / HIDDEN):
-        _remove_replaced(out, out)
-        shutil.rmtree(out / HIDDEN, ignore_errors=True)
+    if not _is_folder(out / HIDDEN):
+        return
+    _remove_replaced(out, out)
+    with suppress(OSError):  # what is not of our making stays, and the folder with it
+        with Folder(out / HIDDEN, follow=False) as hidden:
+            for name in filter(_is_hidden, hidden.names()):
+                hidden.remove(name)
+        (out / HIDDEN).rmdir()
 
 
 def _remove_replaced(out: Path, folder: Path) -> None:
@@ -333,7 +338,9 @@ def check_replaceable(folder: Path, *, force: bool) -> None:
     Raises:
         DgemmaError: it may not, and why.
     """
-    names = sorted(path.name for path in folder.iterdir() if path.name != HIDDEN and not is_fresh(path.name))
+    names = sorted(path.name for path in folder.iterdir() if not is_fresh(path.name))
+    if _is_folder(folder / HIDDEN) and all(_is_hidden(path.name) for path in (folder / HIDDEN).iterdir()):
+        names.remove(HIDDEN)
     if not names:
         return
     if not force:
@@ -342,6 +349,11 @@ def check_replaceable(folder: Path, *, force: bool) -> None:
     if odd or "config.json" not in names:
         held = f"holds more than a checkpoint ({quoted(odd[0], 40)})" if odd else "holds no checkpoint"
         raise DgemmaError(f"{shown(folder)}: {held}, so --force does not replace it")
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file in `.dgemma` is of our making."""
+    return name in (_JOURNAL, "plan.json", "lock", "replaced") or is_fresh(name)
 
 
 def _difference(there: bytes, plan: Mapping[str, Any]) -> str:
