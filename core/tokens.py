@@ -25,6 +25,7 @@ LONG = 1 << 20
 """Characters that are tokenized without asking whether they can fit: in at most some seconds."""
 
 _UNFINISHED = "\ufffd"  # what a cut UTF-8 sequence decodes to
+_NOBODYS = "\U0010fffd"  # a private character, which is in no vocabulary
 _ORDINARY = frozenset("_\"'\\")  # characters of tokens' spellings that words, quotes and escapes are written with
 
 
@@ -148,7 +149,7 @@ class Tokenizer:
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             spelled = self._controls.get(token)
             at = -1 if spelled is None else plain.find(spelled, start, end)
-            if spelled is None or (at >= 0 and text.startswith(spelled, at)):
+            if spelled is None or (text.startswith(spelled, at) if at >= 0 else token == self._unknown):
                 ids.append(token)
             else:  # where it is not spelled there as it stands, the normalizer made it of other characters
                 ids += self._as_text(plain[start:end])
@@ -165,7 +166,7 @@ class Tokenizer:
             return [token.id for part in parts for token in self._backend.model.tokenize(part)]
 
         ids = self._call("encode this text", run)
-        if not any(token in self._controls for token in ids):
+        if not any(token in self._controls and token != self._unknown for token in ids):
             return ids
         if len(text) == 1:
             raise DgemmaError(f"{self._where}: {quoted(text)} in a message is a control token; leave it out")
@@ -184,6 +185,16 @@ class Tokenizer:
             or token.content in named
             or (token.content in written and token.content.strip())
         }
+
+    @cached_property
+    def _unknown(self) -> int | None:
+        """The token for what the tokenizer has no other for, if it has one: anybody's text may hold that."""
+        model = self._backend.model
+        try:
+            found = self._call("encode this text", lambda: model.tokenize(_NOBODYS))
+        except DgemmaError:  # as some do that have no such token
+            return None
+        return found[0].id if len(found) == 1 and found[0].value != _NOBODYS else None
 
     @cached_property
     def _guarded(self) -> str:

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
 
 from chats import TEMPLATE, laid_out, opened, user, with_template
 from dgemma.core.tokens import Tokenizer
 from fuzzing import some
 from said import says
-from tiny import IDS, SPECIAL
+from tiny import IDS, SPECIAL, VOCAB, tiny_checkpoint
 
 BARE = TEMPLATE.replace(" | trim", "")
 
@@ -179,3 +181,25 @@ def test_text_without_a_template_cannot_have_them_either(tmp_path: Path) -> None
     model = dgemma.load(str(folder), backend="numpy")
     assert controls(model.prompt_ids("<|turn>a")) == ["<bos>"]
     assert controls(model.prompt_ids("<|turn>a", specials=True)) == ["<bos>", "<|turn>"]
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces", "characters"])
+def test_what_the_tokenizer_does_not_know_is_no_control_token(tmp_path: Path, kind: str) -> None:
+    """Beside text that spells a control token, unknown words are what they are without it."""
+    vocab = IDS | {"hi": 16, "<": 17, "h": 18, "i": 19, "|": 20}
+    model = {
+        "words": lambda: models.WordLevel(vocab, unk_token="<unk>"),
+        "pieces": lambda: models.WordPiece(vocab, unk_token="<unk>"),
+        "characters": lambda: models.BPE(vocab, [], unk_token="<unk>"),
+    }[kind]()
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    folder = tiny_checkpoint(tmp_path)
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer(folder, vocab_size=VOCAB)
+    unknown = tokenizer.encode("zoo", specials=False)
+    assert set(unknown) == {IDS["<unk>"]}
+    assert tokenizer.encode("hi < zoo", specials=False)[-len(unknown) :] == unknown
+    typed = controls(tokenizer.encode("zoo <|turn> hi <eos>", specials=False))
+    assert len(typed) > len(unknown) and set(typed) == {"<unk>"}
