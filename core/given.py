@@ -21,6 +21,27 @@ def check_path(path: Any, what: str) -> None:
         raise DgemmaError(f"{what} is {quoted(path)}, expected a path")
 
 
+def check_flags(**flags: Any) -> None:
+    """Refuse what is neither True nor False; by their truth, `"no"` and `"false"` would be yes.
+
+    Raises:
+        DgemmaError: the first that is not.
+    """
+    for name, value in flags.items():
+        if not isinstance(value, bool | np.bool_):
+            raise DgemmaError(f"{name} is {quoted(value, 40)}, expected True or False")
+
+
+def check_call(progress: Any) -> None:
+    """Refuse a `progress` that cannot be called.
+
+    Raises:
+        DgemmaError: so it is.
+    """
+    if progress is not None and not callable(progress):
+        raise DgemmaError(f"progress is {quoted(progress, 40)}, expected a function")
+
+
 def figure(count: int) -> str:
     """Return a count in the largest unit of three digits: 1.23 M."""
     for unit, name in ((10**9, " B"), (10**6, " M"), (10**3, " k")):

@@ -17,7 +17,7 @@ from .config import GenerationConfig, ModelConfig
 from .engine import Engine, Request, check_tokens
 from .errors import DgemmaError, quoted
 from .events import Commit, Done, Event, Generation
-from .given import figure, ids_of, integer
+from .given import check_call, check_flags, figure, ids_of, integer
 from .model import denoise
 from .ops import Passes
 from .safetensors import SafetensorsFile
@@ -95,6 +95,7 @@ def load(
     for option, value in {"backend": backend, "device": device, "dtype": dtype}.items():
         if not isinstance(value, str):
             raise DgemmaError(f"{option} is {quoted(value)}, expected a name such as 'auto'")
+    check_call(progress)
     chosen = backends.choose(backend)
     checkpoint = Checkpoint.open(resolve(name, revision=revision))
     checkpoint.check()
@@ -298,6 +299,7 @@ class DiffusionGemma:
         if max_new_tokens is not None:
             integer("max_new_tokens", max_new_tokens, 1, 1 << 31)
         integer("seed", seed, 0, (1 << 64) - 1)
+        check_flags(thinking=thinking, raw=raw, specials=specials)
         sampler = settings(
             self.generation.sampler, steps=steps, schedule_steps=schedule_steps, entropy_bound=entropy_bound,
             t_min=t_min, t_max=t_max, confidence=confidence, stability=stability, temperature=temperature,

@@ -126,7 +126,7 @@ class Tokenizer:
         checked = check_messages(messages)
         if self._template is None:
             raise DgemmaError("this checkpoint has no chat template; give text or token ids instead of messages")
-        trusted: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": thinking, "tools": None}
+        trusted: dict[str, Any] = {"add_generation_prompt": True, "enable_thinking": bool(thinking), "tools": None}
         trusted |= {"documents": None} | self._names
         if not trusted.get("bos_token") and self.bos_token_id is not None:
             trusted["bos_token"] = self._backend.id_to_token(self.bos_token_id) or ""

@@ -15,6 +15,7 @@ from ..core import safetensors
 from ..core.checkpoint import Checkpoint, resolve
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.files import read_bytes
+from ..core.given import check_call, check_flags
 from ..core.links import inside
 from . import manifest
 from .target import choose, left, opened
@@ -85,6 +86,9 @@ def export(
             a graph that onnx's checker, which reads each as it was written, finds faulty.
     """
     began = time.perf_counter()
+    check_call(progress)
+    check_flags(unified=unified, standalone=standalone, fp16=fp16, logits=logits)
+    check_flags(cpu=cpu, portable=portable, verify=verify, force=force)
     say = progress or (lambda line: None)
     _check_options(opset, cpu, portable, verify)
     say("reading headers")

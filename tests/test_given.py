@@ -135,3 +135,37 @@ def test_an_empty_answer_says_that_it_ended_by_itself(model: DiffusionGemma) -> 
     result = model.generate([5, 6, 7], 16, steps=1, eos=every)
     assert (result.text, result.token_ids, result.finish_reason) == ("", (), "stop")
     assert repr(result) == "<Generation '': 0 tokens, stop>" and result.stats.emitted_tokens == 0
+
+
+@pytest.mark.parametrize("value", [1, "no", None, b"x", object(), np.array([True])])
+def test_what_is_neither_true_nor_false_is_no_flag(model: DiffusionGemma, folder: Path, value: Any) -> None:
+    for name in ("thinking", "raw", "specials"):
+        with says(f"{name} is", "True or False"):
+            model.stream("x", **{name: value})
+    for name in ("mlx", "requantize", "force", "verify"):
+        with says(f"{name} is", "True or False"):
+            dgemma.convert(folder, folder / "out", **{name: value})
+    for name in ("unified", "standalone", "fp16", "logits", "cpu", "portable", "verify", "force"):
+        with says(f"{name} is", "True or False"):
+            dgemma.export(folder, folder / "out", **{name: value})
+
+
+@pytest.mark.parametrize("value", [3, "x", b"x", object(), [print]])
+def test_other_options_of_no_use_are_refused_before_the_work(folder: Path, value: Any) -> None:
+    with says("progress is", "expected a function"):
+        dgemma.convert(folder, folder / "out", progress=value)
+    with says("progress is", "expected a function"):
+        dgemma.export(folder, folder / "out", progress=value)
+    with says("progress is", "expected a function"):
+        dgemma.load(folder, progress=value)
+    if value != 3:
+        with says("workers is", "expected an integer"):
+            dgemma.convert(folder, folder / "out", workers=value)
+    if value != "x":
+        with says("tokenizer is", "expected a path"):
+            dgemma.convert(folder, folder / "out", tokenizer=value)
+    assert not (folder / "out").exists()
+
+
+def test_numpys_truth_is_truth(model: DiffusionGemma) -> None:
+    model.stream("x", thinking=np.bool_(True), raw=np.bool_(False)).close()  # type: ignore[arg-type,attr-defined]

@@ -25,6 +25,7 @@ from ..checkpoint import inside
 from ..config import read_json
 from ..errors import DgemmaError, quoted, shown
 from ..files import FULL, open_file, read_bytes, why
+from ..given import check_call, check_flags, check_path, integer
 from . import recipes, target
 from .crew import Crew, Here, Written, gather
 from .encode import factor_of, runs
@@ -127,6 +128,8 @@ def convert(
     """
     began = time.monotonic()
     out = target.absolute(out)
+    check_flags(mlx=mlx, requantize=requantize, force=force, verify=verify)
+    _check_given(workers, tokenizer, progress)
     threads = max(1, workers or _cores())
     meter = Meter(progress)
     fresh = False
@@ -149,6 +152,14 @@ def convert(
         where = shown(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes | Path) else out)
         goes_on = ", and the same command goes on where it stopped" if error.errno in FULL else ""
         raise DgemmaError(f"{where}: {why(error)}{goes_on}") from None
+
+
+def _check_given(workers: Any, tokenizer: Any, progress: Any) -> None:
+    check_call(progress)
+    if workers is not None:
+        integer("workers", workers, 0, 1 << 12)
+    if tokenizer is not None:
+        check_path(tokenizer, "tokenizer")
 
 
 def _make(job: Job, out: Path, *, force: bool, threads: int, meter: Meter) -> None:
