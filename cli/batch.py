@@ -51,11 +51,15 @@ def batch(
         raise click.UsageError("--system stands in the chat template, which --raw leaves out")
     from ..core.batch import Item, Results, read_items
     from . import notes
-    from .output import consoles, load_model, note, put_words
+    from .output import Wait, consoles, load_model, note, put_words
     from .sinks import ResultSink, follow
 
     where = "stdin" if str(prompts) == "-" else str(prompts)
     items = read_items(read_file(prompts), where, options=sampling.keys(), system=system)
+    if raw and (chat := next((item.line for item in items if not isinstance(item.asked, str)), None)):
+        raise DgemmaError(
+            f"{where}: line {chat}: messages and system stand in the chat template, which --raw leaves out"
+        )
     settings = sampling | {"raw": raw, "model": model, "revision": revision}
     keys = {item.line: item.key(settings) for item in items}
     _, errors = consoles(quiet=quiet)
@@ -71,8 +75,10 @@ def batch(
                 except (DgemmaError, TypeError) as error:
                     raise DgemmaError(f"{where}: line {item.line}: {error}") from None
 
-            for item in left:
-                ask(item)  # checks it
+            with Wait(errors, "checking") as wait:
+                for i, item in enumerate(left, 1):
+                    ask(item)  # checks it
+                    wait.update(i, len(left), f"line {item.line} of {items[-1].line}")
             if not raw and not loaded.tokenizer.has_template:
                 note(errors, notes.without_template(model))
             try:

@@ -155,10 +155,10 @@ class Results(AbstractContextManager["Results"]):
         except OSError:
             raise DgemmaError(f"{where}: another process is writing results there") from None
         data = files.read_bytes(self.path, LARGEST)
-        whole, _, rest = data.rpartition(b"\n")
+        whole, end, rest = data.rpartition(b"\n")
         if rest and not (rest.startswith(_BEGINS) or _BEGINS.startswith(rest)):
             raise DgemmaError(f"{where}: holds something else than results; choose another name")
-        found = [_result(line, f"{where}: line {i}") for i, line in enumerate(whole.split(b"\n"), 1)] if whole else []
+        found = [_result(line, f"{where}: line {i}") for i, line in enumerate(whole.split(b"\n"), 1)] if end else []
         if force:
             os.ftruncate(self._handle, 0)
             return set()
@@ -176,8 +176,9 @@ class Results(AbstractContextManager["Results"]):
         data = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         before = os.fstat(self._handle).st_size
         try:
-            if os.write(self._handle, data) < len(data):
-                raise OSError(files.FULL[0], "the disk is full")
+            rest = memoryview(data)
+            while rest:  # where a part was written, the next attempt says why not all of it
+                rest = rest[os.write(self._handle, rest) :]
             os.fsync(self._handle)
         except OSError as error:
             os.ftruncate(self._handle, before)
@@ -193,7 +194,9 @@ def _result(line: bytes, where: str) -> tuple[int, str]:
         data = json.loads(line)
         number, key = data["line"], data["key"]
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise DgemmaError(f"{where} is no result; choose another name for the results") from None
+        number, key = None, None
+    if type(number) is not int or type(key) is not str:
+        raise DgemmaError(f"{where} is no result; choose another name for the results")
     return number, key
 
 

@@ -135,7 +135,19 @@ def test_every_line_is_checked_before_the_first_is_answered(
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-@pytest.mark.parametrize("text", ["my thesis", "my thesis\n", '{"line": 1}\n', '{"a": 1}\n{"line', "[1]\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "my thesis",
+        "my thesis\n",
+        "\n",
+        '{"line": 1}\n',
+        '{"line": [], "key": "a"}\n',
+        '{"line": 1, "key": [2]}\n',
+        '{"a": 1}\n{"line',
+        "[1]\n",
+    ],
+)
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_other_files_are_left_alone(
     model: ScriptedModel, prompts: Path, tmp_path: Path, text: str, force: list[str]
@@ -151,6 +163,14 @@ def test_other_files_are_left_alone(
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "nothing")
     assert "link" in run(prompts, "--out", link, "-m", tmp_path).stderr and not (tmp_path / "nothing").exists()
+
+
+@pytest.mark.parametrize("line", ['{"prompt": "a", "system": "b"}', '{"messages": [{"role": "user", "content": "a"}]}'])
+def test_raw_leaves_nothing_out_in_silence(model: ScriptedModel, prompts: Path, tmp_path: Path, line: str) -> None:
+    prompts.write_text(f'"a"\n{line}\n')
+    result = run(prompts, "--out", tmp_path / "out", "-m", tmp_path, "--raw")
+    assert result.exit_code == 1 and "line 2: messages and system" in result.stderr and model.asked == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_at_once(tmp_path: Path) -> None:
@@ -177,7 +197,7 @@ with Results(Path(sys.argv[1]), {}) as results:
 """
     path = tmp_path / "out"
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
-    assert "goes on from here" in done.stdout
+    assert "goes on from here" in done.stdout and "ulimit -f" in done.stdout
     assert [one["line"] for one in lines(path)] == [1]
 
 
