@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from ..core.errors import DgemmaError
-from .process import INTERRUPTED, Unwritable, say, unwritable
+from .process import INTERRUPTED, Unwritable, say, unexpected, unwritable
 
 COMMANDS = ("generate", "chat", "batch", "models", "convert", "export", "compare", "inspect", "bench", "doctor")
 LONGEST = 1000
@@ -44,8 +44,7 @@ class Group(click.Group):
                 raise
             if isinstance(error, DgemmaError):
                 raise click.ClickException(str(error)) from error
-            said = f"unexpected {type(error).__name__}: {error}" if str(error) else f"unexpected {type(error).__name__}"
-            raise click.ClickException(f"{said} (`dgemma --debug ...` shows where)") from error
+            raise click.ClickException(unexpected(error)) from error
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         if not standalone_mode:

@@ -21,6 +21,7 @@ from .options import (
     specials_option,
     system_option,
 )
+from .process import Unwritable, unexpected
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +70,7 @@ def chat(
     talk = Conversation(system=system, sampling=sampling, options=settable(ctx.command.params, sampling))
     table = Table(model=loaded, name=model, talk=talk, out=out, errors=errors, live=live, stats=stats)
     if sys.stdin.isatty() and out.is_terminal:
-        _on_terminal(table, history=history)
+        _on_terminal(table, history=history, debug=ctx.find_root().params.get("debug", False))
     else:
         while line := read_stdin(line=True):
             try:
@@ -78,7 +79,7 @@ def chat(
                 break
 
 
-def _on_terminal(table: Table, *, history: bool) -> None:
+def _on_terminal(table: Table, *, history: bool, debug: bool) -> None:
     """Read lines until the user leaves; what is refused or stopped ends neither the chat nor what was said before."""
     from rich.style import Style
 
@@ -103,6 +104,12 @@ def _on_terminal(table: Table, *, history: bool) -> None:
                 put(screen, "\n(Ctrl-D leaves)\n")
             except DgemmaError as error:
                 put_words(screen, f"dgemma: error: {error}", Style.null())
+            except Unwritable:
+                raise
+            except Exception as error:  # a fault of ours, or of a library: no reason to lose what was said
+                if debug:
+                    raise
+                put_words(screen, f"dgemma: error: {unexpected(error)}", Style.null())
         put(screen, "\n")
     finally:
         typed.remember()

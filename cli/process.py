@@ -128,6 +128,12 @@ def end(line: str, code: int) -> NoReturn:
     sys.exit(code)
 
 
+def unexpected(error: BaseException) -> str:
+    """Return the line for an error that nobody foresaw."""
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"unexpected {' '.join(said.split())} (`dgemma --debug ...` shows where)"
+
+
 def unwritable(lost: Unwritable) -> int:
     """Say why stdout takes nothing → exit code."""
     if lost.left:

@@ -367,6 +367,18 @@ def test_chat_on_a_terminal(tiny: Path) -> None:
     assert screen.end() == 0
 
 
+def test_a_terminal_that_goes_away_leaves_what_was_typed(tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("readline")
+    screen = Terminal("chat", "-m", tiny, "--backend", "numpy", XDG_STATE_HOME=str(tmp_path))
+    screen.until(r"(?s)Ctrl-D leaves.*> $")
+    screen.type("/seed 4\r")
+    screen.until("(?s)seed 4\x1b.*> $")
+    os.close(screen.fd)  # as a window that is closed
+    code = os.waitstatus_to_exitcode(os.waitpid(screen.pid, 0)[1])
+    assert code in (0, 129), "the signal, or the end of input where readline missed it"
+    assert (tmp_path / "dgemma" / "chat_history").read_text() == '"/seed 4"\n'
+
+
 # ---- Chat in a pipe ---------------------------------------------------------------------------------------------
 
 

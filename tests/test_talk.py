@@ -17,9 +17,9 @@ from click.testing import CliRunner, Result
 import dgemma
 from dgemma.cli import main
 from dgemma.cli import notes as notes_of
-from dgemma.cli.chat import chat
+from dgemma.cli.chat import Table, _on_terminal, chat
 from dgemma.cli.conversation import Conversation, settable
-from dgemma.cli.output import figures, summary
+from dgemma.cli.output import consoles, figures, summary
 from dgemma.cli.typed import Typed
 from dgemma.core.events import Done
 from said import says
@@ -248,3 +248,36 @@ print(one.problem)
     file.write_text("damaged")
     assert session("g")[0] == "[]" and "damaged; remove it" in session("g")[1]
     assert file.read_text() == "damaged"
+
+
+def test_a_fault_does_not_end_a_chat(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What nobody foresaw is one line, and what was said before it stays."""
+    taken = []
+
+    def take(self: Table, line: str, *, stops: bool) -> None:
+        taken.append(line)
+        if line == "break":
+            raise RuntimeError("a library's\nfault")
+
+    class Lines:
+        problem = None
+
+        def __init__(self, history: Path | None) -> None:
+            self.lines = iter(["break", "hello", None])
+
+        def read(self) -> str | None:
+            return next(self.lines)
+
+        def remember(self) -> None:
+            taken.append("remembered")
+
+    monkeypatch.setattr("dgemma.cli.typed.Typed", Lines)
+    monkeypatch.setattr(Table, "take", take)
+    out, errors = consoles()
+    scripted: Any = ScriptedModel("fine")
+    table = Table(model=scripted, name="m", talk=conversation(), out=out, errors=errors, live=False, stats=False)
+    _on_terminal(table, history=False, debug=False)
+    assert taken == ["break", "hello", "remembered"]
+    assert "dgemma: error: unexpected RuntimeError: a library's fault (`dgemma --debug" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        _on_terminal(table, history=False, debug=True)
