@@ -57,7 +57,7 @@ class Quantization:
             raise DgemmaError(f"{where}: quantization is {quoted(data, 40)}, expected an object")
         outer = {key: value for key, value in data.items() if not _is_entry(value) and value is not None}
         return cls(
-            default=_format(outer, f"{where}: quantization") if outer else None,
+            default=read_format(outer, f"{where}: quantization") if outer else None,
             modules={str(key): value for key, value in data.items() if _is_entry(value)},
             where=where,
         )
@@ -71,7 +71,7 @@ class Quantization:
         entry = self.modules.get(module)
         if entry is None:
             return self.default
-        return _format(entry, f"{self.where}: quantization of {quoted(module)}") if entry else None
+        return read_format(entry, f"{self.where}: quantization of {quoted(module)}") if entry else None
 
 
 CONVERTED = ("modelopt", "compressed-tensors", "fp8", "fbgemm_fp8")
@@ -90,7 +90,12 @@ def _is_entry(value: Any) -> bool:
     return isinstance(value, Mapping) or value is False
 
 
-def _format(entry: Mapping[str, Any], where: str) -> Format:
+def read_format(entry: Mapping[str, Any], where: str) -> Format:
+    """Read an entry as MLX writes it, or a user.
+
+    Raises:
+        DgemmaError: a value of another type, or no format; begins with `where`.
+    """
     own = Format.__dataclass_fields__
     entry = {key: value for key, value in entry.items() if not _extra(key, value, own)}
     for key, kind in (("mode", str), ("bits", int), ("group_size", int), ("symmetric", bool)):

@@ -140,6 +140,9 @@ def test_ones_own_rules(folder: Path, tmp_path: Path) -> None:
         ("r.toml", '"*" = {bits = 7}\n', ("'*'", "bits, not 7")),
         ("r.toml", '"*" = "affine4-g16"\n', ("'*'", "groups of")),
         ("r.toml", '"" = "bf16"\n', ("empty glob",)),
+        ("r.toml", '"*" = {bits = 4.5}\n', ("'*'", "bits is", "expected int")),
+        ("r.json", '{"*": {"mode": ["mxfp4"]}}', ("'*'", "mode is", "expected str")),
+        ("r.json", '{"*": {"bits": 4, "symmetric": "no"}}', ("'*'", "symmetric is 'no'", "expected bool")),
         ("r.toml", "", ("no rules",)),
         ("r.toml", 'otherwise = "drop"\n"*" = "bf16"\n', ("otherwise", "'stored' or 'bf16'")),
         ("r.toml", '"*.mlps.*" = "bf16"\n', ("'*.mlps.*' matches no module",)),
@@ -156,8 +159,18 @@ def test_rules_that_mean_nothing_are_named(
         (tmp_path / name).write_text(text)
     with says(*words):
         convert(folder, tmp_path / "out", rules=tmp_path / name)
-    with says("no recipe", "4bit-mlx"):
-        convert(folder, tmp_path / "out", "5bit")
+    for recipe in ("5bit", "", 0, ["4bit"], {}):
+        with says("no recipe", "4bit-mlx"):
+            convert(folder, tmp_path / "out", recipe)  # pyright: ignore[reportArgumentType]
+
+
+def test_whole_numbers_in_rules_may_have_a_point(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text('{"*": {"bits": 4.0, "group_size": 64.0}}')
+    convert(folder, tmp_path / "out", rules=tmp_path / "r.json")
+    (tmp_path / "r.json").write_text('{"*": "affine4-g64"}')
+    convert(folder, tmp_path / "other", rules=tmp_path / "r.json")
+    assert Checkpoint.open(tmp_path / "out").format(GATE) == Format(bits=4, group_size=64)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "other")
 
 
 @pytest.mark.parametrize("target", ["stored", "bf16", "symmetric4-g32", "affine8-g64", "mxfp4", "mxfp8", "nvfp4"])

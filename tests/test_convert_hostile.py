@@ -17,6 +17,7 @@ import pytest
 from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.convert import convert
 from dgemma.core.convert import converter as engine
+from dgemma.core.convert.partial import digest
 from dgemma.core.errors import DgemmaError
 from dgemma.core.folder import Folder
 from published import MANIFEST, SHARD, floats, hashes, left
@@ -199,6 +200,20 @@ def test_a_damaged_journal_is_taken_up_as_far_as_it_is_sound(made: Path, folder:
         (folder / "out.partial" / ".dgemma").mkdir(parents=True)
         for path, content in before.items():
             path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [b"[", b"[" * 99_999, b'"\xff"', b"null", b"{}", b'["factor",0,"zz"]', b'["block",0,0,"x","y",""]',
+     b'["block",0,0,"0x1p9999","0x1p0","0"]'],
+    ids=range(8),
+)  # fmt: skip
+def test_a_line_with_a_sound_hash_and_no_meaning_is_another_versions(folder: Path, entry: bytes) -> None:
+    hashed = digest([(folder / "out.partial" / PLAN).read_bytes(), entry])
+    with (folder / "out.partial" / JOURNAL).open("ab") as file:
+        file.write(hashed.encode() + b" " + entry + b"\n")
+    with says("out.partial", "begun by another version of dgemma; remove it"):
+        again(folder)
 
 
 def test_a_changed_factor_is_found_again(folder: Path, monkeypatch: Any) -> None:

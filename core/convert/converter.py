@@ -134,7 +134,9 @@ def convert(
     meter = Meter(progress)
     fresh = False
     try:
-        chosen = recipes.read_rules(rules) if rules is not None else recipes.find(recipe) if recipe else None
+        chosen = (
+            recipes.read_rules(rules) if rules is not None else recipes.find(recipe) if recipe is not None else None
+        )
         job = prepare(source, chosen, revision=revision, mlx=mlx, requantize=requantize, tokenizer=tokenizer)
         if rules is not None and (unused := job.recipe.unused([item.weight.module for item in job.text])):
             raise DgemmaError(f"{shown(rules)}: {quoted(unused[0], 60)} matches no module that is left to it")

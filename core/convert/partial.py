@@ -187,7 +187,10 @@ class Partial:
         for line in whole.splitlines(keepends=True):
             entry = line.partition(b" ")[2].rstrip(b"\n")
             if line == self._line(entry):
-                self._take(json.loads(entry))
+                try:
+                    self._take(json.loads(entry))
+                except (ValueError, OverflowError, RecursionError):  # a DgemmaError is a ValueError
+                    raise DgemmaError(f"{shown(self.folder)}: begun by another version of dgemma; remove it") from None
 
     def _take(self, entry: list[Any]) -> None:
         match entry:
@@ -197,7 +200,7 @@ class Partial:
             case ["factor", int(item), str(value)]:
                 self.factors[item] = float.fromhex(value)
             case _:
-                raise DgemmaError(f"{shown(self.folder)}: begun by another version of dgemma; remove it")
+                raise ValueError("no entry of a journal")
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:

@@ -32,6 +32,7 @@ from ..errors import DgemmaError, quoted, shown
 from ..files import read_text
 from ..given import check_path
 from ..quant import FLOAT_MODES, Format
+from ..quantized import read_format
 
 Target = Format | Literal["bf16", "stored"]
 """What becomes of a weight."""
@@ -135,7 +136,7 @@ KEEP = replace(RECIPES["8bit"], name="keep", keep=True)
 
 def find(name: str) -> Recipe:
     table = RECIPES | {KEEP.name: KEEP}
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise DgemmaError(f"no recipe {quoted(name, 40)}; known: {', '.join(table)}, or give a file of rules")
     return table[name]
 
@@ -165,19 +166,19 @@ def read_rules(path: str | Path) -> Recipe:
     for glob, value in table.items():
         if not glob.strip():
             raise DgemmaError(f"{where}: a rule with an empty glob")
-        try:
-            rules.append((glob, _target(value)))
-        except DgemmaError as error:
-            raise DgemmaError(f"{where}: {quoted(glob, 60)}: {error}") from None
+        rules.append((glob, _target(value, f"{where}: {quoted(glob, 60)}")))
     return Recipe(name=path.stem, rules=tuple(rules), otherwise=otherwise)
 
 
-def _target(value: Any) -> Target:
-    if isinstance(value, str):
-        return parse(value)
+def _target(value: Any, where: str) -> Target:
     if isinstance(value, Mapping):
-        return Format.from_config(value)
-    raise DgemmaError(f"{quoted(json.dumps(value, default=str), 40)} is no format; known: {_EITHER}")
+        return read_format(value, where)
+    if not isinstance(value, str):
+        raise DgemmaError(f"{where}: {quoted(json.dumps(value, default=str), 40)} is no format; known: {_EITHER}")
+    try:
+        return parse(value)
+    except DgemmaError as error:
+        raise DgemmaError(f"{where}: {error}") from None
 
 
 def _read_toml(path: Path, where: str) -> dict[str, Any]:
