@@ -361,6 +361,10 @@ class DiffusionGemma:
             x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
             logits = ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
             finite.check_results(logits, ops.dtype)
+            capped = np.flatnonzero((np.abs(logits) >= self.config.softcap).any(0)).astype(np.int32)
+            if capped.size:  # an infinite row of the table looks like certainty behind the soft cap
+                rows = ops.embed(model.embed_tokens, ops.asarray(capped[None]), 1.0)
+                finite.check_results(ops.to_numpy(rows), ops.dtype)
             return logits
 
         self._check_files()

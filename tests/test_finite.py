@@ -52,6 +52,20 @@ def test_a_damaged_matrix_is_an_error_by_the_second_pass(backend: str, damage: s
         model.generate(PROMPT, 16, steps=3, confidence=0.0)
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_word_is_an_error_in_a_single_pass_too(backend: str, value: float, tmp_path: Path) -> None:
+    """The soft cap makes its logits finite, and no second pass reads the mean of such words."""
+    change = put("model.decoder.embed_tokens.weight", value, 0, 0)
+    model = load(rewrite(tiny_checkpoint(tmp_path), change), backend)
+    with says("a pass in float32 came to NaN or infinity", "the weights are damaged"):
+        model.generate(PROMPT, 16, steps=1)
+    with says("a pass in float32 came to NaN or infinity", "the weights are damaged"):
+        model.generate(PROMPT, 16, stability=0, confidence=100.0)
+    with says("a pass in float32 came to NaN or infinity", "the weights are damaged"):
+        model.logits(PROMPT, CANVAS)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_damaged_in_the_prompts_cache_alone_is_an_error(backend: str, tmp_path: Path) -> None:
     """A word that stands in the prompt and, its logits being fine, nowhere else."""
