@@ -22,6 +22,8 @@ from .reader import Reader, show
 
 LayerKind = Literal["sliding_attention", "full_attention"]
 
+_UNTIED = ": where lm_head and the encoder are copies, set it so; a copy that differs is then named"
+
 COLDEST = 1e-3
 """The lowest temperature: zero would be divided by."""
 
@@ -260,7 +262,7 @@ def ignored_keys(data: Mapping[str, Any], generation: Mapping[str, Any]) -> tupl
 
 def _read_config(read: Reader) -> ModelConfig:
     read.only("model_type", "diffusion_gemma")
-    read.only("tie_word_embeddings", True)
+    read.only("tie_word_embeddings", True, advice=_UNTIED)
     image = read.token_ids("image_token_id")
     # No softcapping, all layers alike, no such token: these nulls are values, another is as good as no key.
     nulls = ("final_logit_softcapping", "per_layer_config", *(f"{name}_token_id" for name in ("eos", "pad", "bos")))
@@ -273,7 +275,7 @@ def _read_config(read: Reader) -> ModelConfig:
     text.only("model_type", "diffusion_gemma_text")
     text.only("hidden_activation", "gelu_pytorch_tanh")
     text.only("attention_bias", False)
-    text.only("tie_word_embeddings", True)
+    text.only("tie_word_embeddings", True, False)  # the key above is the one that counts, in transformers too
     text.only("use_bidirectional_attention", "vision")  # of images; text is the same without
     vocab = text.integer("vocab_size", 262_144)
     ids = {}

@@ -77,12 +77,12 @@ class Reader:
             raise DgemmaError(f"{self.where}: {key} is {show(value)}, expected a token id or a list of them")
         return tuple(dict.fromkeys(ids))
 
-    def only(self, key: str, *supported: Any) -> None:
+    def only(self, key: str, *supported: Any, advice: str = "") -> None:
         """Accept a key only with a value that the graph implements; a missing key has the first."""
         value = self.take(key, supported[0])
         if not any(type(value) is type(one) and value == one for one in supported):
             expected = " or ".join(json.dumps(one) for one in supported)
-            raise DgemmaError(f"{self.where}: {key} is {show(value)}; this runtime supports {expected}")
+            raise DgemmaError(f"{self.where}: {key} is {show(value)}; this runtime supports {expected}{advice}")
 
     def finish(self) -> None:
         if self.data:

@@ -132,7 +132,7 @@ def test_missing_keys_have_transformers_defaults(text: dict[str, Any]) -> None:
     [
         ({"model_type": "llama"}, ["model_type", "llama", "diffusion_gemma"]),
         ({"sliding_windows": 4}, ["unknown key", "sliding_windows"]),
-        ({"tie_word_embeddings": False}, ["tie_word_embeddings", "false"]),
+        ({"tie_word_embeddings": False}, ["tie_word_embeddings", "false", "set it so"]),
         ({"tie_word_embeddings": 1}, ["tie_word_embeddings"]),
         ({"canvas_length": 0}, ["canvas_length", "0"]),
         ({"image_token_id": "x"}, ["image_token_id"]),
@@ -326,3 +326,11 @@ def test_bad_json_is_named(tmp_path: Path, text: str | bytes, words: list[str]) 
         read_json(tmp_path / "nothing.json")
     with says("regular"):
         read_json(tmp_path)
+
+
+def test_of_two_tie_word_embeddings_the_outer_one_counts() -> None:
+    """As in transformers, whose classes for the text model have nothing to tie."""
+    text = {"text_config": tiny.TEXT_CONFIG | {"tie_word_embeddings": False}}
+    assert ModelConfig.from_hf(published() | text) == ModelConfig.from_hf(published())
+    with says("tie_word_embeddings is false", "set it so"):
+        ModelConfig.from_hf(published() | text | {"tie_word_embeddings": False})
