@@ -11,12 +11,13 @@ that nobody used, and whoever encodes the text knows by that whose they were. `S
 
 from __future__ import annotations
 
+import codecs
 import json
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, BinaryIO, ClassVar
 
 HIDDEN_FROM, HIDDEN_TO = 0xF0000, 0xFFFFD
@@ -116,7 +117,7 @@ class Said(str):
         return self._keep(str.join(new, self.split(old, count)))
 
     def strip(self, chars: str | None = None) -> str:  # type: ignore[override]
-        return self.lstrip(chars).rstrip(chars)
+        return self.lstrip(chars).rstrip(_plain(chars))  # which may be on a piece without anything hidden
 
     def lstrip(self, chars: str | None = None) -> str:  # type: ignore[override]
         return self[len(self) - len(self._text.lstrip(_plain(chars))) :]
@@ -129,6 +130,12 @@ class Said(str):
 
     def removesuffix(self, suffix: str) -> str:  # type: ignore[override]
         return self[: len(self) - (len(suffix) if self.endswith(suffix) else 0)]
+
+    def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+        """Bytes with hidden characters in them, which no narrower encoding has."""
+        if codecs.lookup(encoding).name != "utf-8":
+            raise ValueError(f"text of a message cannot be encoded as {encoding}")
+        return str.encode(self, encoding, errors)
 
     def _never_hidden(self, part: str) -> bool:
         return not isinstance(part, Said) and part.translate(self._hide) == part
@@ -236,9 +243,20 @@ def compiled(source: str) -> Any:
                 self.write(", ")
             self.write(")))")
 
+        def visit_Compare(self, node: Any, frame: Any) -> None:  # `a in b`, which asks b, that may be the template's
+            if len(node.ops) > 1 or node.ops[0].op not in ("in", "notin"):
+                super().visit_Compare(node, frame)
+                return
+            self.write("(environment.within(" if node.ops[0].op == "in" else "(not environment.within(")
+            for one in (node.expr, node.ops[0].expr):
+                self.visit(one, frame)
+                self.write(", ")
+            self.write("))")
+
     class Environment(ImmutableSandboxedEnvironment):
         code_generator_class = Generator
         said: type[Said] = Said  # of the request at hand
+        within: Callable[..., bool]
 
         def call(self, context: Any, called: Any, /, *args: Any, **options: Any) -> Any:  # type: ignore[override]
             owner = getattr(called, "__self__", None)
@@ -270,11 +288,24 @@ def compiled(source: str) -> Any:
 
         return run
 
+    def within(value: Any, whole: Any) -> bool:
+        return (_plain(value) if isinstance(whole, str) else value) in whole
+
+    def in_context(function: Callable[..., Any]) -> Callable[..., Any]:
+        @jinja2.pass_eval_context
+        def run(context: Any, *args: Any, **options: Any) -> Any:
+            return on_plain(partial(function, context))(*args, **options)
+
+        return run
+
     env = Environment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     env.concat = concat  # type: ignore[method-assign]
+    env.within = within
+    env.tests["in"] = within
     env.filters |= {"tojson": on_plain(_tojson), "join": join, "string": string, "safe": lambda value: value}
     for name in ("e", "escape", "forceescape", "urlencode", "pprint", "title"):
         env.filters[name] = on_plain(env.filters[name])
+    env.filters |= {name: in_context(env.filters[name]) for name in ("urlize", "xmlattr")}
     env.filters["striptags"] = on_plain(env.filters["striptags"], always=True)  # it also turns `&lt;` back
     env.globals |= {"raise_exception": refuse, "strftime_now": lambda layout: datetime.now().strftime(layout)}
     return env.from_string(source)

@@ -120,6 +120,11 @@ CHANGES: list[tuple[str, str, str, list[str]]] = [
     ("{{ messages | map(attribute='content') | join('<bos>') }}", "<eos>", "<eos>", []),
     ("{{ c.split() | join('<bos>') }}", "<eos> <eos>", "<eos><bos><eos>", ["<bos>"]),
     ("{{ c.encode() | string }}", "a", "b'a'", []),
+    ("{{ c.encode('utf8').decode() }}", "<bos>", "<bos>", []),
+    ("{{ c in 'a <b> c' }}{{ c not in '<b>' }}{{ c is in('<b><c>') }}{{ c in messages[0] }}{{ c in [c] }}", "<b>",
+     "TrueFalseTrueFalseTrue", []),
+    ("{{ 'a<b>a'.strip(c) }}", "<>a", "b", []),
+    ("{{ c | urlize }}{{ {'k': c} | xmlattr }}", "<bos>", "&lt;bos&gt; k=\"&lt;bos&gt;\"", []),
 ]  # fmt: skip
 
 
