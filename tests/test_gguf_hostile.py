@@ -275,3 +275,23 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     for args in (("convert", tmp_path / "cut.gguf", "--out", tmp_path / "b"), ("inspect", tmp_path / "cut.gguf")):
         result = run(*args)
         assert result.exit_code == 1 and result.output.startswith("dgemma: error: ") and "truncated" in result.output
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "words"),
+    [
+        ("llama", "scores", [float("nan")] * len(TOKENS), "the score of token 0 is NaN"),
+        ("llama", "tokens", [*TOKENS[:-1], TOKENS[7]], "token 7, "),
+        ("gemma4", "tokens", [*TOKENS[:-1], TOKENS[7]], "stands twice"),
+        ("llama", "tokens", [*TOKENS[:-1], "x" * 1_000_000], "has 1,000,000 bytes, expected at most 4,096"),
+        ("gemma4", "chat_template", "x" * 1_100_000, "its chat template has 1,100,000 bytes, expected at most"),
+    ],
+)
+def test_tokenizers_that_would_answer_otherwise_or_take_for_ever(
+    tmp_path: Path, kind: str, key: str, value: Any, words: str
+) -> None:
+    name = "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}"
+    path, _ = gguf_file(tmp_path, tokenizer=kind, settings={name: value})
+    with says(words, "--tokenizer DIR"):
+        dgemma.convert(path, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..chat import LARGEST_TEMPLATE
 from ..checkpoint import inside
 from ..config import GenerationConfig, ModelConfig
 from ..errors import DgemmaError, quoted, shown
@@ -25,6 +26,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_LONGEST = 1 << 12  # bytes of a token; the longest of this model's has some hundreds
 _LARGEST = 1 << 28  # bytes of a tokenizer
 _INSTEAD = "give a folder that has its tokenizer.json with --tokenizer DIR"
 
@@ -69,14 +71,22 @@ def _rebuilt(file: GgufFile, config: ModelConfig) -> dict[str, bytes]:
         raise DgemmaError(f"{where} is of the kind {quoted(kind, 30)}, which cannot be rebuilt here; {_INSTEAD}")
     if stored.count > config.vocab_size:
         raise DgemmaError(f"{where} has {stored.count} tokens, and the model {config.vocab_size}; {_INSTEAD}")
+    template = file.metadata.get("tokenizer.chat_template")
+    if isinstance(template, str) and len(template.encode()) > LARGEST_TEMPLATE:
+        raise DgemmaError(f"{shown(file.path)}: its chat template has {len(template.encode()):,} bytes, expected at "
+                          f"most {LARGEST_TEMPLATE:,}; {_INSTEAD}")  # fmt: skip
     tokens = _texts(stored, where)
     types = _numbers(file, "tokenizer.ggml.token_type", len(tokens), where)
     vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) < len(tokens):
+        again = next(i for i, token in enumerate(tokens) if vocab[token] != i)
+        raise DgemmaError(f"{where}: token {again}, {quoted(tokens[again], 40)}, stands twice; {_INSTEAD}")
     merges = file.metadata.get("tokenizer.ggml.merges")
     if isinstance(merges, Array) and merges.count:
         pairs = _pairs(merges, vocab, where)
     elif kind == "llama":
-        pairs = _from_scores(tokens, types, vocab, _numbers(file, "tokenizer.ggml.scores", len(tokens), where))
+        scores = _numbers(file, "tokenizer.ggml.scores", len(tokens), where)
+        pairs = _from_scores(tokens, types, vocab, scores, where)
     else:
         raise DgemmaError(f"{where} has no merges; {_INSTEAD}")
     ids = special_ids(file)
@@ -86,7 +96,6 @@ def _rebuilt(file: GgufFile, config: ModelConfig) -> dict[str, bytes]:
     text = _json(_tokenizer(tokens, types, vocab, pairs, names))
     _check(text, config, where)
     made = {"tokenizer.json": text, "tokenizer_config.json": _json(_settings(file, names))}
-    template = file.metadata.get("tokenizer.chat_template")
     return made | ({"chat_template.jinja": template.encode()} if isinstance(template, str) and template else {})
 
 
@@ -99,14 +108,14 @@ def _tokenizer(
     tokens: list[str], types: list[Any], vocab: dict[str, int], merges: list[list[str]], names: dict[str, str]
 ) -> dict[str, Any]:
     """Return tokenizer.json, in the form of the library's own."""
-    special = [
+    special = {
         i for i, kind in enumerate(types)
         if kind in (UNKNOWN, CONTROL) or (kind == USER_DEFINED and _is_marker(tokens[i]))
-    ]  # fmt: skip
+    }  # fmt: skip
     plain = [i for i, kind in enumerate(types) if kind == USER_DEFINED and not _is_marker(tokens[i])]
     added = [
         {"id": i, "content": tokens[i], "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": i in set(special)}
+         "special": i in special}
         for i in sorted([*special, *plain])
     ]  # fmt: skip
     bos = names.get("bos_token")
@@ -147,6 +156,8 @@ def _is_marker(token: str) -> bool:
 def _texts(stored: Array, where: str) -> list[str]:
     found = []
     for i, one in enumerate(stored.strings()):
+        if len(one) > _LONGEST:  # every way to cut it is tried below
+            raise DgemmaError(f"{where}: token {i} has {len(one):,} bytes, expected at most {_LONGEST:,}; {_INSTEAD}")
         try:
             found.append(one.decode())
         except UnicodeDecodeError:
@@ -174,8 +185,13 @@ def _pairs(merges: Array, vocab: dict[str, int], where: str) -> list[list[str]]:
     return found
 
 
-def _from_scores(tokens: list[str], types: list[Any], vocab: dict[str, int], scores: list[Any]) -> list[list[str]]:
+def _from_scores(
+    tokens: list[str], types: list[Any], vocab: dict[str, int], scores: list[Any], where: str
+) -> list[list[str]]:
     """Return the merges that a vocabulary with scores stands for, the likeliest first."""
+
+    if odd := [i for i, score in enumerate(scores) if score != score]:
+        raise DgemmaError(f"{where}: the score of token {odd[0]} is NaN; {_INSTEAD}")
 
     def splits() -> Iterator[tuple[float, int, str, str]]:
         for i, token in enumerate(tokens):
