@@ -48,7 +48,7 @@ class Quantization:
         Raises:
             DgemmaError: the folder is quantized in a layout that has to be converted first, or an entry is wrong.
         """
-        data, mirror = (config.get(key) for key in ("quantization", "quantization_config"))
+        data, mirror = (_stated(config, key) for key in ("quantization", "quantization_config"))
         if data is None and isinstance(mirror, Mapping) and "quant_method" not in mirror:
             data = mirror
         if data is None:
@@ -81,9 +81,15 @@ CONVERTED = ("modelopt", "compressed-tensors", "fp8", "fbgemm_fp8")
 def needs_conversion(config: Mapping[str, Any]) -> str | None:
     """Return the name of a quantization that only `dgemma convert` reads, such as modelopt's."""
     mirror = config.get("quantization_config")
-    if config.get("quantization") is None and isinstance(mirror, Mapping) and "quant_method" in mirror:
+    if _stated(config, "quantization") is None and isinstance(mirror, Mapping) and "quant_method" in mirror:
         return str(mirror["quant_method"])
     return None
+
+
+def _stated(config: Mapping[str, Any], key: str) -> Any:
+    """A key's value, or None where that says that nothing is quantized: false, 0, an empty list."""
+    value = config.get(key)
+    return value if value or isinstance(value, Mapping) else None
 
 
 def _is_entry(value: Any) -> bool:

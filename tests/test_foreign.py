@@ -212,3 +212,11 @@ def test_inspect_says_what_was_ignored(folder: Path) -> None:
     assert {"unsloth_version", "text_config.num_kv_shared_layers", "generation_config.repetition_penalty"} <= set(
         listed
     )
+
+
+@pytest.mark.parametrize("absent", [None, False, 0, [], "", {}])
+@pytest.mark.parametrize("key", ["quantization", "quantization_config"])
+def test_a_quantization_that_is_none(folder: Path, tmp_path: Path, key: str, absent: Any) -> None:
+    edit_json(folder / "config.json", **{key: absent})
+    dgemma.load(folder, backend="numpy")
+    dgemma.convert(folder, tmp_path / "out", recipe="bf16")

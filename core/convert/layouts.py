@@ -91,7 +91,7 @@ def read_source(
     where = shown(folder)
     stored = {name: Stored(path=file.path, entry=file.entries[name]) for file in files for name in file.entries}
     entries = {name: one.entry for name, one in stored.items()}
-    undeclared = all(data.get(key) is None for key in ("quantization", "quantization_config"))
+    undeclared = all(not data.get(key) for key in ("quantization", "quantization_config"))
     method = quantized.needs_conversion(data) or ("modelopt" if hinted and undeclared else None)
     if method is not None and method not in METHODS:
         raise DgemmaError(f"{where}: quantized by {quoted(method, 40)}, which is not read; take {foreign.READABLE}")
