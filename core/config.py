@@ -257,7 +257,9 @@ def ignored_keys(data: Mapping[str, Any], generation: Mapping[str, Any]) -> tupl
     config, settings = Reader(data, "config.json"), Reader(generation, "generation_config.json")
     _read_config(config)
     GenerationConfig._read(settings)
-    return (*config.ignored, *(f"generation_config.{key}" for key in settings.ignored))
+    # What a quantization says is read with the weights, in quantized.py and layouts.py.
+    top = (key for key in config.ignored if key not in ("quantization", "quantization_config"))
+    return (*top, *(f"generation_config.{key}" for key in settings.ignored))
 
 
 def _read_config(read: Reader) -> ModelConfig:

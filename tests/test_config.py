@@ -253,6 +253,8 @@ def test_keys_that_change_nothing_are_accepted_and_listed() -> None:
     expected |= {f"text_config.{key}" for key in (*NOTES, *ABSENT)}
     assert set(listed) == expected | {f"generation_config.{key}" for key in (*NEUTRAL, "t_max")}
     assert ignored_keys(small(), {}) == ()
+    stated = {"quantization": {"bits": 4, "group_size": 32}, "quantization_config": {"bits": 4, "group_size": 32}}
+    assert ignored_keys(small() | stated, {}) == (), "they have an effect: weights are read by them"
 
 
 @pytest.mark.parametrize(
