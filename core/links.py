@@ -61,7 +61,9 @@ def _regular(folder: Path, name: str) -> tuple[Path, Path]:
         lost = f"a link to {shown(os.readlink(path))}, which is not there" if path.is_symlink() else "no such file"
         raise DgemmaError(f"{shown(path)}: {lost}") from None
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, in Python 3.11 and 3.12
-        raise DgemmaError(f"{shown(path)}: {getattr(error, 'strerror', None) or 'not readable'}") from None
+        raise DgemmaError(
+            f"{shown(path)}: {getattr(error, 'strerror', None) or 'a link that leads back to itself'}"
+        ) from None
     if not stat.S_ISREG(mode):
         raise DgemmaError(f"{shown(path)}: not a regular file")
     return path, real

@@ -220,3 +220,11 @@ def test_a_quantization_that_is_none(folder: Path, tmp_path: Path, key: str, abs
     edit_json(folder / "config.json", **{key: absent})
     dgemma.load(folder, backend="numpy")
     dgemma.convert(folder, tmp_path / "out", recipe="bf16")
+
+
+def test_a_loop_of_links_is_called_one(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer.json").symlink_to("other")
+    (folder / "other").symlink_to("tokenizer.json")
+    with pytest.raises(DgemmaError, match=r"link that leads back to itself|levels of symbolic links"):
+        dgemma.load(folder, backend="numpy")
