@@ -10,16 +10,20 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import DgemmaError
-from .events import Event
+from .events import Done, Event
 
 if TYPE_CHECKING:
     from .ops import Ops
 
 Result = TypeVar("Result")
+
+LAST_PASS = 60.0
+"""Seconds that the process's exit waits for a pass that some thread is in."""
 
 
 class Turns:
@@ -30,6 +34,7 @@ class Turns:
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._busy = False
+        weakref.finalize(self, _keep, self._lock, self._process)
 
     def take(self, doing: str, work: Callable[[], Result]) -> Result:
         """Wait for a turn, do some work in it, and return what comes of it.
@@ -59,6 +64,16 @@ class Turns:
             )
         # Some other thread of the parent may have held the lock: here nobody would ever give it back.
         self._lock, self._process, self._busy = threading.RLock(), os.getpid(), False
+
+
+def _keep(lock: Any, process: int) -> None:
+    """Take a model's lock for good when the process exits: the pass under way ends, and no other thread begins one.
+
+    Python ends daemon threads where they come back from C++, which aborts the process there ("terminate called without
+    an active exception"). The thread that exits may go on to generate.
+    """
+    if os.getpid() == process:
+        lock.acquire(timeout=LAST_PASS)
 
 
 class Stream(Iterator[Event]):
@@ -98,6 +113,8 @@ class Stream(Iterator[Event]):
             self._absent(time.perf_counter() - self._left)
         event = next(events, None)  # which also ends it where it raises
         self._left = time.perf_counter()
-        if event is None:
+        if self._events is not events:  # closed meanwhile: not even this one
+            return None
+        if event is None or isinstance(event, Done):  # what it held is freed here, within the turn
             self._events = None
-        return event if self._events is events else None  # closed meanwhile: not even this one
+        return event

@@ -265,3 +265,30 @@ def test_a_forked_child_is_refused_where_it_would_hang(folders: dict[str, Path],
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_program_that_generates_in_threads_exits_with_0(folders: dict[str, Path], backend: str) -> None:
     assert script(THREAD, str(folders["dense"]), backend) == "True\n"
+
+
+NO_COMPILER = "import shutil; shutil.which = lambda *_, **__: None  # MLX compiles nothing\n"
+DAEMON = """
+import atexit, sys, threading, time, dgemma
+ready = threading.Event()
+def late():
+    try:
+        model.generate([5, 6, 7], 16, steps=2)
+    except dgemma.DgemmaError:
+        assert sys.argv[2] == "mlx"
+atexit.register(late)
+model = dgemma.load(sys.argv[1], backend=sys.argv[2])
+def write():
+    while True:
+        model.generate([5, 6, 7], 16, steps=2)
+        ready.set()
+threading.Thread(target=write, daemon=True).start()
+ready.wait()
+print("over")
+"""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_program_may_exit_while_a_daemon_thread_generates(folders: dict[str, Path], backend: str) -> None:
+    """Python ends such threads inside C++, which aborts; and handlers of its exit may generate, or are told."""
+    assert script(NO_COMPILER + DAEMON, str(folders["dense"]), backend) == "over\n"

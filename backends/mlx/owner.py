@@ -18,6 +18,8 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from ...core.errors import DgemmaError
+
 Result = TypeVar("Result")
 _Work = tuple[Callable[[], Any], "Future[Any]"]
 
@@ -26,21 +28,20 @@ class Owner:
     """Runs work in a thread of its own, in the order in which it is asked; the thread starts with the first."""
 
     def __init__(self, device: mx.Device) -> None:
-        self._device = device
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
+        # A daemon, because ordinary threads are waited for before anybody could tell this one to end.
+        self._thread = threading.Thread(target=_serve, args=(self._queue, device), name="dgemma-mlx", daemon=True)
+        # And at the process's exit, behind those of whoever is made later: behind the model's own lock (`core.turns`).
+        weakref.finalize(self, _end, self._queue, self._thread, os.getpid())
 
     def run(self, work: Callable[[], Result]) -> Result:
         """Return what the work returns, or raise what it raises. An interrupt waits for the work to end."""
-        if self._thread is None:
-            # A daemon, because ordinary threads are waited for before anybody could tell this one to end.
-            self._thread = threading.Thread(
-                target=_serve, args=(self._queue, self._device), name="dgemma-mlx", daemon=True
-            )
+        if self._thread.ident is None:
             self._thread.start()
-            weakref.finalize(self, _end, self._queue, self._thread, os.getpid())  # and at the process's exit
         if threading.current_thread() is self._thread:
             return work()
+        if not self._thread.is_alive():
+            raise DgemmaError("the process is exiting, and MLX has ended; generate before that")
         future: Future[Result] = Future()
         self._queue.put((work, future))
         try:
@@ -66,7 +67,7 @@ def _serve(queue: SimpleQueue[_Work | None], device: mx.Device) -> None:
 
 
 def _end(queue: SimpleQueue[_Work | None], thread: threading.Thread, process: int) -> None:
-    if os.getpid() != process:  # forked off: the thread is the parent's
+    if os.getpid() != process or not thread.is_alive():  # forked off: the thread is the parent's
         return
     queue.put(None)
     if threading.current_thread() is not thread:
