@@ -21,7 +21,7 @@ How scales and codes are found is in `quant_fit.py`, how bits are laid in `quant
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,7 @@ from .quant_bits import (
     U32,
     from_bf16,
     pack,
+    row_pieces,
     symmetric_biases,
     to_bf16,
     unpack,
@@ -241,7 +242,7 @@ def quantize(w: NDArray[Any], format: Format, *, global_scale: float | None = No
     limit = WIDEST
     if format.mode == "nvfp4":  # a hair above, for a global scale that was rounded down
         limit = min(limit, 1.01 * NVFP4_RANGE * float(1 if factor is None else factor))
-    pieces = list(_pieces(w.reshape(-1, size) if w.flags.c_contiguous else w))
+    pieces = list(row_pieces(w.reshape(-1, size) if w.flags.c_contiguous else w, CHUNK))
     capacity = max((piece.size for piece in pieces), default=0) // size
 
     def fit(mine: list[NDArray[Any]], starts: list[int]) -> None:
@@ -274,7 +275,7 @@ def quantize(w: NDArray[Any], format: Format, *, global_scale: float | None = No
 def nvfp4_global_scale(w: NDArray[Any]) -> np.float32:
     """Return the global scale that puts the largest weight at nvfp4's end, max|w| / 2688 (modelopt's); 1 for zeros."""
     _check_weights(w)
-    largest = max((float(np.abs(_to_float32(piece)).max()) for piece in _pieces(w)), default=0.0)
+    largest = max((float(np.abs(widen(piece)).max()) for piece in row_pieces(w, CHUNK)), default=0.0)
     if not np.isfinite(largest):
         raise DgemmaError(f"the weights hold {_too_large(largest, WIDEST)}")
     scale = np.float32(largest / NVFP4_RANGE)
@@ -358,29 +359,12 @@ def relative_error(w: NDArray[Any], q: QTensor) -> float:
     if w.shape != q.shape:
         raise DgemmaError(f"weights {list(w.shape)} and their quantized form {list(q.shape)} differ in shape")
     flat, wrong, total, start = q.rows(), 0.0, 0.0, 0
-    for piece in _pieces(w):
-        piece = _to_float32(piece.reshape(-1, w.shape[-1])).astype(np.float64)
+    for piece in row_pieces(w, CHUNK):
+        piece = widen(piece.reshape(-1, w.shape[-1])).astype(np.float64)
         wrong += float(np.square(piece - dequantize(flat[start : start + len(piece)])).sum())
         total += float(np.square(piece).sum())
         start += len(piece)
     return (wrong / total) ** 0.5 if total else (float("inf") if wrong else 0.0)
-
-
-def _pieces(w: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Yield views [r, N] of w, in order, of about CHUNK weights each (at least one row)."""
-    if w.dtype.name == "bfloat16":  # ml_dtypes' type, which NumPy computes with one element at a time
-        w = w.view(np.uint16)
-    step = max(1, CHUNK // w.shape[-1])
-    if w.ndim < 3 or w.flags.c_contiguous:
-        w = w.reshape(-1, w.shape[-1])
-        yield from (w[start : start + step] for start in range(0, len(w), step))
-    else:
-        for part in w:
-            yield from _pieces(part)
-
-
-def _to_float32(piece: NDArray[Any]) -> F32:
-    return from_bf16(piece) if piece.dtype == np.uint16 else piece.astype(np.float32, copy=False)
 
 
 def _check_weights(w: NDArray[Any]) -> None:

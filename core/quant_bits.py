@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,21 @@ def from_bf16(bits: NDArray[Any]) -> F32:
 
 
 def widen(x: NDArray[Any]) -> F32:
-    """Return the float32 values of scales or biases as stored, float16 or bf16 bits; exact."""
-    return x.astype(np.float32) if x.dtype == np.float16 else from_bf16(x)
+    """Return the float32 values of weights, scales or biases as stored, bf16 bits or any float of up to 32; exact."""
+    return from_bf16(x) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
+
+
+def row_pieces(w: NDArray[Any], count: int) -> Iterator[NDArray[Any]]:
+    """Yield views [r, N] of w [..., N], in order, of about `count` weights each (at least one row)."""
+    if w.dtype.name == "bfloat16":  # ml_dtypes' type, which NumPy computes with one element at a time
+        w = w.view(np.uint16)
+    step = max(1, count // w.shape[-1])
+    if w.ndim < 3 or w.flags.c_contiguous:
+        w = w.reshape(-1, w.shape[-1])
+        yield from (w[start : start + step] for start in range(0, len(w), step))
+    else:
+        for part in w:
+            yield from row_pieces(part, count)
 
 
 def bf16_down(x: F32) -> F32:
