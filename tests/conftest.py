@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 
 # MLX on a GPU with tensor cores multiplies float32 in TF32 by default, which no parity test survives. It reads this
 # once, when it is first imported.
@@ -21,6 +24,9 @@ from dgemma.core.ops import Ops
 from under_test import BACKENDS, LOW_PRECISION_BACKENDS, make_ops
 
 torch.set_num_threads(1)
+# What torch's compiler keeps from other runs may have been made of other sources, or for another processor's limits.
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dgemma-tests-")
+atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 # A shell's background jobs ignore interrupts, and so would the programs that tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

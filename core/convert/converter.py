@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from . import recipes, target
 from .crew import Crew, Here, Written, gather
 from .encode import factor_of, runs
 from .job import Job, check_result, make_config, make_manifest, prepare
+from .meter import Meter, Progress
 from .partial import HIDDEN, MANIFEST, Partial, finish, open_partial, tidy
 from .plan import Item
 from .stored import Weight
@@ -39,20 +39,6 @@ _INDEX = "model.safetensors.index.json"
 _COPIED = (".json", ".jinja", ".model", ".txt")
 _REPLACED = ("config.json", "hf_quant_config.json", _INDEX, MANIFEST, "dgemma-onnx.json")  # graphs name the old files
 _LARGEST_COPY = 1 << 28  # bytes; a tokenizer has some tens of megabytes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a conversion is."""
-
-    stage: str
-    """comparing (tied copies), checking what an earlier run has done, converting, hashing or verifying."""
-    done: int
-    total: int
-    """Bytes of the source; of the target, when it is hashed."""
-    rate: float
-    """Bytes a second, since this run began."""
-    seconds_left: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -366,36 +352,3 @@ def _json(data: Any) -> bytes:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Meter:
-    """Turns bytes done into progress, a few times a second; safe from several threads."""
-
-    def __init__(self, report: Callable[[Progress], None] | None) -> None:
-        self._report = report
-        self._lock = threading.Lock()
-        self._stage = ""
-        self._done = self._old = self._total = 0
-        self._began = self._last = 0.0
-
-    def start(self, stage: str, total: int) -> None:
-        self._stage, self._done, self._old, self._total = stage, 0, 0, total
-        self._began = self._last = time.monotonic()
-        self._say(self._began)
-
-    def advance(self, count: int, *, old: bool = False) -> None:
-        """Count bytes; `old` ones were done by an earlier run, and say nothing of the rate."""
-        with self._lock:
-            self._done += count
-            self._old += count if old else 0
-            now = time.monotonic()
-            if now - self._last >= 0.2 or self._done >= self._total:
-                self._last = now
-                self._say(now)
-
-    def _say(self, now: float) -> None:
-        if self._report is None:
-            return
-        rate = (self._done - self._old) / max(now - self._began, 1e-9)
-        left = (self._total - self._done) / rate if rate > 0 else None
-        self._report(Progress(stage=self._stage, done=self._done, total=self._total, rate=rate, seconds_left=left))

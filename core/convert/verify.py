@@ -21,7 +21,7 @@ from .plan import Item
 from .stored import Rows, Weight
 
 if TYPE_CHECKING:
-    from .converter import Meter
+    from .meter import Meter
 
 SLACK = 3.0
 """A weight's error over all of it, in units of that over the part measured before: more is a part gone wrong."""
