@@ -169,7 +169,7 @@ def test_json_events(tiny: Path) -> None:
         (["generate", "-m", "TINY"], "", 2, "the prompt is empty"),
         (["generate", " \n ", "-m", "TINY"], None, 2, "the prompt is empty"),
         (["generate", "x", "--file", __file__], None, 2, "not both"),
-        (["generate", "--file", "/nonexistent"], None, 2, "does not exist"),
+        (["generate", "--file", "no such file.txt"], None, 2, "does not exist"),
         (["generate", "--file", "/"], None, 2, "is a directory"),
         (["generate", "x", "--steps", "0"], None, 2, "--steps"),
         (["generate", "x", "--steps", "many"], None, 2, "not a valid integer"),

@@ -53,7 +53,7 @@ def test_an_existing_target_is_replaced_only_by_force(folder: Path, tmp_path: Pa
     out = tmp_path / "out"
     convert(folder, out, "8bit")
     before = hashes(out)
-    with says(str(out), "exists", "--force"):
+    with says(out.name, "exists", "--force"):
         convert(folder, out, "4bit")
     assert hashes(out) == before and left(tmp_path) == {"out"}
     convert(folder, out, "4bit", force=True)
@@ -89,7 +89,7 @@ def test_force_takes_away_nothing_but_checkpoints(folder: Path, tmp_path: Path) 
         convert(folder, home, force=True)
     (tmp_path / "file").write_text("x")
     for place in (tmp_path / "file", tmp_path / "file" / "below" / "out"):
-        with says(str(tmp_path / "file"), "not a folder"):
+        with says("file", "not a folder"):
             convert(folder, place, force=True)
     for inside in (folder, folder / "out", tmp_path):
         with says("may not be the source"):
