@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -52,6 +51,7 @@ def compare(
     cases = _cases(file, one_by_one)
     from ..core.checkpoint import resolve
     from ..core.compare import compare as run
+    from ..core.reader import jsonable
     from .output import Wait, consoles
 
     out, errors = consoles()
@@ -70,7 +70,7 @@ def compare(
             progress=progress,
         )  # fmt: skip
     if as_json:
-        click.echo(json.dumps(_finite(found.to_dict()), allow_nan=False))
+        click.echo(json.dumps(jsonable(found.to_dict()), allow_nan=False))
     else:
         show(out, found)
 
@@ -173,12 +173,3 @@ def agreed(one: Agreement) -> list[str]:
 
 def _short(value: float) -> str:
     return f"{value:.3g}"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: a broken model's are null."""
-    if isinstance(value, dict):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from typing import Any
 
 from . import files
 from .errors import DgemmaError, quoted, shown
+from .reader import jsonable
 
 ASKED = ("prompt", "messages", "system")
 OWN = ("line", "key", "text", "thinking", "token_ids", "finish_reason", "stats")
@@ -173,7 +173,7 @@ class Results(AbstractContextManager["Results"]):
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Write one result, whole or not at all, and bring it to the disk."""
-        data = (json.dumps(_finite(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+        data = (json.dumps(jsonable(record), ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
         before = os.fstat(self._handle).st_size
         try:
             rest = memoryview(data)
@@ -209,12 +209,3 @@ def _deeper(value: Any, most: int) -> bool:
             for inner in (one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
         ]
     return bool(level)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither NaN nor infinity."""
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

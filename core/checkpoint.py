@@ -9,7 +9,6 @@ them and may drop again at any time.
 
 from __future__ import annotations
 
-import errno
 import importlib.resources
 import math
 import os
@@ -25,6 +24,7 @@ import numpy as np
 from . import foreign, names, quantized, ties, weights
 from .config import GenerationConfig, ModelConfig, read_json
 from .errors import DgemmaError, quoted, shown
+from .files import FULL
 from .links import inside, present
 from .names import Roles
 from .ops import DType
@@ -37,7 +37,6 @@ PACKAGED = ("nano",)
 """Checkpoints that come with the package, in `models/`."""
 
 _WIDTHS: dict[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 
@@ -298,7 +297,7 @@ def _download(repo: str, revision: str | None, progress: Any) -> Path:
             "run `hf auth login`" if status in (401, 403) else "try again later"
         )
     except OSError as error:
-        full = error.errno is not None and error.errno in _FULL
+        full = error.errno in FULL
         why = "the disk is full; free space, or point HF_HOME at a larger disk" if full else _download_failed(error)
     except Exception as error:  # the HTTP client's own exceptions, whose package differs by huggingface_hub's version
         why = _download_failed(error)

@@ -198,7 +198,7 @@ class Engine:
             after, state = self._compiled(encode_and_step)(rules, Cache(cache.layers, ops.extent(before)), *given)
         else:
             after, state = encode_and_step(ops, self.model, request.sampler, cache, *given)
-        return Cache(after.layers, before + tokens.shape[1]), self._settled(request, index + 1, 0, state)
+        return Cache(after.layers, before + tokens.shape[1]), self._settled(request, state, given[-1])
 
     def _denoise(
         self, cache: Cache, request: Request, index: int, clock: _Clock, opened: sampling.StepState | None = None
@@ -218,8 +218,8 @@ class Engine:
         for begun in range(sampler.steps + ops.lookahead):
             if begun < sampler.steps:
                 if begun or opened is None:
-                    state = run(rules, cache, state, *self._draws(request, index, begun))
-                    state = self._settled(request, index, begun, state)
+                    draws = self._draws(request, index, begun)
+                    state = self._settled(request, run(rules, cache, state, *draws), draws[-1])
                 reads.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
             if begun < ops.lookahead:
                 continue
@@ -249,11 +249,9 @@ class Engine:
         temperature = np.full((1, 1), request.sampler.temperature(begun), np.float32)
         return self.ops.asarray(temperature), *self._noise(request.seed, index, begun + 1)
 
-    def _settled(self, request: Request, index: int, begun: int, state: sampling.StepState) -> sampling.StepState:
-        """Return a pass's state as the next one is to read it."""
-        if not request.sampler.greedy:
-            return state
-        return sampling.settle(self.ops, state, self._noise(request.seed, index, begun + 1)[1])
+    def _settled(self, request: Request, state: sampling.StepState, noise: Array) -> sampling.StepState:
+        """Return the state after a pass with this noise as the next one is to read it."""
+        return sampling.settle(self.ops, state, noise) if request.sampler.greedy else state
 
     def _noise(self, seed: int, canvas: int, index: int) -> tuple[Array, Array]:
         config = self.model.config

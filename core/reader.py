@@ -100,3 +100,12 @@ def show(value: Any) -> str:
     except (ValueError, TypeError, RecursionError):
         text = f"of type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def jsonable(value: Any) -> Any:
+    """Return a tree of values with None for NaN and infinity, such as a broken model's, which JSON has not."""
+    if isinstance(value, Mapping):
+        return {name: jsonable(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -15,10 +15,10 @@ from click.testing import CliRunner, Result
 
 import dgemma
 from dgemma.cli import main
-from dgemma.cli.compare import _finite
 from dgemma.core import compare as comparing
 from dgemma.core.agreement import Agreeing, Outcome, tally
 from dgemma.core.compare import Case, Comparison, read_prompts
+from dgemma.core.reader import jsonable
 from dgemma.core.runtime import DiffusionGemma
 from law import nmse
 from said import says
@@ -337,4 +337,4 @@ def test_a_broken_model_is_refused_by_name(nano: DiffusionGemma, damaged: Path, 
 
 def test_figures_that_are_no_numbers_are_valid_json() -> None:
     given = {"nmse": float("nan"), "kl": [float("inf"), -float("inf"), 1.5], "n": 3}
-    assert json.loads(json.dumps(_finite(given), allow_nan=False)) == {"nmse": None, "kl": [None, None, 1.5], "n": 3}
+    assert json.loads(json.dumps(jsonable(given), allow_nan=False)) == {"nmse": None, "kl": [None, None, 1.5], "n": 3}

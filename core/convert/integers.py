@@ -19,7 +19,7 @@ from ..quant import AFFINE_GROUPS, Format, carry
 from ..quant_bits import E4M3, E8M0, unpack
 from ..quantized import bits_of
 from ..safetensors import Entry
-from .stored import Rows, Stored
+from .stored import Rows, Stored, reshaped
 
 FLOATS = ("BF16", "F16", "F32")
 
@@ -113,9 +113,7 @@ class Float8BlockPart:
 
 def flat(stored: Stored, rows: int) -> Stored:
     """See a tensor of so many rows, whatever its leading axes, as [rows, the rest]."""
-    entry = stored.entry
-    shape = (rows, math.prod(entry.shape) // rows)
-    return Stored(path=stored.path, entry=Entry(dtype=entry.dtype, shape=shape, start=entry.start, nbytes=entry.nbytes))
+    return reshaped(stored, (rows, math.prod(stored.entry.shape) // rows))
 
 
 def integer_part(

@@ -220,16 +220,16 @@ class Float8Part:
         return self.codes.nbytes + self.scales.nbytes
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        scales = self.scales.entry
-        one = math.prod(scales.shape) == 1
-        whole = Stored(path=self.scales.path, entry=scales) if one else self.scales
-        factor = whole.number() if one else _column(whole).read(start, stop).astype(np.float32)
+        count = math.prod(self.scales.entry.shape)
+        if count == 1:
+            factor = self.scales.number()
+        else:
+            factor = reshaped(self.scales, (count, 1)).read(start, stop).astype(np.float32)
         with np.errstate(invalid="ignore", over="ignore"):  # a scale may be infinite, and the result then says so
             return np.take(E4M3, self.codes.read(start, stop).view(np.uint8)) * factor
 
 
-def _column(stored: Stored) -> Stored:
-    """See [F] as [F, 1]."""
+def reshaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
+    """See a tensor in another shape of as many elements."""
     entry = stored.entry
-    shape = (math.prod(entry.shape), 1)
     return Stored(path=stored.path, entry=Entry(dtype=entry.dtype, shape=shape, start=entry.start, nbytes=entry.nbytes))
