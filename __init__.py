@@ -11,22 +11,22 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .convert import convert
+
 if TYPE_CHECKING:
-    from .core.compare import Comparison, compare
     from .core.config import GenerationConfig, ModelConfig, SamplerConfig
-    from .core.convert import convert
     from .core.errors import DgemmaError
     from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
-    from .core.runtime import DiffusionGemma, load
     from .export import export
+    from .runtime import DiffusionGemma, load
+    from .tools.compare import Comparison, compare
 
 _HOMES = {
-    "core.compare": ("Comparison", "compare"),
-    "core.convert": ("convert",),
+    "tools.compare": ("Comparison", "compare"),
     "core.config": ("GenerationConfig", "ModelConfig", "SamplerConfig"),
     "core.errors": ("DgemmaError",),
     "core.events": ("Commit", "Done", "Draft", "Event", "Generation", "Prefill", "Stats"),
-    "core.runtime": ("DiffusionGemma", "load"),
+    "runtime": ("DiffusionGemma", "load"),
     "export": ("export",),
 }
 

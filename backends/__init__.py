@@ -53,7 +53,7 @@ def native(name: str, device: str = "auto") -> tuple[DType, ...] | None:
         return None
     import torch
 
-    from .cuda import processor
+    from .torch import processor
 
     return None if device == "auto" and torch.cuda.is_available() else processor.native()
 
@@ -71,7 +71,7 @@ def make(name: str, *, device: str = "auto", dtype: DType = "float32") -> Ops:
     if dtype not in DTYPES:
         raise DgemmaError(f"dtype {dtype!r} is not supported; choose from auto, {', '.join(DTYPES)}")
     if name == "torch":
-        from .cuda import torch_backend
+        from .torch import torch_backend
 
         return torch_backend(device, dtype)
     if name == "mlx":
@@ -79,7 +79,7 @@ def make(name: str, *, device: str = "auto", dtype: DType = "float32") -> Ops:
 
         return mlx_backend(device, dtype)
     if name == "onnx":
-        from .cuda.ort import ort_backend
+        from .onnx.passes import ort_backend
 
         return ort_backend(device, dtype)
     if device not in ("auto", "cpu"):

@@ -44,9 +44,9 @@ def make(folder: Path, gigabytes: float) -> int:
     import ml_dtypes
     import numpy as np
 
-    from dgemma.core import weights
+    from dgemma.checkpoints import weights
+    from dgemma.convert.plan import Component, lay_out_components
     from dgemma.core.config import ModelConfig
-    from dgemma.core.convert.plan import Component, lay_out_components
 
     config = json.loads(CONFIG.read_text())
     text = config["text_config"]
@@ -113,7 +113,7 @@ print(time.perf_counter() - began)
 
 OURS = """
 import sys, time, json
-from dgemma.core.convert import convert
+from dgemma.convert import convert
 began = time.perf_counter()
 report = convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=int(sys.argv[4]))
 print(json.dumps({"seconds": time.perf_counter() - began, "bits": report.bits_per_weight, "worst": report.worst[1]}))
@@ -135,9 +135,9 @@ def killed(work: Path, recipe: str, workers: int, kills: int, seed: int) -> dict
     Moments are drawn as shares of the conversion's runs of rows, and as a fraction of a second behind the first journal
     entry that reaches such a share: so every kill finds a run that has done some work of its own, and has some left.
     """
-    from dgemma.core.convert import recipes
-    from dgemma.core.convert.encode import runs
-    from dgemma.core.convert.job import prepare
+    from dgemma.convert import recipes
+    from dgemma.convert.encode import runs
+    from dgemma.convert.job import prepare
 
     job = prepare(work / "source", recipes.find(recipe))
     total = sum(len(list(runs(item))) for item in job.items)

@@ -28,7 +28,7 @@ import click
 import rows
 from quant_step import CANVAS, PROMPT, passes, write
 
-from dgemma.core.convert import convert
+from dgemma.convert import convert
 
 LIMITS = {
     "native": {},
@@ -43,8 +43,8 @@ BASE = ("f32", "float32")
 def measure(work: Path, repeats: int, threads: int, *, cpu: bool) -> list[dict[str, Any]]:
     """Time all folders in all widths in turn, in this process; return rows."""
     from dgemma import backends
-    from dgemma.core.checkpoint import Checkpoint
-    from dgemma.core.runtime import auto_dtype
+    from dgemma.checkpoints.checkpoint import Checkpoint
+    from dgemma.runtime import auto_dtype
 
     runs = {BASE: work / BASE[0]} | {(name, width): work / name for name in FOLDERS for width in WIDTHS}
     times = passes(runs, repeats, threads, time.process_time if cpu else time.perf_counter)

@@ -19,8 +19,8 @@ import numpy as np
 import rows
 import torch
 
-from dgemma.backends.cuda.bench import describe
 from dgemma.backends.cuda.load import CHUNK, LANES, THREADS, Stager
+from dgemma.tools.bench_card import describe
 
 TENSOR = 190 << 20
 """Bytes of one tensor: the 26B's gate and up projection of one layer has 260 MB in 4 bits, down 130."""

@@ -27,13 +27,13 @@ import numpy as np
 import rows
 import torch
 
-from dgemma.backends.cuda.bench import describe, maker, timed
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import CudaCapture, rerun
 from dgemma.backends.cuda.kernels import configs
-from dgemma.core import bench
 from dgemma.core.model import Cache, Model
 from dgemma.core.sampler import StepState
+from dgemma.tools import bench
+from dgemma.tools.bench_card import describe, maker, timed
 
 OPTIONS = {"shipped": (), "beside": ("beside",), "early": ("early",), "early, beside": ("early", "beside")}
 

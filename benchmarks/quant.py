@@ -16,7 +16,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import numpy as np
 
-from dgemma.core.quant import (
+from dgemma.checkpoints.quant import (
     Format,
     carry,
     dequantize,

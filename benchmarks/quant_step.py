@@ -27,11 +27,11 @@ import click
 import numpy as np
 import rows
 
-from dgemma.core import safetensors, weights
-from dgemma.core.bench import Shape, settings
+from dgemma.checkpoints import safetensors, weights
+from dgemma.convert import convert
 from dgemma.core.config import ModelConfig, SamplerConfig
-from dgemma.core.convert import convert
 from dgemma.core.ops import NUMPY_DTYPES
+from dgemma.tools.bench import Shape, settings
 
 CANVAS, PROMPT = 256, 128
 

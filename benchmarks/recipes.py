@@ -18,9 +18,9 @@ from typing import Any
 
 import rows
 
-from dgemma.core.agreement import Change
-from dgemma.core.compare import Comparison, measure, read_prompts, record
-from dgemma.core.convert import convert, recipes
+from dgemma.convert import convert, recipes
+from dgemma.tools.agreement import Change
+from dgemma.tools.compare import Comparison, measure, read_prompts, record
 
 HERE = Path(__file__).resolve().parent
 

@@ -10,8 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dgemma.checkpoints.files import append_bytes
 from dgemma.cli.bench import commit
-from dgemma.core.files import append_bytes
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -22,13 +22,13 @@ from typing import Any
 import torch
 import triton
 
-from dgemma.backends.cuda import experts as dense_experts
-from dgemma.backends.cuda.bench import copy_bandwidth, describe, maker
 from dgemma.backends.cuda.kernels import experts, linear, routing
 from dgemma.backends.cuda.kernels.configs import Config, card, for_experts, for_linear
 from dgemma.backends.cuda.kernels.unpack import Weight, arrange, stored
-from dgemma.backends.cuda.packed import QuantizedTensor, dequantize
-from dgemma.core.quant import Format
+from dgemma.backends.torch import experts as dense_experts
+from dgemma.backends.torch.packed import QuantizedTensor, dequantize
+from dgemma.checkpoints.quant import Format
+from dgemma.tools.bench_card import copy_bandwidth, describe, maker
 
 EXPERTS, CHOICES, WIDTH, INNER = 128, 8, 2816, 704
 DENSE = {

@@ -39,9 +39,9 @@ from safetensors.numpy import save_file
 
 import dgemma
 from dgemma.backends.mlx import packed
-from dgemma.core import weights
+from dgemma.checkpoints import weights
+from dgemma.convert import recipes
 from dgemma.core.config import ModelConfig, SamplerConfig
-from dgemma.core.convert import recipes
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done
 from dgemma.core.model import Cache, step

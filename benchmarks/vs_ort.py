@@ -30,9 +30,9 @@ import numpy as np
 import rows
 from quant_step import CANVAS, write
 
-from dgemma.core.bench import Shape, settings
+from dgemma.convert import convert
 from dgemma.core.config import SamplerConfig
-from dgemma.core.convert import convert
+from dgemma.tools.bench import Shape, settings
 
 
 def one_pass(folder: Path, backend: str, context: int) -> Callable[[], object]:

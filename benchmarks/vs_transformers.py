@@ -31,11 +31,12 @@ import transformers
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 
 from dgemma import backends
-from dgemma.backends.cuda.inference import InferenceOps
-from dgemma.core import bench, weights
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.checkpoints import weights
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done
+from dgemma.tools import bench
 
 VOCAB, CANVAS = 32_768, 256
 
@@ -262,7 +263,7 @@ def main(
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
     if device == "cuda":
-        from dgemma.backends.cuda.bench import describe
+        from dgemma.tools.bench_card import describe
 
         where = describe(torch.device("cuda")) | {"transformers_version": transformers.__version__}
         for row in compare_on_card(shape, prompt_length=prompt, steps=steps, canvases=canvases, repeats=repeats):

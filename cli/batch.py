@@ -49,7 +49,7 @@ def batch(
     """
     if raw and system is not None:
         raise click.UsageError("--system stands in the chat template, which --raw leaves out")
-    from ..core.batch import Item, Results, read_items
+    from ..tools.batch import Item, Results, read_items
     from . import notes
     from .output import Wait, consoles, load_model, note, put_words
     from .sinks import ResultSink, follow

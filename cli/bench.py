@@ -18,9 +18,9 @@ from .options import ways_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..core.bench import Plan, Result, Shape
     from ..core.model import Model
     from ..core.ops import Ops
+    from ..tools.bench import Plan, Result, Shape
     from .output import Wait
 
 SHOWN, LISTED = 20, 60
@@ -65,8 +65,8 @@ def bench(
     dgemma bench --random 110m --recipe bf16 --device cpu
     """
     from ..backends import choose
-    from ..core.bench import Plan, config_of, measure
-    from ..core.bench_size import CARD_SHAPES, HOST_SHAPES, passes
+    from ..tools.bench import Plan, config_of, measure
+    from ..tools.bench_size import CARD_SHAPES, HOST_SHAPES, passes
     from .output import Wait, consoles
 
     chosen = choose(backend)
@@ -148,8 +148,8 @@ def commit() -> str:
 
 def _ops(backend: str, device: str, dtype: str, plan: Plan) -> Ops:
     from ..backends import make, native
-    from ..core.bench import config_of
-    from ..core.runtime import auto_dtype
+    from ..runtime import auto_dtype
+    from ..tools.bench import config_of
 
     if dtype == "auto":
         dtype = auto_dtype(config_of(plan.shape), "bfloat16", backend, partial(native, backend, device))
@@ -165,9 +165,9 @@ def _picked(
     """
     from dataclasses import replace
 
-    from ..core.bench import config_of
-    from ..core.bench_size import passes, time_a_pass, within
     from ..core.errors import DgemmaError
+    from ..tools.bench import config_of
+    from ..tools.bench_size import passes, time_a_pass, within
     from .output import Wait
 
     for shape in shapes:
@@ -217,16 +217,16 @@ def _model(ops: Ops, config: Any, plan: Plan) -> Model:
     Raises:
         DgemmaError: there is no room for them.
     """
-    from ..core.bench import random_model
-    from ..core.convert import recipes
+    from ..convert import recipes
     from ..core.errors import DgemmaError
-    from ..core.inspect import inspect_config
+    from ..tools.bench import random_model
+    from ..tools.inspect import inspect_config
 
     held = inspect_config(config, recipes.find(plan.recipe)).held(
         ops.name, ops.dtype, gpu=ops.name == "torch" and ops.device.type == "cuda"
     )
     if _on_torch(ops) and ops.device.type == "cuda":
-        from ..backends.cuda.bench import maker
+        from ..tools.bench_card import maker
 
         ops.admit(config, lambda: int(held))
         return random_model(ops, config, plan.recipe, maker(ops.device))
@@ -247,7 +247,7 @@ def _machine(ops: Ops) -> tuple[float | None, dict[str, Any]]:
         from . import machine
 
         return None, {"device": machine.system()["cpu"]}
-    from ..backends.cuda.bench import copy_bandwidth, describe
+    from ..tools.bench_card import copy_bandwidth, describe
 
     on_card = ops.device.type == "cuda"
     return copy_bandwidth(ops.device, size=1 << 30 if on_card else 1 << 26), describe(ops.device)
@@ -264,7 +264,7 @@ def _captured_equals_plain(ops: Ops, model: Model, plan: Plan) -> bool:
     """Whether two canvases' drafts are the same, token for token, through graphs and launched one by one."""
     from dataclasses import replace
 
-    from ..core.bench import drafts
+    from ..tools.bench import drafts
 
     short = replace(plan, canvases=2)
     captured, plain = (drafts(one, model, short) for one in (ops, _uncaptured(ops)))
@@ -272,9 +272,9 @@ def _captured_equals_plain(ops: Ops, model: Model, plan: Plan) -> bool:
 
 
 def _profile(ops: Ops, model: Model, plan: Plan) -> list[dict[str, Any]]:
-    from ..backends.cuda.bench import profile
-    from ..core.bench import Loop
     from ..core.model import Cache
+    from ..tools.bench import Loop
+    from ..tools.bench_card import profile
 
     passes = Loop(ops, model, plan)
     cache = passes.prompt(room=model.config.canvas_length)

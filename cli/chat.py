@@ -26,7 +26,7 @@ from .process import Unwritable, unexpected
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..core.runtime import DiffusionGemma
+    from ..runtime import DiffusionGemma
 
 
 @click.command(cls=Command, short_help="Talk with a model, turn by turn.")

@@ -14,8 +14,8 @@ from .options import Command, budget_options, read_file, ways_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..core.agreement import Agreement, Change
-    from ..core.compare import Case, Comparison
+    from ..tools.agreement import Agreement, Change
+    from ..tools.compare import Case, Comparison
 
 
 @click.command(cls=Command, short_help="Measure what distinguishes two checkpoints.")
@@ -49,9 +49,9 @@ def compare(
     dgemma compare nano nano-4bit --prompts boards.jsonl
     """
     cases = _cases(file, one_by_one)
-    from ..core.checkpoint import resolve
-    from ..core.compare import compare as run
+    from ..checkpoints.checkpoint import resolve
     from ..core.reader import jsonable
+    from ..tools.compare import compare as run
     from .output import Wait, consoles
 
     out, errors = consoles()
@@ -78,7 +78,7 @@ def compare(
 def _cases(file: Path | None, one_by_one: tuple[str, ...]) -> list[Case]:
     if file is None and not one_by_one:
         raise click.UsageError("no prompts: give --prompts FILE, or --prompt TEXT")
-    from ..core.compare import Case, read_prompts
+    from ..tools.compare import Case, read_prompts
 
     cases = [Case(prompt=text) for text in one_by_one]
     if any(not text.strip() for text in one_by_one):

@@ -130,7 +130,7 @@ class Conversation:
 
     def save(self, path: Path) -> str:
         """Write the conversation to a file for the user's eyes alone, which may be an earlier one and nothing else."""
-        from ..core import files
+        from ..checkpoints import files
 
         if os.path.lexists(path):
             self._read(path)  # refuses what is not a conversation
@@ -147,7 +147,7 @@ class Conversation:
 
     @staticmethod
     def _read(path: Path) -> tuple[str | None, list[dict[str, str]]]:
-        from ..core import files
+        from ..checkpoints import files
 
         text, where = files.read_text(path, LARGEST), shown(path)
         try:

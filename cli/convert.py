@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..core.convert import Progress, Report
+    from ..convert import Progress, Report
 
 
 @click.command(short_help="Convert or quantize a checkpoint.")
@@ -51,7 +51,7 @@ def convert(source: str, out: Path, as_json: bool, **options: Any) -> None:
     dgemma convert ./checkpoint --recipe 8bit --out ./checkpoint-8bit --verify
     dgemma convert ./diffusiongemma-Q8_0.gguf --out ./diffusiongemma-q8
     """
-    from ..core.convert import convert as run
+    from ..convert import convert as run
     from .output import Wait, consoles, put_lines
 
     console, errors = consoles()

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from ..core import foreign, weights
-from ..core.checkpoint import PACKAGED, Checkpoint, resolve
+from ..checkpoints import foreign, weights
+from ..checkpoints.checkpoint import PACKAGED, Checkpoint, resolve
+from ..convert import recipes
 from ..core.config import ModelConfig, read_json
-from ..core.convert import recipes
 from ..core.errors import DgemmaError
-from ..core.inspect import WIDTH, Inspection, cache_size, inspect_config, inspect_folder
 from ..core.memory import stays_narrow
 from ..core.ops import DType, Ops
-from ..core.runtime import auto_dtype
+from ..runtime import auto_dtype
+from ..tools.inspect import WIDTH, Inspection, cache_size, inspect_config, inspect_folder
 
 RUNTIME_BYTES = {"torch": 500 << 20, "mlx": 200 << 20, "onnx": 120 << 20, "numpy": 100 << 20}
 """Python, the framework's libraries and their threads, measured after import; only where memory is the CPU's own."""

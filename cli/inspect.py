@@ -16,8 +16,8 @@ import click
 from .convert import amount
 
 if TYPE_CHECKING:
-    from ..core.inspect import Inspection
     from ..core.ops import DType
+    from ..tools.inspect import Inspection
 
 BACKENDS = ("torch", "mlx", "onnx", "numpy")
 
@@ -52,8 +52,8 @@ def inspect(
     MODEL is a folder in any layout that `convert` reads, a GGUF file, a packaged model, or a Hugging Face id, of which
     nothing but the config is downloaded.
     """
-    from ..core.convert import recipes
-    from ..core.inspect import ignored_in, inspect_config, inspect_folder, read_config
+    from ..convert import recipes
+    from ..tools.inspect import ignored_in, inspect_config, inspect_folder, read_config
 
     ignored: tuple[str, ...] = ()
     if (model is None) == (config is None):
@@ -83,7 +83,7 @@ def inspect(
 
 def _find(model: str, revision: str | None) -> Path:
     """The folder of a model or, of one on the hub that is not downloaded, its config.json; weights are not fetched."""
-    from ..core.checkpoint import PACKAGED, resolve
+    from ..checkpoints.checkpoint import PACKAGED, resolve
     from .fit import from_hub
 
     if model in PACKAGED or os.path.exists(os.path.expanduser(model)):
@@ -109,7 +109,7 @@ def needed(found: Inspection, context: int) -> dict[str, int]:
 def _dtype(found: Inspection, backend: str) -> DType:
     """What a backend computes in by default, on the CPU."""
     from ..backends import native
-    from ..core.runtime import auto_dtype
+    from ..runtime import auto_dtype
 
     return auto_dtype(found.config, found.stored, backend, partial(native, backend, "cpu"))
 
@@ -128,7 +128,7 @@ def _left_out(keys: Sequence[str], most: int = 8) -> list[str]:
 
 
 def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str, object]:
-    from ..core.inspect import cache_size
+    from ..tools.inspect import cache_size
 
     dtype, need = _dtype(found, BACKENDS[0]), needed(found, context)
     cache = cache_size(found.config, dtype)
@@ -146,8 +146,8 @@ def to_json(found: Inspection, context: int, memory: dict[str, int]) -> dict[str
 
 
 def describe(found: Inspection, context: int, memory: dict[str, int]) -> list[str]:
-    from ..core.inspect import cache_size
-    from ..core.runtime import auto_dtype
+    from ..runtime import auto_dtype
+    from ..tools.inspect import cache_size
 
     what = f"recipe {found.recipe}" if found.recipe else f"{found.layout} checkpoint"
     lines = [

@@ -42,7 +42,7 @@ def _found() -> list[tuple[str, str | None, Path]]:
     from huggingface_hub import CacheNotFound, scan_cache_dir
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from ..core.checkpoint import PACKAGED, resolve
+    from ..checkpoints.checkpoint import PACKAGED, resolve
     from ..core.config import read_json
 
     found: list[tuple[str, str | None, Path]] = [(name, None, resolve(name)) for name in PACKAGED]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from ..backends import DTYPES, MODULES
-from ..core.files import read_bytes
+from ..checkpoints.files import read_bytes
 
 Command_ = TypeVar("Command_", bound=Callable[..., Any])
 

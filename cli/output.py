@@ -21,7 +21,7 @@ from ..core.events import Done
 from .live import FAINT, printable
 
 if TYPE_CHECKING:
-    from ..core.runtime import DiffusionGemma
+    from ..runtime import DiffusionGemma
 
 PATIENCE = 0.4
 """Seconds that work may last before its progress is shown."""
@@ -73,8 +73,9 @@ def load_model(
 ) -> DiffusionGemma:
     """Load a model with its progress on stderr."""
     import dgemma
-    from dgemma import backends
-    from dgemma.core.checkpoint import resolve
+
+    from .. import backends
+    from ..checkpoints.checkpoint import resolve
 
     backends.choose(backend)  # before a download of many gigabytes
     path = resolve(name, revision=revision)  # which draws bars of its own

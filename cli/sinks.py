@@ -18,7 +18,7 @@ from .live import FAINT, CanvasLive, CanvasView, Pieces, printable
 from .output import Wait, put
 
 if TYPE_CHECKING:
-    from ..core.runtime import DiffusionGemma
+    from ..runtime import DiffusionGemma
 
 FORMATS = ("text", "result", "events")
 """What goes to stdout: the answer alone; one JSON object when all is done; every event as a line of JSON."""

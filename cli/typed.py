@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..core import files
+from ..checkpoints import files
 from ..core.errors import DgemmaError
 
 KEPT = 1000

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..checkpoints.files import read_bytes
 from . import hf_keys
 from .errors import DgemmaError, quoted, shown
-from .files import read_bytes
 from .hf_layers import read_full_shape, read_ropes
 from .reader import Reader, show
 

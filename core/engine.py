@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..text.tokens import Decoder, Tokenizer, split_at_end
 from . import reference
 from . import sampler as sampling
 from .config import SamplerConfig
@@ -26,7 +27,6 @@ from .memory import check_room, peak_memory
 from .model import Cache, Model, encode, encode_and_step, new_cache, step
 from .ops import NUMPY_DTYPES, Array, Ops
 from .random import step_noise
-from .tokens import Decoder, Tokenizer, split_at_end
 from .turns import Stream, Turns
 
 

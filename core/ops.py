@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 import ml_dtypes
 import numpy as np
 
+from ..checkpoints.quant import QTensor, dequantize
 from . import reference
 from . import sampler as sampling
 from .config import SamplerConfig
-from .quant import QTensor, dequantize
 
 if TYPE_CHECKING:
-    from .checkpoint import Checkpoint
+    from ..checkpoints.checkpoint import Checkpoint
     from .config import ModelConfig
     from .model import Attention, Cache, Experts, Layer, Mlp, Router
     from .sampler import Sampling, StepState

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from ..core.quant import Format
+from ..checkpoints.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value, function
 from .packed import EXACT, group_sums, plain, scaled

@@ -11,12 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..core import safetensors
-from ..core.checkpoint import Checkpoint, resolve
+from ..checkpoints import safetensors
+from ..checkpoints.checkpoint import Checkpoint, resolve
+from ..checkpoints.files import read_bytes
+from ..checkpoints.links import inside
 from ..core.errors import DgemmaError, quoted, shown
-from ..core.files import read_bytes
 from ..core.given import check_call, check_flags
-from ..core.links import inside
 from . import manifest
 from .target import choose, left, opened
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from ..checkpoints import weights
 from ..core import model as definition
-from ..core import sampler, weights
+from ..core import sampler
 from ..core.config import ModelConfig
 from ..core.model import Cache, Model
 from ..core.ops import KV, DType

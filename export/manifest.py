@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.checkpoint import Checkpoint
+from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.links import inside
+from ..checkpoints.safetensors import SafetensorsFile
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
-from ..core.links import inside
-from ..core.safetensors import SafetensorsFile
 
 if TYPE_CHECKING:
     import onnx_ir as ir

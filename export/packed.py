@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.quant import Format
+from ..checkpoints.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value
 from .weights import Packed, Place

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.checkpoint import PACKAGED, Checkpoint, resolve
+from ..checkpoints.checkpoint import PACKAGED, Checkpoint, resolve
+from ..checkpoints.files import open_file, why
+from ..checkpoints.folder import Folder, fresh_name, is_fresh
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
-from ..core.files import open_file, why
-from ..core.folder import Folder, fresh_name, is_fresh
 from . import manifest
 
 GRAPHS = ("encode.onnx", "denoise.onnx", "unified.onnx")

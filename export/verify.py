@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .. import backends
+from .. import backends, runtime
 from ..core import model as definition
-from ..core import runtime, sampler
+from ..core import sampler
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted
 from . import manifest

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from ..checkpoints.quant import Format
+from ..checkpoints.safetensors import DTYPES
 from ..core.errors import DgemmaError, quoted, shown
-from ..core.quant import Format
-from ..core.safetensors import DTYPES
 from .arrays import Array
 from .graph import Value
 
 if TYPE_CHECKING:
-    from ..core.checkpoint import Checkpoint
+    from ..checkpoints.checkpoint import Checkpoint
     from .primitives import PrimitiveOps
 
 WIDTHS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -77,7 +77,7 @@ class Dense:
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
-    """A weight that is stored as codes and scales, and, not symmetric, biases; see `core/quant.py`."""
+    """A weight that is stored as codes and scales, and, not symmetric, biases; see `checkpoints/quant.py`."""
 
     format: Format
     shape: tuple[int, ...]
@@ -112,7 +112,7 @@ def check(name: str, kind: Format) -> None:
 
 
 def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Callable[[str], Weight]:
-    """Return what `core.weights.build` asks for each weight: its place in the checkpoint's files.
+    """Return what `checkpoints.weights.build` asks for each weight: its place in the checkpoint's files.
 
     A graph that stays in memory is lent its weights: files have the names that links in the folder lead to, as in a
     Hugging Face cache, and numbers may lie anywhere, as in files that MLX writes. Quantized words are bytes and always

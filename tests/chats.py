@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dgemma.core.tokens import Tokenizer
+from dgemma.text.tokens import Tokenizer
 from tiny import VOCAB, tiny_checkpoint
 
 TEMPLATE = """\

@@ -17,10 +17,10 @@ import torch
 
 from dgemma.backends.cuda.kernels import configs
 from dgemma.backends.cuda.ops import CudaOps
-from dgemma.core import bench
 from dgemma.core.config import SamplerConfig
 from dgemma.core.model import Cache, Model, encode, encode_and_step, new_cache, step
 from dgemma.core.sampler import StepState
+from dgemma.tools import bench
 from kernel_harness import ARCHITECTURES, Launch, compile_ahead_launch, launched
 from test_cuda_ops import empty, meta_weight
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig, DynamicCache
 
-from dgemma.core import reference, weights
+from dgemma.checkpoints import weights
+from dgemma.core import reference
 from dgemma.core.config import ModelConfig
 from dgemma.core.model import Cache, Model, denoise, encode, new_cache
 from dgemma.core.ops import Ops

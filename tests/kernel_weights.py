@@ -11,9 +11,9 @@ import ml_dtypes
 import numpy as np
 import torch
 
-from dgemma.backends.cuda.packed import QuantizedTensor
 from dgemma.backends.numpy import NumpyOps
-from dgemma.core.quant import Format, QTensor, dequantize, quantize
+from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints.quant import Format, QTensor, dequantize, quantize
 from kernel_harness import Guarded
 
 FORMATS: dict[str, Format | None] = {

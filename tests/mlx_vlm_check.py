@@ -64,7 +64,7 @@ def theirs(python: str, folder: Path, work: Path, source: Path | None = None) ->
 
 def main() -> None:
     import dgemma
-    from dgemma.core.convert import recipes
+    from dgemma.convert import recipes
     from law import assert_close_f32
     from published import floats
     from tiny import edit_json, rewrite

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from dgemma.backends.numpy import NumpyOps
-from dgemma.core import weights
+from dgemma.checkpoints import weights
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.model import Cache, encode, step
 from dgemma.core.ops import KV

@@ -16,7 +16,7 @@ import ml_dtypes
 import mlx.core as mx
 import numpy as np
 
-from dgemma.core import safetensors, weights
+from dgemma.checkpoints import safetensors, weights
 from dgemma.core.config import ModelConfig
 from tiny import tiny_checkpoint, tiny_weights
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import dgemma
 from dgemma.cli import main
-from dgemma.core.batch import Results, read_items
+from dgemma.tools.batch import Results, read_items
 from said import says
 from scripted import ScriptedModel
 
@@ -183,7 +183,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from dgemma.core.batch import Results
+from dgemma.tools.batch import Results
 from dgemma.core.errors import DgemmaError
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

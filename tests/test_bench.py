@@ -19,21 +19,22 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 
 from dgemma import backends
-from dgemma.backends.cuda import bench as card
-from dgemma.backends.cuda.blocks import whole
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import rerun
-from dgemma.backends.cuda.inference import InferenceOps
-from dgemma.backends.cuda.packed import QuantizedTensor
 from dgemma.backends.numpy.ops import NumpyOps
+from dgemma.backends.torch.blocks import whole
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.quant import Format, QTensor, dequantize
 from dgemma.cli import bench as command
 from dgemma.cli import machine, main, output
-from dgemma.core import bench, bench_size, weights
+from dgemma.convert import recipes
 from dgemma.core.config import ModelConfig, read_json
-from dgemma.core.convert import recipes
 from dgemma.core.errors import DgemmaError
-from dgemma.core.inspect import inspect_config
-from dgemma.core.quant import Format, QTensor, dequantize
+from dgemma.tools import bench, bench_size
+from dgemma.tools import bench_card as card
+from dgemma.tools.inspect import inspect_config
 
 CPU = torch.device("cpu")
 KINDS = {

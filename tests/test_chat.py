@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from chats import laid_out, opened, user, with_template
 from dgemma.cli import main
-from dgemma.core.tokens import Tokenizer
+from dgemma.text.tokens import Tokenizer
 from said import says
 from tiny import tiny_checkpoint
 
@@ -273,7 +273,7 @@ def test_a_message_that_cannot_be_is_named(tokenizer: Tokenizer, case: str) -> N
 
 
 def test_a_chat_longer_than_any_context_is_refused(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgemma.core.chat.LARGEST", 1000)
+    monkeypatch.setattr("dgemma.text.chat.LARGEST", 1000)
     with says("no model reads so much"):
         tokenizer.render([user("x" * 500), user("x" * 500)])
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import hf
-from dgemma.backends.cuda.torch_ops import TorchOps
-from dgemma.core import safetensors, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch.primitives import TorchOps
+from dgemma.checkpoints import safetensors, weights
+from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.model import denoise, encode, new_cache
 from law import assert_close_f32
 from said import says
@@ -244,8 +244,8 @@ import sys
 from pathlib import Path
 import torch
 from dgemma.core import weights
-from dgemma.core.checkpoint import Checkpoint
-from dgemma.backends.cuda.inference import InferenceOps
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.backends.torch.inference import InferenceOps
 
 torch.set_num_threads(1)
 

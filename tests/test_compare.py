@@ -15,11 +15,11 @@ from click.testing import CliRunner, Result
 
 import dgemma
 from dgemma.cli import main
-from dgemma.core import compare as comparing
-from dgemma.core.agreement import Agreeing, Outcome, tally
-from dgemma.core.compare import Case, Comparison, read_prompts
 from dgemma.core.reader import jsonable
-from dgemma.core.runtime import DiffusionGemma
+from dgemma.runtime import DiffusionGemma
+from dgemma.tools import compare as comparing
+from dgemma.tools.agreement import Agreeing, Outcome, tally
+from dgemma.tools.compare import Case, Comparison, read_prompts
 from law import nmse
 from said import says
 from tiny import edit_json, rewrite, tiny_checkpoint

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import DiffusionGemmaTextConfig
 
 import tiny
-from dgemma.core import weights
+from dgemma.checkpoints import weights
 from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig, ignored_keys, read_json
 from said import says
 

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
 from chats import TEMPLATE, laid_out, opened, user, with_template
-from dgemma.core.tokens import Tokenizer
+from dgemma.text.tokens import Tokenizer
 from fuzzing import some
 from said import says
 from tiny import IDS, SPECIAL, VOCAB, tiny_checkpoint

@@ -15,14 +15,15 @@ import pytest
 from click.testing import CliRunner
 
 import dgemma
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format, QTensor
+from dgemma.checkpoints.safetensors import DTYPES
 from dgemma.cli import main
-from dgemma.core import inspect, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.convert import Progress, convert, job, plan, recipes
 from dgemma.core.config import ModelConfig
-from dgemma.core.convert import Progress, convert, job, plan, recipes
 from dgemma.core.ops import dense
-from dgemma.core.quant import Format, QTensor
-from dgemma.core.safetensors import DTYPES
+from dgemma.tools import inspect
 from law import assert_close_f32
 from published import IMAGE, MANIFEST, SHARD, floats, hashes, left, read_config
 from said import says
@@ -219,8 +220,8 @@ def test_the_folder_is_complete_and_its_manifest_true(folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("recipe", ["4bit", "nvfp4"])
 def test_the_bytes_depend_on_nothing_else(folder: Path, tmp_path: Path, recipe: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("dgemma.core.convert.encode.BLOCK", 1 << 12)
-    monkeypatch.setattr("dgemma.core.convert.encode.PIECE", 1 << 10)
+    monkeypatch.setattr("dgemma.convert.encode.BLOCK", 1 << 12)
+    monkeypatch.setattr("dgemma.convert.encode.PIECE", 1 << 10)
     copy = tmp_path / "elsewhere" / "source"
     shutil.copytree(folder, copy)
     for name, source, workers in (("one", folder, 1), ("two", copy, 2), ("more", folder, 5)):
@@ -246,7 +247,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update(table))
     code = f"""
 import resource
-from dgemma.core.convert import convert
+from dgemma.convert import convert
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert({str(folder)!r}, {str(tmp_path / "out")!r}, "8bit", workers=1, verify=True)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma.core.checkpoint import Checkpoint
-from dgemma.core.convert import convert, crew, job, recipes
-from dgemma.core.convert import converter as engine
-from dgemma.core.convert.partial import Partial
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.convert import convert, crew, job, recipes
+from dgemma.convert import converter as engine
+from dgemma.convert.partial import Partial
 from published import MANIFEST, SHARD, floats, hashes, left
 from said import check_line, says
 from tiny import rewrite
@@ -196,7 +196,7 @@ def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path, name: str, va
 def test_two_at_once_do_not_mix(folder: Path, tmp_path: Path) -> None:
     code = f"""
 import time
-from dgemma.core.convert import converter as convert, crew
+from dgemma.convert import converter as convert, crew
 whole = crew.encode
 def slow(*args):
     print("in", flush=True)

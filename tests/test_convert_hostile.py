@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from dgemma.core.checkpoint import Checkpoint
-from dgemma.core.convert import convert
-from dgemma.core.convert import converter as engine
-from dgemma.core.convert.partial import digest
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.folder import Folder
+from dgemma.convert import convert
+from dgemma.convert import converter as engine
+from dgemma.convert.partial import digest
 from dgemma.core.errors import DgemmaError
-from dgemma.core.folder import Folder
 from published import MANIFEST, SHARD, floats, hashes, left
 from said import check_line, says
 from test_files import CANARY, IN_THE_WAY
@@ -349,7 +349,7 @@ def test_files_may_not_grow_as_they_must(folder: Path, made: Path) -> None:
     """A limit on the size of files, as of a shared machine: one line, and it goes on without the limit."""
     code = f"""
 import resource, sys
-from dgemma.core.convert import convert
+from dgemma.convert import convert
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
 try:
     convert({str(folder / "source")!r}, {str(folder / "new")!r}, workers=1)

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.core.convert import convert, crew
-from dgemma.core.convert import converter as engine
+from dgemma.convert import convert, crew
+from dgemma.convert import converter as engine
 from published import MANIFEST, floats, hashes, left
 from said import says
 from tiny import rewrite
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 KILLED = """
 import itertools, sys, time
-from dgemma.core.convert import converter as convert, crew, encode
+from dgemma.convert import converter as convert, crew, encode
 encode.BLOCK, encode.PIECE = 1 << 12, 1 << 10
 convert.SYNC_SECONDS = 0  # else what is done in a burst, on a busy machine, is not listed before the long sleep
 whole, count, enough = crew.encode, itertools.count(), int(sys.argv[4])
@@ -49,8 +49,8 @@ convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, recipe: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("dgemma.core.convert.encode.BLOCK", 1 << 12)
-    monkeypatch.setattr("dgemma.core.convert.encode.PIECE", 1 << 10)
+    monkeypatch.setattr("dgemma.convert.encode.BLOCK", 1 << 12)
+    monkeypatch.setattr("dgemma.convert.encode.PIECE", 1 << 10)
     convert(folder, tmp_path / "whole", recipe)
     draw, journal = random.Random(0), tmp_path / "out.partial" / ".dgemma" / "journal.jsonl"
 
@@ -82,7 +82,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 
 SLOW_WORKERS = """
 import itertools, sys, time
-from dgemma.core.convert import converter as convert, crew, partial
+from dgemma.convert import converter as convert, crew, partial
 crew.SMALL, convert.SYNC_SECONDS = 0, 0
 whole, count, enough = partial.Partial.note, itertools.count(), int(sys.argv[4])
 def slow(self, *entry):

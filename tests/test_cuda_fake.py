@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from dgemma.backends.cuda.experts import _grouped_fits
 from dgemma.backends.cuda.graph import CudaCapture, Graphs
 from dgemma.backends.cuda.ops import CudaOps
-from dgemma.backends.cuda.packed import QuantizedTensor
-from dgemma.core import bench
+from dgemma.backends.torch.experts import _grouped_fits
+from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints.quant import Format
 from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done, Draft
-from dgemma.core.quant import Format
-from dgemma.core.runtime import DiffusionGemma
+from dgemma.runtime import DiffusionGemma
+from dgemma.tools import bench
 from fake_card import Card, Refused, fake_card
 
 PROMPT, CANVASES, STEPS = 1500, 3, 2

@@ -20,10 +20,10 @@ import loops
 from dgemma.backends.cuda import graph as graphs
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import Buffers, Graphs, rerun
-from dgemma.backends.cuda.inference import InferenceOps
 from dgemma.backends.cuda.load import BUCKET
-from dgemma.core import weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
 from dgemma.core.model import Cache

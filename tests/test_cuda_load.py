@@ -16,18 +16,18 @@ import torch
 from dgemma import DgemmaError
 from dgemma.backends.cuda import card as card_module
 from dgemma.backends.cuda import load as load_module
-from dgemma.backends.cuda.blocks import whole
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import rerun
 from dgemma.backends.cuda.load import Room, Stager, refusal, releasing, room
-from dgemma.backends.cuda.packed import QuantizedTensor
-from dgemma.core import weights
-from dgemma.core.bench import config_of
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch.blocks import whole
+from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format, dequantize, quantize
 from dgemma.core.engine import Engine
-from dgemma.core.inspect import cache_size
 from dgemma.core.model import new_cache
-from dgemma.core.quant import Format, dequantize, quantize
+from dgemma.tools.bench import config_of
+from dgemma.tools.inspect import cache_size
 from tiny import tiny_checkpoint
 
 CPU = torch.device("cpu")

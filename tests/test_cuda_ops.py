@@ -14,21 +14,22 @@ import pytest
 import torch
 
 import dgemma
-from dgemma.backends.cuda.blocks import whole
-from dgemma.backends.cuda.experts import in_order
 from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
-from dgemma.backends.cuda.inference import InferenceOps
 from dgemma.backends.cuda.ops import CudaOps
-from dgemma.backends.cuda.packed import QuantizedTensor
 from dgemma.backends.numpy.ops import NumpyOps
-from dgemma.core import bench, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch.blocks import whole
+from dgemma.backends.torch.experts import in_order
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format, quantize
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Commit, Draft
 from dgemma.core.model import Cache, Model, denoise, encode, new_cache
 from dgemma.core.ops import Ops
-from dgemma.core.quant import Format, quantize
+from dgemma.tools import bench
 from kernel_harness import launched, running
 from law import assert_low_precision
 from tiny import tiny_checkpoint

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dgemma
-from dgemma.core import safetensors
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.checkpoints import safetensors
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.safetensors import SafetensorsFile
 from dgemma.core.errors import DgemmaError
-from dgemma.core.safetensors import SafetensorsFile
 from published import floats, published, suited
 from said import check_line, says
 from tiny import edit_json, rewrite

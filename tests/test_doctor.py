@@ -12,12 +12,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 import dgemma
+from dgemma import runtime
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import QTensor
 from dgemma.cli import machine as machine_facts
 from dgemma.cli import main
-from dgemma.core import runtime
-from dgemma.core.checkpoint import Checkpoint
 from dgemma.core.config import ModelConfig
-from dgemma.core.quant import QTensor
 from published import floats, published
 from tiny import tiny_checkpoint
 

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from dgemma.checkpoints import files
+from dgemma.checkpoints.checkpoint import resolve
 from dgemma.cli import options
-from dgemma.core import config, files
-from dgemma.core.checkpoint import resolve
+from dgemma.core import config
 from said import says
 
 CANARY = b"the user's own"

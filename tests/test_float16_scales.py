@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dgemma.backends.cuda import packed as torch_packed
 from dgemma.backends.cuda.kernels import linear
 from dgemma.backends.mlx.ops import MlxOps
 from dgemma.backends.mlx.packed import QuantizedTensor as MlxTensor
-from dgemma.core.quant import Format, QTensor, carry, dequantize, is_symmetric, to_bf16
-from dgemma.core.quant_bits import unpack
+from dgemma.backends.torch import packed as torch_packed
+from dgemma.checkpoints.quant import Format, QTensor, carry, dequantize, is_symmetric, to_bf16
+from dgemma.checkpoints.quant_bits import unpack
 from kernel_harness import running
 from law import assert_close_f32
 from said import says

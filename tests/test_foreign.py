@@ -13,13 +13,13 @@ import pytest
 from click.testing import CliRunner
 
 import dgemma
+from dgemma.checkpoints import safetensors
+from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.cli import main
 from dgemma.cli.fit import describe
-from dgemma.core import safetensors
-from dgemma.core.checkpoint import Checkpoint
-from dgemma.core.convert import convert
+from dgemma.convert import convert
 from dgemma.core.errors import DgemmaError
-from dgemma.core.inspect import inspect_folder
+from dgemma.tools.inspect import inspect_folder
 from published import one_by_one, published
 from said import says
 from tiny import INDEX, edit_json, rewrite, shard, tiny_checkpoint

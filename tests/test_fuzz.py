@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tiny
-from dgemma.core import safetensors, weights
-from dgemma.core.checkpoint import Checkpoint, resolve
+from dgemma.checkpoints import safetensors, weights
+from dgemma.checkpoints.checkpoint import Checkpoint, resolve
 from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig, read_json
-from dgemma.core.tokens import Tokenizer
+from dgemma.text.tokens import Tokenizer
 from fuzzing import JSON, TEXT, attempt, damaged, many, mutated, some
 
 DATA = Path(__file__).parent / "data"

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma.core import gguf, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.checkpoints import gguf, weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import QTensor
+from dgemma.convert.gguf_blocks import FORMATS
 from dgemma.core.config import ModelConfig
-from dgemma.core.convert.gguf_blocks import FORMATS
-from dgemma.core.inspect import inspect_folder
 from dgemma.core.ops import dense
-from dgemma.core.quant import QTensor
-from dgemma.core.tokens import Tokenizer
+from dgemma.text.tokens import Tokenizer
+from dgemma.tools.inspect import inspect_folder
 from gguf_files import MERGES, TOKENS, WIDE, gguf_file, is_matrix
 from law import assert_close_f32
 from published import MANIFEST, SHARD
@@ -229,7 +229,7 @@ def test_the_tokenizer_of_a_folder_is_taken_instead(tmp_path: Path) -> None:
 def test_an_interrupted_conversion_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = gguf_file(tmp_path, "Q5_1")
     dgemma.convert(path, tmp_path / "whole")
-    from dgemma.core.convert import crew
+    from dgemma.convert import crew
 
     original, count = crew.Here.encode, [0]
 
@@ -253,7 +253,7 @@ def test_an_interrupted_conversion_gives_the_same_bytes(tmp_path: Path, monkeypa
 def test_workers_and_small_blocks_write_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = gguf_file(tmp_path, lambda name: "Q4_K" if "experts" in name else "Q4_0", **WIDE)
     dgemma.convert(path, tmp_path / "one", requantize=True)
-    from dgemma.core.convert import crew, gguf_blocks
+    from dgemma.convert import crew, gguf_blocks
 
     monkeypatch.setattr(crew, "SMALL", 0)
     monkeypatch.setattr(gguf_blocks, "_PIECE", 1000)
@@ -270,7 +270,7 @@ def test_the_target_may_lie_beside_the_file_but_not_around_it(tmp_path: Path) ->
 
 
 def test_the_table_of_names_is_complete() -> None:
-    from dgemma.core.convert import gguf_source
+    from dgemma.convert import gguf_source
 
     config = ModelConfig.from_hf(json.loads((Path(__file__).parent / "data" / "config_26b.json").read_text()))
     names = [spelling for name in weights.shapes(config) for spelling in gguf_source._spellings(name)[:1]]

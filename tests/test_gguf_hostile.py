@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dgemma
-from dgemma.core import gguf
+from dgemma.checkpoints import gguf
 from dgemma.core.errors import DgemmaError
 from gguf_files import SIZES, TOKENS, gguf_file
 from said import check_line, says

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma import DiffusionGemma
-from dgemma.core import runtime, safetensors
-from dgemma.core.safetensors import SafetensorsFile
+from dgemma import DiffusionGemma, runtime
+from dgemma.checkpoints import safetensors
+from dgemma.checkpoints.safetensors import SafetensorsFile
 from said import says
 from tiny import tiny_checkpoint
 

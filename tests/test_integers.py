@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format, QTensor
+from dgemma.convert.converter import Report
 from dgemma.core.config import ModelConfig
-from dgemma.core.convert.converter import Report
-from dgemma.core.inspect import inspect_folder
 from dgemma.core.ops import dense
-from dgemma.core.quant import Format, QTensor
+from dgemma.tools.inspect import inspect_folder
 from integer_layouts import declare, fp8_blocks, integers
 from law import assert_close_f32
 from published import SHARD
@@ -262,7 +262,7 @@ def test_gate_and_up_have_a_scale_each_where_they_share_a_block(tmp_path: Path) 
 def test_an_interrupted_conversion_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = integers(tmp_path)
     dgemma.convert(folder, tmp_path / "whole")
-    from dgemma.core.convert import crew
+    from dgemma.convert import crew
 
     original, count = crew.Here.encode, [0]
 

@@ -18,15 +18,16 @@ from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
 from dgemma.backends.cuda.ops import CudaOps
 from dgemma.backends.numpy.ops import NumpyOps
-from dgemma.core import bench, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
 from dgemma.core.events import Draft
 from dgemma.core.model import Cache, Model, denoise, encode, encode_and_denoise, encode_and_step, new_cache
 from dgemma.core.ops import Ops
 from dgemma.core.sampler import StepState
-from dgemma.core.tokens import Tokenizer
+from dgemma.text.tokens import Tokenizer
+from dgemma.tools import bench
 from fake_card import Card
 from kernel_harness import launched, running
 from law import assert_close_f32, assert_low_precision, nmse

@@ -1,4 +1,4 @@
-"""Linear layers over packed words: the very weights of core/quant.py, the oracle's products, and what is compiled."""
+"""Linear layers over packed words: the weights of checkpoints/quant.py, the oracle's products, and what is compiled."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dgemma.backends.cuda.kernels import attention, configs, linear, norm, unpack
-from dgemma.backends.cuda.packed import QuantizedTensor
+from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints.quant import Format, dequantize, quantize
 from dgemma.core import reference
 from dgemma.core.errors import DgemmaError
 from dgemma.core.ops import Ops
-from dgemma.core.quant import Format, dequantize, quantize
 from kernel_harness import ARCHITECTURES, compile_ahead_launch, launched, running
 from kernel_weights import EXACT, FORMATS, ROUNDED, exact, guarded, meta, meta_weight, narrow, normal, weight
 from law import assert_close_f32, assert_low_precision

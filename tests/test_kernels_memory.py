@@ -26,7 +26,7 @@ from dgemma.backends.cuda.kernels import (
     sampling,
     unpack,
 )
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
 from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.sampler import StepState

@@ -18,7 +18,17 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterError
 
-from dgemma.backends.cuda.kernels import attention, configs, experts, head, linear, norm, rope, routing, sampling
+from dgemma.backends.cuda.kernels import (
+    attention,
+    configs,
+    experts,
+    head,
+    linear,
+    norm,
+    rope,
+    routing,
+    sampling,
+)
 from dgemma.core.config import SamplerConfig
 from dgemma.core.sampler import StepState
 from interpreter import reach

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma.core import weights
-from dgemma.core.checkpoint import Checkpoint
-from dgemma.core.inspect import inspect_folder
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format, QTensor
+from dgemma.checkpoints.quantized import Quantization
+from dgemma.checkpoints.safetensors import SafetensorsFile
 from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.ops import dense
-from dgemma.core.quant import Format, QTensor
-from dgemma.core.quantized import Quantization
-from dgemma.core.safetensors import SafetensorsFile
+from dgemma.tools.inspect import inspect_folder
 from law import assert_close_f32
 from published import IMAGE, LAYOUTS, floats, published, read_config, suited
 from said import says

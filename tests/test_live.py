@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from dgemma.cli.live import ACCEPTED, CHANGING, GUESS, SETTLED, STYLES, CanvasLive, CanvasView, Pieces, printable
+from dgemma.cli.live import (
+    ACCEPTED,
+    CHANGING,
+    GUESS,
+    SETTLED,
+    STYLES,
+    CanvasLive,
+    CanvasView,
+    Pieces,
+    printable,
+)
 from dgemma.cli.output import Wait, significant, size, summary
 from dgemma.cli.sinks import LiveSink, PlainSink
 from dgemma.core.events import Commit, Done, Draft, Prefill

@@ -1,4 +1,4 @@
-"""Quantized weights on the mlx backend: they stay packed, and mean what core/quant.py says they mean.
+"""Quantized weights on the mlx backend: they stay packed, and mean what checkpoints/quant.py says they mean.
 
 Products are held to the law against the weights' own float32 values; whole models against the numpy oracle, which
 dequantizes on the host and shares nothing with MLX.
@@ -20,13 +20,13 @@ from dgemma import DiffusionGemma
 from dgemma.backends.mlx.ops import MlxOps
 from dgemma.backends.mlx.packed import QuantizedTensor, mix, project
 from dgemma.backends.numpy.ops import NumpyOps
-from dgemma.core import weights
-from dgemma.core.checkpoint import Checkpoint, resolve
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint, resolve
+from dgemma.checkpoints.quant import Format, QTensor, dequantize, quantize
+from dgemma.convert import convert, recipes
 from dgemma.core.config import SamplerConfig
-from dgemma.core.convert import convert, recipes
 from dgemma.core.model import Cache, denoise, step
 from dgemma.core.ops import Ops
-from dgemma.core.quant import Format, QTensor, dequantize, quantize
 from dgemma.core.random import step_noise
 from dgemma.core.sampler import StepState, start
 from law import assert_close_f32, assert_low_precision

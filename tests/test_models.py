@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 import dgemma
+from dgemma.checkpoints.checkpoint import resolve
 from dgemma.cli import machine, main
-from dgemma.core.checkpoint import resolve
 from said import says
 from tiny import tiny_checkpoint
 

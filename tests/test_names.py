@@ -12,14 +12,14 @@ import pytest
 
 import dgemma
 from dgemma.backends.numpy.ops import NumpyOps
+from dgemma.checkpoints import names, weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.ties import Held, same
 from dgemma.cli.fit import describe
-from dgemma.core import names, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.convert import convert
 from dgemma.core.config import ModelConfig
-from dgemma.core.convert import convert
-from dgemma.core.inspect import inspect_folder
 from dgemma.core.model import denoise, encode, new_cache
-from dgemma.core.ties import Held, same
+from dgemma.tools.inspect import inspect_folder
 from law import assert_close_f32
 from published import published
 from said import says

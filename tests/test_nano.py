@@ -12,8 +12,8 @@ import pytest
 import dgemma
 from dgemma import DiffusionGemma
 from dgemma.backends.numpy import NumpyOps
-from dgemma.core import weights
-from dgemma.core.checkpoint import Checkpoint, resolve
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint, resolve
 from dgemma.core.model import Model, denoise, encode, new_cache
 from dgemma.core.ops import Ops
 from law import assert_low_precision

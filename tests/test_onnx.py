@@ -17,9 +17,9 @@ from onnx.reference import ReferenceEvaluator
 
 import dgemma
 import hf
-from dgemma import DgemmaError, DiffusionGemma
+from dgemma import DgemmaError, DiffusionGemma, runtime
 from dgemma.core import model as definition
-from dgemma.core import runtime, sampler
+from dgemma.core import sampler
 from dgemma.core.config import SamplerConfig, read_json
 from dgemma.export.manifest import NAME
 from dgemma.export.verify import Graphs
@@ -217,8 +217,8 @@ def test_parts_of_a_vocabulary_follow_the_highest_score(
     import onnxruntime as ort
 
     from dgemma.backends.numpy import NumpyOps
-    from dgemma.core import safetensors
-    from dgemma.core.quant import Format, dequantize, quantize
+    from dgemma.checkpoints import safetensors
+    from dgemma.checkpoints.quant import Format, dequantize, quantize
     from dgemma.export import head
     from dgemma.export.graph import TYPES, Builder
     from dgemma.export.ops import OnnxOps

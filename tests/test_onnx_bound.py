@@ -14,8 +14,8 @@ import onnx
 import pytest
 
 import dgemma
-from dgemma.core import safetensors
-from dgemma.core.safetensors import SafetensorsFile
+from dgemma.checkpoints import safetensors
+from dgemma.checkpoints.safetensors import SafetensorsFile
 from dgemma.export.manifest import NAME, stamp
 from said import says
 from tiny import edit_json, rewrite, shard, tiny_checkpoint

@@ -15,17 +15,17 @@ import pytest
 from click.testing import CliRunner
 
 import dgemma
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format
 from dgemma.cli import main
-from dgemma.core import weights
-from dgemma.core.bench import SIZES
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.convert import recipes
 from dgemma.core.config import ModelConfig
-from dgemma.core.convert import recipes
-from dgemma.core.quant import Format
 from dgemma.export import graphs, probe
 from dgemma.export.graph import OWN
 from dgemma.export.verify import Graphs
 from dgemma.export.weights import imagined
+from dgemma.tools.bench import SIZES
 from said import says
 from tiny import edit_json, tiny_checkpoint
 

@@ -12,7 +12,7 @@ import onnx
 import pytest
 
 import dgemma
-from dgemma.core.safetensors import DTYPES, SafetensorsFile
+from dgemma.checkpoints.safetensors import DTYPES, SafetensorsFile
 from dgemma.export.verify import verify
 from said import says
 from tiny import tiny_checkpoint

@@ -301,7 +301,7 @@ def test_a_full_disk_and_an_interrupt_leave_nothing(
 KILLED = """
 import os, signal, sys
 import dgemma
-from dgemma.core.folder import Folder
+from dgemma.checkpoints.folder import Folder
 rename, turns = Folder.rename, [int(sys.argv[3])]
 def killed(self, old, new):
     rename(self, old, new)

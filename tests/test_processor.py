@@ -15,15 +15,16 @@ import pytest
 import torch
 
 import dgemma
-from dgemma import backends
-from dgemma.backends.cuda import blocks, processor
-from dgemma.backends.cuda.inference import InferenceOps
+from dgemma import backends, runtime
 from dgemma.backends.numpy import NumpyOps
-from dgemma.core import memory, runtime, weights
-from dgemma.core.bench import config_of
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch import blocks, processor
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.convert import convert
+from dgemma.core import memory
 from dgemma.core.config import ModelConfig
-from dgemma.core.convert import convert
+from dgemma.tools.bench import config_of
 from law import assert_close_f32, assert_low_precision
 from published import floats
 from test_doctor import DATA, WORKS, a_machine, report, run
@@ -201,7 +202,7 @@ def test_doctor_counts_what_stays_narrow(
         if name == "4bit":
             folder = convert(floats(tmp_path), tmp_path / "out", "4bit", workers=1).path
         model = dgemma.load(folder, backend="torch", device="cpu", dtype="float32").engine.model
-        from dgemma.core.bench import weight_bytes
+        from dgemma.tools.bench import weight_bytes
 
         counted = report("-m", folder, "--backend", "torch", "--device", "cpu", "--dtype", "float32")[0]["model"]
         assert counted["weights_bytes"] == weight_bytes(model) < 4 * counted["parameters"], name

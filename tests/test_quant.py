@@ -7,9 +7,18 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import dgemma.core.quant as quant
+import dgemma.checkpoints.quant as quant
+from dgemma.checkpoints.quant import (
+    Format,
+    carry,
+    dequantize,
+    pack,
+    quantize,
+    relative_error,
+    to_bf16,
+    unpack,
+)
 from dgemma.core.errors import DgemmaError
-from dgemma.core.quant import Format, carry, dequantize, pack, quantize, relative_error, to_bf16, unpack
 
 mx = pytest.importorskip("mlx.core")
 pytestmark = pytest.mark.filterwarnings("error")

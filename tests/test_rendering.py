@@ -14,7 +14,7 @@ import pytest
 
 from chats import user
 from dgemma.core.errors import DgemmaError
-from dgemma.core.rendering import Renderer
+from dgemma.text.rendering import Renderer
 from said import says
 
 FAULTS = {
@@ -202,7 +202,7 @@ def test_an_interrupt_ends_the_rendering_and_not_the_next_one() -> None:
 FORKED = """
 import os, warnings
 from dgemma.core.errors import DgemmaError
-from dgemma.core.rendering import Renderer
+from dgemma.text.rendering import Renderer
 def say(text):
     return renderer.render(text, trusted={}, said={}, guarded="", where="x").plain
 renderer = Renderer()

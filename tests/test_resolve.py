@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import errors
 
 import dgemma
-from dgemma.core.checkpoint import resolve
+from dgemma.checkpoints.checkpoint import resolve
 from said import says
 from tiny import tiny_checkpoint
 
@@ -116,7 +116,7 @@ def test_an_interrupt_stays_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_the_real_library_offline(tmp_path: Path) -> None:
     """HF_HUB_OFFLINE is read when huggingface_hub is imported, so this asks a process of its own."""
     code = (
-        "import sys\nfrom dgemma.core.checkpoint import resolve\nfrom dgemma.core.errors import DgemmaError\n"
+        "import sys\nfrom dgemma.checkpoints.checkpoint import resolve\nfrom dgemma.core.errors import DgemmaError\n"
         "assert 'huggingface_hub' not in sys.modules\n"
         f"try: resolve({REPO!r})\nexcept DgemmaError as error: print(error)"
     )

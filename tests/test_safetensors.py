@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dgemma.core import safetensors
+from dgemma.checkpoints import safetensors
 from said import says
 
 

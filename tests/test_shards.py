@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import dgemma
-from dgemma.core import safetensors
-from dgemma.core.checkpoint import Checkpoint
-from dgemma.core.convert import convert
+from dgemma.checkpoints import safetensors
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.convert import convert
 from said import says
 from tiny import INDEX, edit_json, shard, tiny_checkpoint
 

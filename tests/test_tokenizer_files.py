@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from chats import laid_out, opened, user, with_template
-from dgemma.core.tokens import Decoder, Tokenizer
+from dgemma.text.tokens import Decoder, Tokenizer
 from said import says
 from tiny import IDS, SPECIAL, VOCAB
 
@@ -90,13 +90,13 @@ def test_added_tokens_beyond_the_model_are_refused_when_they_are_used(tmp_path: 
 
 def test_files_longer_than_any_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = with_template(tmp_path)
-    monkeypatch.setattr("dgemma.core.tokens.LARGEST_TOKENIZER", 1000)
+    monkeypatch.setattr("dgemma.text.tokens.LARGEST_TOKENIZER", 1000)
     with says("tokenizer.json", "expected at most 1,000"):
         opened(folder)
 
 
 def test_text_that_cannot_fit_is_not_tokenized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dgemma.core.tokens.LONG", 100)
+    monkeypatch.setattr("dgemma.text.tokens.LONG", 100)
     tokenizer = Tokenizer(with_template(tmp_path), vocab_size=VOCAB, context=10)
     longest = max(map(len, SPECIAL))
     assert len(tokenizer.encode("x" * 10 * longest)) == 10 * longest  # these ten tokens could be the longest

@@ -14,13 +14,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dgemma.backends.cuda import experts as expert_ops
-from dgemma.backends.cuda import head as head_ops
-from dgemma.backends.cuda.inference import BUCKET, InferenceOps
-from dgemma.backends.cuda.torch_ops import TorchOps
 from dgemma.backends.numpy import NumpyOps
-from dgemma.core import reference, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch import experts as expert_ops
+from dgemma.backends.torch import head as head_ops
+from dgemma.backends.torch.inference import BUCKET, InferenceOps
+from dgemma.backends.torch.primitives import TorchOps
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.core import reference
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Commit, Draft

@@ -14,20 +14,20 @@ import pytest
 import torch
 
 import dgemma
-from dgemma.backends.cuda import blocks
-from dgemma.backends.cuda.experts import expert_mlp
-from dgemma.backends.cuda.inference import InferenceOps
-from dgemma.backends.cuda.packed import QuantizedTensor, Scratch, dequantize
 from dgemma.backends.numpy import NumpyOps
-from dgemma.core import quant, weights
-from dgemma.core.checkpoint import Checkpoint
+from dgemma.backends.torch import blocks
+from dgemma.backends.torch.experts import expert_mlp
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.backends.torch.packed import QuantizedTensor, Scratch, dequantize
+from dgemma.checkpoints import quant, weights
+from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.quant import Format, QTensor, quantize
+from dgemma.convert import convert, recipes
 from dgemma.core.config import SamplerConfig
-from dgemma.core.convert import convert, recipes
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Commit
 from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.ops import Ops
-from dgemma.core.quant import Format, QTensor, quantize
 from law import assert_close_f32, assert_low_precision
 from published import floats
 from test_torch import Allocations

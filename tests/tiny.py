@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-from dgemma.core import safetensors, weights
+from dgemma.checkpoints import safetensors, weights
 from dgemma.core.config import ModelConfig
 
 SPECIAL = (

@@ -25,11 +25,11 @@ def make_ops(name: str, dtype: DType) -> Ops:
         case "numpy":
             return NumpyOps(dtype)
         case "torch":
-            from dgemma.backends.cuda.torch_ops import TorchOps
+            from dgemma.backends.torch.primitives import TorchOps
 
             return TorchOps(dtype)
         case "inference":
-            from dgemma.backends.cuda.inference import InferenceOps
+            from dgemma.backends.torch.inference import InferenceOps
 
             return InferenceOps(dtype)
         case "mlx":

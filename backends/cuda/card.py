@@ -15,17 +15,17 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ...checkpoints.quant import QTensor
 from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
 from ...core.ops import KV, DType
-from ...core.quant import QTensor
-from .blocks import Weight
+from ..torch.blocks import Weight
+from ..torch.head import VocabHead
+from ..torch.inference import InferenceOps
+from ..torch.packed import QuantizedTensor, Scratch, as_scales
+from ..torch.primitives import TORCH_DTYPES, Array
 from .graph import Buffers, Capture, Graphs, on
-from .head import VocabHead
-from .inference import InferenceOps
 from .load import Stager, bucketed, free_memory, refusal, releasing, room
-from .packed import QuantizedTensor, Scratch, as_scales
-from .torch_ops import TORCH_DTYPES, Array
 
 LEAST_CONTEXT = 1024
 """Tokens of prompt and answer that a card must have room for, or loading is refused."""

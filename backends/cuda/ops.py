@@ -29,7 +29,9 @@ import torch
 from ...core.model import Attention, Mlp
 from ...core.ops import KV, DType, Rope, Span
 from ...core.sampler import Sampling, StepState
-from .blocks import Weight
+from ..torch.blocks import Weight
+from ..torch.packed import QuantizedTensor
+from ..torch.primitives import Array
 from .card import CardOps
 from .graph import Capture
 from .kernels import attention as attention_kernel
@@ -39,8 +41,6 @@ from .kernels import linear as linear_kernels
 from .kernels import norm as norm_kernels
 from .kernels import rope as rope_kernel
 from .kernels import routing, sampling, unpack
-from .packed import QuantizedTensor
-from .torch_ops import Array
 
 if TYPE_CHECKING:
     from ...core.model import Experts, Layer, Router
@@ -341,7 +341,7 @@ class CudaOps(CardOps):
 
 def dense(weight: Weight) -> Array:
     """Return the router's projection as an array; recipes that quantize it are unpacked at every call."""
-    from .packed import dequantize
+    from ..torch.packed import dequantize
 
     return dequantize(weight, torch.bfloat16) if isinstance(weight, QuantizedTensor) else weight
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from ...checkpoints.quant import QTensor
 from ...core import reference
 from ...core.config import SamplerConfig
 from ...core.errors import DgemmaError, quoted
 from ...core.ops import KV, DType, Ops, Reduction, Result, Rope, Span, Unary, dense
-from ...core.quant import QTensor
 from ...core.sampler import Sampling, Thresholds
 from . import attention as attending
 from .compiling import compiled

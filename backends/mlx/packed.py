@@ -1,6 +1,6 @@
 """Quantized weights as MLX holds them, packed, and the products that read them so.
 
-What a weight is worth is defined in core/quant.py; words, scales and biases are the file's. MLX has no symmetric
+What a weight is worth is defined in checkpoints/quant.py; words, scales and biases are the file's. MLX has no symmetric
 formats, so their biases, -2^(bits-1)·scale, are derived at load, exactly, and held. MLX's layers know no global scale
 either: here it multiplies what comes out of a product, in float32, or what goes in where it belongs to the summed axis.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ...core.quant import QTensor, scale_values
+from ...checkpoints.quant import QTensor, scale_values
 
 Array = mx.array
 

@@ -19,7 +19,7 @@ import torch
 import boards
 import dgemma
 import sampling
-from dgemma.backends.cuda.inference import InferenceOps
+from dgemma.backends.torch.inference import InferenceOps
 
 
 @click.command()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from dgemma.core import files
+from dgemma.checkpoints import files
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>", "<|think|>", "<|channel>", "<channel|>")
 PAD, EOS, BOS, TURN, END_TURN = 0, 1, 2, 4, 5

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dgemma.backends.cuda.torch_ops import TorchOps
+from dgemma.backends.torch.primitives import TorchOps
+from dgemma.checkpoints.weights import build, shapes
 from dgemma.core import reference
 from dgemma.core.config import ModelConfig
 from dgemma.core.model import Cache, Layer, Model, denoise, encode_hidden, new_cache
 from dgemma.core.ops import KV, Rope, Span
-from dgemma.core.weights import build, shapes
 
 if TYPE_CHECKING:
     from dgemma.core.model import Experts, Router

@@ -10,13 +10,13 @@ import torch
 
 import boards
 import nano
-from dgemma.backends.cuda.inference import InferenceOps
+from dgemma.backends.torch.inference import InferenceOps
+from dgemma.checkpoints.weights import build
 from dgemma.core import sampler as sampling
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.model import Cache, Model, encode, new_cache, step
 from dgemma.core.ops import KV
 from dgemma.core.random import step_noise
-from dgemma.core.weights import build
 
 
 def inference_model(config: ModelConfig, weights: Mapping[str, Any]) -> tuple[InferenceOps, Model]:

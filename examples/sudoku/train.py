@@ -27,7 +27,7 @@ import nano
 import objective
 import optimizer
 import sampling
-from dgemma.core import files
+from dgemma.checkpoints import files
 from dgemma.core.config import GenerationConfig, ModelConfig
 
 # Float32 activations of some MB are allocated and freed thousands of times a step; glibc gives each back to the kernel

@@ -17,7 +17,7 @@ from pathlib import Path
 import click
 
 import dgemma
-from dgemma.core.files import write_bytes
+from dgemma.checkpoints.files import write_bytes
 
 HERE = Path(__file__).parent
 PAGE = ("index.html", "style.css", "app.js", "loop.js", "random.js", "sudoku.js", "tokenizer.js")

@@ -41,7 +41,7 @@ import triton.language as tl
 
 from ....core.errors import DgemmaError
 from ....core.reference import DRAW_BLOCK
-from ..packed import QuantizedTensor
+from ...torch.packed import QuantizedTensor
 from .head_mean import mean_embedding
 from .unpack import MAGIC, Stored, arrange, stored, times
 

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from ....core.errors import DgemmaError
-from ..packed import QuantizedTensor
+from ...torch.packed import QuantizedTensor
 from .configs import Config, card, for_linear
 from .experts import factors, gelu, split_halves, store_arranged
 from .unpack import Stored, Weight, activations, arrange, fitted, stored, times, wait_turn

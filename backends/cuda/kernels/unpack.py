@@ -14,8 +14,8 @@ written to shared memory. Nothing is shuffled either, because the activations ar
 place [j][word][half]. Kernels that produce activations store them so; `place` says where, and `arrange` is the kernel
 for activations that come otherwise.
 
-Values are those of core/quant.py: code minus zero point is exact in bf16, and one multiplication, or with biases one
-fused multiply-add, rounds once. nvfp4: code times its 8-bit scale is exact in bf16; the global scale is applied to the
+Values are those of checkpoints/quant.py: code minus zero point is exact in bf16, and one multiplication, or with biases
+one fused multiply-add, rounds once. nvfp4: code times its 8-bit scale is exact in bf16; the global scale is applied to the
 sum. With biases of 8 bits the definition rounds twice (float32, then bf16) and the multiply-add once: they differ in
 less than one weight of a thousand, by one unit in the last place.
 
@@ -38,7 +38,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ....core.errors import DgemmaError
-from ..packed import QuantizedTensor
+from ...torch.packed import QuantizedTensor
 from .configs import Config, card
 
 Tensor = torch.Tensor

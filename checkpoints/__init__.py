@@ -1,0 +1,1 @@
+"""Checkpoints as they lie on a disk: files and folders, names, safetensors and GGUF, quantized formats."""
