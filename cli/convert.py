@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..convert import Progress, Report
+    from ..convert.converter import Report
+    from ..convert.meter import Progress
 
 
 @click.command(short_help="Convert or quantize a checkpoint.")

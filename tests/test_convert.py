@@ -20,7 +20,8 @@ from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, QTensor
 from dgemma.checkpoints.safetensors import DTYPES
 from dgemma.cli import main
-from dgemma.convert import Progress, convert, job, plan, recipes
+from dgemma.convert import convert, job, plan, recipes
+from dgemma.convert.meter import Progress
 from dgemma.core.config import ModelConfig
 from dgemma.core.ops import dense
 from dgemma.tools import inspect

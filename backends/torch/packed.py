@@ -1,8 +1,8 @@
 """Quantized weights as torch holds them: the file's own bytes, and what they mean.
 
 The definition is checkpoints/quant.py's and the result is its, bit for bit: scale·q + bias in float32, rounded once to
-the dtype asked for. Nothing here waits for the device, so that CUDA graphs can capture it. How a model computes with such
-weights is in `blocks.py`.
+the dtype asked for. Nothing here waits for the device, so that CUDA graphs can capture it. How a model computes with
+such weights is in `blocks.py`.
 """
 
 from __future__ import annotations
