@@ -230,7 +230,7 @@ def resolve(name: str | Path, *, revision: str | None = None, progress: Any = No
     """
     name, text = _checked(name, revision)
     if text in PACKAGED and (isinstance(name, str) or not name.exists()):
-        package = __name__.rpartition(".core.")[0]
+        package = __name__.rpartition(".checkpoints.")[0]
         folder = Path(str(importlib.resources.files(package) / "models" / name))
         if not folder.is_dir():
             raise DgemmaError(f"{text}: the packaged model is missing from {shown(folder)}; install dgemma again")

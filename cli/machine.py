@@ -21,7 +21,7 @@ PROBE_SECONDS = 120  # the first import of a framework from a slow disk takes it
 PROBES = {
     "torch": f"""
 import json, runpy, torch
-native = runpy.run_path({str(Path(__file__).parents[1] / "backends" / "cuda" / "processor.py")!r})["native"]()
+native = runpy.run_path({str(Path(__file__).parents[1] / "backends" / "torch" / "processor.py")!r})["native"]()
 cards = []
 for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
     card = torch.cuda.get_device_properties(i)
