@@ -13,20 +13,17 @@ import numpy as np
 
 from .checkpoints import weights
 from .checkpoints.checkpoint import Checkpoint, resolve
-from .checkpoints.safetensors import SafetensorsFile
 from .core import finite
 from .core.config import GenerationConfig, ModelConfig
 from .core.engine import Engine, Request, check_tokens
 from .core.errors import DgemmaError, quoted
 from .core.events import Commit, Done, Event, Generation
 from .core.given import check_call, check_flags, figure, ids_of, integer
-from .core.model import denoise
-from .core.ops import Passes
 from .core.sampler import settings
 from .text.tokens import Message, Tokenizer
 
 if TYPE_CHECKING:
-    from .core.ops import DType, Ops
+    from .core.ops import DType
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -36,11 +33,6 @@ FLOAT32_LIMIT = 2 << 30
 NATIVE_LIMIT = 16 << 20
 """The same where it is known what the processor multiplies. On two cores with AVX512_BF16 a pass in bfloat16 takes 1.15
 times float32's time with 2 million parameters, 0.85 with 6, 0.67 with 27 and 0.55 with 108."""
-
-
-HELD = 256 << 20
-"""Bytes of weight files that are read into memory at once, so that nothing that becomes of the files matters; larger
-ones are mapped where the backend computes from the map, and looked at before each generation."""
 
 
 def auto_dtype(
@@ -103,35 +95,7 @@ def load(
     if dtype == "auto":
         known = partial(backends.native, chosen, device)
         dtype = auto_dtype(checkpoint.config, checkpoint.stored_dtype, chosen, known)
-    ops = backends.make(chosen, device=device, dtype=cast("DType", dtype))
-    if ops.maps_weights and sum(file.size for file in checkpoint.files) <= HELD:
-        for file in checkpoint.files:
-            file.hold()
-    total = checkpoint.nbytes + sum(map(checkpoint.copied_bytes, checkpoint.names))
-    done = 0
-
-    def get(one: str) -> Any:
-        nonlocal done
-        tensor = checkpoint.tensor(one)
-        finite.check_vector(one, tensor, ops.dtype)
-        checkpoint.check_copies(one)  # now, while the weight itself is read too
-        done += tensor.nbytes + checkpoint.copied_bytes(one)
-        if progress is not None:
-            progress(done, total)
-        return tensor
-
-    def held() -> int:
-        from .tools.inspect import (
-            inspect_folder,  # headers are read again, and only for a device whose memory is counted
-        )
-
-        return int(inspect_folder(checkpoint.path).held(chosen, ops.dtype, gpu=True))
-
-    ops.admit(checkpoint.config, held)
-    if isinstance(ops, Passes):
-        ops.open(checkpoint)
-    with ops.guarded("loading the weights"):
-        model = weights.build(ops, checkpoint.config, get)
+    passes = backends.open(chosen, checkpoint, device=device, dtype=cast("DType", dtype), progress=progress)
     config = checkpoint.config
     tokenizer = None
     if os.path.lexists(checkpoint.path / "tokenizer.json"):
@@ -142,21 +106,16 @@ def load(
             controls=(*config.image_token_ids, *config.eos_token_ids, config.pad_token_id),
             context=config.max_positions,
         )
-    files = checkpoint.files if ops.maps_weights else ()
-    return DiffusionGemma(Engine(ops, model, tokenizer), checkpoint.generation, checkpoint.path, files)
+    return DiffusionGemma(Engine(passes, tokenizer), checkpoint.generation, checkpoint.path)
 
 
 class DiffusionGemma:
     """A loaded model; `load` makes one."""
 
-    def __init__(
-        self, engine: Engine, generation: GenerationConfig, path: Path, files: Sequence[SafetensorsFile] = ()
-    ) -> None:
-        """`files` are those that weights are views of."""
+    def __init__(self, engine: Engine, generation: GenerationConfig, path: Path) -> None:
         self.engine = engine
         self.generation = generation
         self.path = path
-        self._files = tuple(files)
 
     def __repr__(self) -> str:
         size = sum(math.prod(shape) for shape in weights.shapes(self.config).values())
@@ -167,23 +126,19 @@ class DiffusionGemma:
 
     @property
     def config(self) -> ModelConfig:
-        return self.engine.model.config
-
-    @property
-    def ops(self) -> Ops:
-        return self.engine.ops
+        return self.engine.passes.config
 
     @property
     def backend(self) -> str:
-        return self.ops.name
+        return self.engine.passes.name
 
     @property
     def device(self) -> str:
-        return str(self.ops.device)
+        return self.engine.passes.device
 
     @property
     def dtype(self) -> str:
-        return self.ops.dtype
+        return self.engine.passes.dtype
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -323,9 +278,7 @@ class DiffusionGemma:
             eos_token_ids=self._ends(eos),
             stop=stops,
         )
-        self.engine.check(request)
-        self._check_files()
-        return self.engine.generate(request)
+        return self.engine.add(request).events()
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None
@@ -344,39 +297,33 @@ class DiffusionGemma:
         Raises:
             DgemmaError: an id that does not exist, a shape that does not fit, or logits that come to NaN or infinity.
         """
-        ops, model = self.ops, self.engine.model
         prompt = self.prompt_ids(prompt_ids)
         check_tokens(prompt, self.config.vocab_size, self.config.image_token_ids)
         canvas = self.tokenizer.encode(canvas_ids) if isinstance(canvas_ids, str) else ids_of(canvas_ids, "the canvas")
         check_tokens(canvas, self.config.vocab_size, what="the canvas")
         if len(prompt) + len(canvas) > self.config.max_positions:
             raise DgemmaError(f"prompt and canvas exceed the model's context of {self.config.max_positions:,} tokens")
-        shape = (1, len(canvas), self.config.hidden_size)
         wanted = (len(canvas), self.config.vocab_size)
-        given = None if previous_logits is None else finite.scores(previous_logits, wanted)
+        previous = None if previous_logits is None else finite.scores(previous_logits, wanted)
+        passes = self.engine.passes
+        for check in passes.checks:
+            check()
 
         def run() -> np.ndarray:
-            if given is None:
-                soft = ops.asarray(np.zeros(shape, np.float32), ops.dtype)
-            else:
-                soft = self.engine.mean_embedding(ops.asarray(given[None], ops.wide))
-            cache = self.engine.prefill(prompt, len(canvas))
-            x = denoise(ops, model, cache, ops.asarray(np.asarray([canvas], np.int32)), soft)
-            logits = ops.to_numpy(ops.logits(x, model.embed_tokens, self.config.softcap))[0].astype(np.float32)
-            finite.check_results(logits, ops.dtype)
+            slot = passes.open(len(prompt), len(canvas))
+            try:
+                for at in range(0, len(prompt), passes.chunk):
+                    passes.read([(slot, np.asarray(prompt[at : at + passes.chunk], np.int32))])
+                logits = passes.logits(slot, np.asarray(canvas, np.int32), previous)
+            finally:
+                passes.close(slot)
+            finite.check_results(logits, passes.dtype)
             capped = np.flatnonzero((np.abs(logits) >= self.config.softcap).any(0)).astype(np.int32)
             if capped.size:  # an infinite row of the table looks like certainty behind the soft cap
-                rows = ops.embed(model.embed_tokens, ops.asarray(capped[None]), 1.0)
-                finite.check_results(ops.to_numpy(rows), ops.dtype)
+                finite.check_results(passes.embed(capped), passes.dtype)
             return logits
 
-        self._check_files()
-        return self.engine.turns.take("computing logits", run)
-
-    def _check_files(self) -> None:
-        """Refuse to read weights from files that were written to since they were mapped."""
-        for file in self._files:
-            file.check_unchanged()
+        return self.engine.run("computing logits", run)
 
     def prompt_ids(
         self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False

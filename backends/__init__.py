@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from ..core.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from ..core.ops import DType, Ops
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..core.passes import Passes
+    from ..core.primitives import DType
 
 MODULES = {"mlx": "mlx", "torch": "torch", "onnx": "onnxruntime", "numpy": "numpy"}
 """Backend names that users see, and the module each needs."""
@@ -58,32 +62,22 @@ def native(name: str, device: str = "auto") -> tuple[DType, ...] | None:
     return None if device == "auto" and torch.cuda.is_available() else processor.native()
 
 
-def make(name: str, *, device: str = "auto", dtype: DType = "float32") -> Ops:
-    """Return a backend's ops, ready to run.
+def open(
+    name: str, checkpoint: Checkpoint, *, device: str = "auto", dtype: DType = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> Passes:  # fmt: skip
+    """Load a checkpoint on a backend.
 
     Args:
         name: from `choose`.
-        device: `auto`, `cpu`, `cuda` or `cuda:N` (torch), `gpu` (mlx).
+        checkpoint: its weights.
+        device: `auto`, `cpu`, `cuda` or `cuda:N` (torch, onnx), `gpu` (mlx).
+        dtype: what weights act as, activations and the cache.
+        progress: called with bytes done and in all.
 
     Raises:
-        DgemmaError: a device or dtype that the backend does not have here.
+        DgemmaError: a device or dtype that the backend does not have here, or weights that are damaged.
     """
     if dtype not in DTYPES:
         raise DgemmaError(f"dtype {dtype!r} is not supported; choose from auto, {', '.join(DTYPES)}")
-    if name == "torch":
-        from .torch import torch_backend
-
-        return torch_backend(device, dtype)
-    if name == "mlx":
-        from .mlx import mlx_backend
-
-        return mlx_backend(device, dtype)
-    if name == "onnx":
-        from .onnx.passes import ort_backend
-
-        return ort_backend(device, dtype)
-    if device not in ("auto", "cpu"):
-        raise DgemmaError(f"backend 'numpy' runs on the cpu only, not on {device!r}")
-    from .numpy import NumpyOps
-
-    return NumpyOps(dtype)
+    return import_module(f".{name}", __name__).open(checkpoint, device, dtype, progress)

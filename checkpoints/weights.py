@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..core.config import ModelConfig
-from ..core.model import Attention, Experts, Layer, Mlp, Model, RmsNorm, Router, SelfConditioning
-from ..core.ops import Ops
+from ..core.parts import Attention, Experts, Layer, Mlp, Model, RmsNorm, Router, SelfConditioning
 
 DECODER = "model.decoder"
 ENCODER = "model.encoder.language_model"
@@ -61,19 +60,21 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return result
 
 
-def build(ops: Ops, config: ModelConfig, get: Callable[[str], Any]) -> Model:
-    """Assemble a model; `get` returns the stored weight of a name in `shapes`, `ops.pack` brings it to the device."""
+def build(config: ModelConfig, pack: Callable[[str], Any], stack: Callable[[Any], Any] = lambda part: part) -> Model:
+    """Assemble a model.
 
-    def pack(name: str) -> Any:
-        return ops.pack(get(name))
+    Args:
+        config: the model's.
+        pack: returns the weight of a name in `shapes` as a backend's ops take it, on the device.
+        stack: lays the weights of an `Attention` or an `Mlp` that read the same activations together, where the backend
+            wants them so (`Attention.qkv_proj`, `Mlp.gate_up_proj`).
+    """
 
     def norm(name: str) -> RmsNorm:
         return RmsNorm(weight=pack(f"{name}.weight"), eps=config.norm_eps)
 
     def mlp(name: str) -> Mlp:
-        return ops.prepare(
-            Mlp(**{part: pack(f"{name}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")})
-        )
+        return stack(Mlp(**{part: pack(f"{name}.{part}.weight") for part in ("gate_proj", "up_proj", "down_proj")}))
 
     layers = []
     for i, attention in enumerate(config.layers):
@@ -81,7 +82,7 @@ def build(ops: Ops, config: ModelConfig, get: Callable[[str], Any]) -> Model:
         has_value = attention.kind == "sliding_attention"
         layers.append(
             Layer(
-                self_attn=ops.prepare(
+                self_attn=stack(
                     Attention(
                         config=attention,
                         eps=config.norm_eps,

@@ -1,83 +1,137 @@
-"""The host loop: prompt in, events out. It knows the graph's functions and no backend.
+"""Requests in, events out: rows that share a model, joining and leaving between its passes.
 
-read the prompt ──▶ denoise a canvas ──▶ commit its argmax ──▶ encode it ──▶ next canvas …
-                      (≤ steps passes)       (cut, decode)       (never the last)
+    add ──▶ waiting ──▶ reading ──▶ denoising ──▶ over
+                          ▲   a finished canvas  │
+                          └──────────────────────┘
 
-Joined, a canvas is encoded in the pass that takes the next one's first step.
+A round is one call of `Engine.step`: rows that wait are given slots while they fit; finished canvases are read, all at
+once; of the prompts that are being read the first in line get `Passes.chunk` tokens in all, so that a long one holds
+nobody up by more; then every canvas takes a denoising pass, all those of one length together. What shares a pass with
+a row never changes its tokens: its cache, canvas, settings and random numbers are its own.
 """
 
 from __future__ import annotations
 
-import time
+import os
+import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import numpy as np
 
-from ..text.tokens import Decoder, Tokenizer, split_at_end
-from . import reference
-from . import sampler as sampling
-from .config import SamplerConfig
+from . import sampler
 from .errors import DgemmaError
-from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
+from .events import Done, Event
 from .finite import check_results
-from .memory import check_room, peak_memory
-from .model import Cache, Model, encode, encode_and_step, new_cache, step
-from .ops import NUMPY_DTYPES, Array, Ops
-from .random import step_noise
-from .turns import Stream, Turns
+from .memory import peak_memory
+from .owner import Owner
+from .passes import Passes, StepResult
+from .prefix import Prefixes
+from .row import Request, Row, Share, check_tokens
+from .tokens import Vocabulary
+
+Result = TypeVar("Result")
+
+MOST_ROWS = 32
+"""Rows at once, where nothing else is asked for: more of them bring a CPU nothing, and each waits for all."""
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()  # for forks alone: see `_before_fork`
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One generation, checked and with every default filled in."""
+class Handle:
+    """A request that was added to an engine."""
 
-    prompt: tuple[int, ...]
-    max_new_tokens: int
-    seed: int
-    sampler: SamplerConfig
-    eos_token_ids: tuple[int, ...]
-    stop: tuple[str, ...] = ()
+    def __init__(self, engine: Engine, row: Row) -> None:
+        self._engine, self._row = engine, row
+        self._over = False
+        # Dropped, it frees its slot as if it were cancelled.
+        weakref.finalize(self, _drop, engine, row).atexit = False
+
+    def events(self) -> Iterator[Event]:
+        """Return the request's events until `Done`, each once, however many iterators and threads ask.
+
+        While somebody reads events, the engine's thread runs rounds until no request is left.
+
+        Raises:
+            DgemmaError: what went wrong with this request; others go on.
+        """
+        return Events(self)
+
+    def cancel(self) -> None:
+        """End the request, from any thread; nothing follows, and its slot is free after the pass that is running."""
+        self._over = True
+        _drop(self._engine, self._row)
+
+    def next(self) -> Event | None:
+        """Wait for the next event; None where there is none."""
+        if self._over:
+            return None
+        item = self._engine.wait_for(self._row)
+        if item is None or isinstance(item, Done | BaseException):
+            self._row.events.put(None)  # nothing follows; for the other threads that wait
+        if self._over:
+            return None
+        if isinstance(item, BaseException):
+            self._over = True
+            raise item
+        return item
 
 
-@dataclass(kw_only=True)
-class _Clock:
-    """Counters of one generation."""
+class Events(Iterator[Event]):
+    """The events of one request. `close` ends it; so does dropping the last reference to it and its handle."""
 
-    began: float = field(default_factory=time.perf_counter)
-    away: float = 0.0
-    """Seconds between the turns: the reader of the events had them, or another generation the model."""
-    prefill: float = 0.0
-    first_draft: float | None = None
-    first_text: float | None = None
-    steps: int = 0
-    canvases: int = 0
-    encodes: int = 0
+    def __init__(self, handle: Handle) -> None:
+        self._handle = handle
 
-    def now(self) -> float:
-        return time.perf_counter() - self.began - self.away
+    def __next__(self) -> Event:
+        if (event := self._handle.next()) is None:
+            raise StopIteration
+        return event
+
+    def close(self) -> None:
+        """End the generation; nothing follows."""
+        self._handle.cancel()
 
 
 class Engine:
-    """Generates with one model on one backend: any number of generations, whose passes take turns (`core.turns`)."""
+    """Generates with one model: any number of requests, from any threads.
 
-    def __init__(self, ops: Ops, model: Model, tokenizer: Tokenizer | None) -> None:
-        self.ops = ops
-        self.model = model
+    One thread of the engine's own runs all passes (`core.owner`); `add`, `cancel`, `step` and `run` may be called from
+    any other. The thread starts with the first pass and ends with the engine, or as the process exits.
+    """
+
+    def __init__(
+        self, passes: Passes, tokenizer: Vocabulary | None, *, most_rows: int = MOST_ROWS,
+        prefix_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        self.passes = passes
         self.tokenizer = tokenizer
-        self.turns = Turns(ops)
-        self._passes: dict[Callable[..., Any], Callable[..., Any]] = {}
-        self._encoder: Callable[..., Cache] | None = None
+        self.most_rows = most_rows
+        self.prefixes = Prefixes(passes.spare() if prefix_bytes is None else prefix_bytes)
+        self._owner = Owner(passes.home, anywhere=passes.anywhere)
+        self._process = os.getpid()
+        self._lock = threading.Lock()  # of what follows; never held while anything runs
+        self._waiting: deque[Row] = deque()
+        self._driving = False
+        self._rows: list[Row] = []  # in slots; the owner thread's alone, as all below
+        self._pending: deque[tuple[list[tuple[Row, int, int]], Callable[[], StepResult]]] = deque()
+        if passes.survives_fork:
+            _engines.add(self)
+
+    # ---- For everybody ----------------------------------------------------------------------------------------
 
     def check(self, request: Request) -> None:
         """Refuse a request that cannot be run.
 
         Raises:
-            DgemmaError: the prompt is empty, longer than the model's context, or holds an id that does not exist.
+            DgemmaError: the prompt is empty, longer than the model's context, or holds an id that does not exist; or
+                its cache would be larger than the machine.
         """
-        config = self.model.config
+        for check in self.passes.checks:
+            check()
+        config = self.passes.config
         check_tokens(request.prompt, config.vocab_size, config.image_token_ids)
         if len(request.prompt) >= config.max_positions:
             raise DgemmaError(
@@ -85,216 +139,292 @@ class Engine:
                 "shorten the prompt"
             )
 
-    def generate(self, request: Request) -> Stream:
-        """Return the events of a checked request until `Done`; closing or dropping them early leaves nothing behind."""
-        clock = _Clock()
-        return Stream(self.turns, self._write(request, clock), self._absent(clock))
+    def add(self, request: Request, share: Share | None = None) -> Handle:
+        """Take a request; nothing runs before `step` is called or its events are read.
 
-    def _absent(self, clock: _Clock) -> Callable[[float], None]:
-        def count(seconds: float) -> None:
-            if not self.ops.lookahead:  # where passes run on beside the reader, its time is theirs too
-                clock.away += seconds
+        Requests of one prompt that have a `share` read it once.
 
-        return count
-
-    def _write(self, request: Request, clock: _Clock) -> Iterator[Event]:
-        config = self.model.config
-        budget = min(request.max_new_tokens, config.max_positions - len(request.prompt))
-        canvases = -(-budget // config.canvas_length)
-        decoder = Decoder(self.tokenizer, request.stop, request.prompt)
-        # The last canvas is never encoded, so the cache has no room for it.
-        kept = len(request.prompt) + (canvases - 1) * config.canvas_length
-        cache = yield from self._prefill(request.prompt, kept, clock, config.canvas_length)
-        reason: FinishReason = "length"
-        begun: sampling.StepState | None = None  # the canvas after its first pass, where that has read the one before
-        for index in range(canvases):
-            argmax = yield from self._denoise(cache, request, index, clock, begun)
-            tokens, ended = split_at_end(argmax.tolist(), request.eos_token_ids)
-            left = budget - index * config.canvas_length
-            ended = ended and len(tokens) <= left
-            last = ended or left <= config.canvas_length
-            if self.ops.lookahead and not last:  # on its way before the text is looked at, and in vain if that ends it
-                cache, begun = self._commit(cache, request, index, argmax[None])
-            piece = decoder.push(tokens[:left], last=last)
-            if clock.first_text is None and (piece.text or piece.thinking):
-                clock.first_text = clock.now()
-            yield Commit(canvas=index, tokens=piece.tokens, text=piece.text, thinking=piece.thinking)
-            if ended or piece.stopped:
-                reason = "stop"
-            if last or piece.stopped:
-                break
-            if not self.ops.lookahead:
-                cache, begun = self._commit(cache, request, index, argmax[None])
-            clock.encodes += 1
-        yield Done(finish_reason=reason, stats=self._stats(request, decoder, clock))
-
-    def prefill(self, prompt: Sequence[int], canvas_length: int) -> Cache:
-        """Read a prompt into a new cache with room for one canvas to be denoised."""
-        reading = self._prefill(prompt, len(prompt), _Clock(), canvas_length)
-        while True:
-            try:
-                next(reading)
-            except StopIteration as end:
-                return end.value
-
-    def mean_embedding(self, scores: Array) -> Array:
-        """Return what self-conditioning reads of the step before: processed logits wide [B, L, V] → [B, L, D]."""
-        return self.ops.mean_embedding(reference.softmax(self.ops, scores), self.model.embed_tokens)
-
-    def _prefill(
-        self, prompt: Sequence[int], capacity: int, clock: _Clock, canvas_length: int
-    ) -> Generator[Event, None, Cache]:
-        ops = self.ops
-        if ops.encode_sizes:  # a shorter rest is padded to one of them
-            chunk = ops.encode_sizes[-1]
-            scratch = max(canvas_length, chunk)
-        else:
-            chunk = max(ops.prefill_chunk, canvas_length)
-            scratch = max(canvas_length, min(chunk, len(prompt)))
-        if ops.joined:
-            scratch = max(scratch, 2 * canvas_length)
-        if ops.reserves_cache:
-            check_room(self.model.config, capacity, scratch, np.dtype(NUMPY_DTYPES[ops.dtype]).itemsize)
-        cache = new_cache(ops, self.model.config, batch=1, capacity=capacity, chunk=scratch)
-        ids = np.asarray(prompt, np.int32)[None]
-        yield Prefill(done=0, total=len(prompt))
-        for at in range(0, len(prompt), chunk):
-            cache = self._encode(cache, ids[:, at : at + chunk])
-            ops.synchronize(*(array for layer in cache.layers for array in layer))
-            clock.encodes += 1
-            clock.prefill = clock.now()
-            yield Prefill(done=min(at + chunk, len(prompt)), total=len(prompt))
-        return cache
-
-    def _encode(self, cache: Cache, tokens: np.ndarray) -> Cache:
-        """Read tokens int32 [1, L], compiled where the backend asks for it."""
-        ops, length = self.ops, tokens.shape[1]
-        size = next((size for size in ops.encode_sizes if size >= length), None)
-        if size is None:
-            return encode(ops, self.model, cache, ops.asarray(tokens, "int32"))
-        if self._encoder is None:
-
-            def run(cache: Cache, tokens: Array, fresh: Array) -> Cache:
-                return encode(ops, self.model, cache, tokens, fresh)
-
-            self._encoder = ops.compile(run)
-        padded = np.zeros((1, size), np.int32)
-        padded[:, :length] = tokens
-        before = int(cache.length)
-        after = self._encoder(Cache(cache.layers, ops.extent(before)), ops.asarray(padded), ops.extent(length))
-        return Cache(after.layers, before + length)
-
-    def _commit(
-        self, cache: Cache, request: Request, index: int, tokens: np.ndarray
-    ) -> tuple[Cache, sampling.StepState | None]:
-        """Read a finished canvas, int32 [1, L]; joined, also return the next one's state after its first pass."""
-        ops = self.ops
-        if not ops.joined:
-            return self._encode(cache, tokens), None
-        before = int(cache.length)
-        given = ops.asarray(tokens, "int32"), self._start(request, index + 1), *self._draws(request, index + 1, 0)
-        if ops.encode_sizes:  # compiled where encode passes are
-            rules = ops.thresholds(request.sampler)
-            after, state = self._compiled(encode_and_step)(rules, Cache(cache.layers, ops.extent(before)), *given)
-        else:
-            after, state = encode_and_step(ops, self.model, request.sampler, cache, *given)
-        return Cache(after.layers, before + tokens.shape[1]), self._settled(request, state, given[-1])
-
-    def _denoise(
-        self, cache: Cache, request: Request, index: int, clock: _Clock, opened: sampling.StepState | None = None
-    ) -> Generator[Event, None, np.ndarray]:
-        """Yield a `Draft` for each pass over one canvas; return the argmax canvas, int32 [L].
-
-        `opened` is the state after the first pass, where that has run already.
+        Raises:
+            DgemmaError: it cannot be run; see `check`.
         """
-        ops, sampler = self.ops, request.sampler
-        run, rules = self._compiled(step), ops.thresholds(sampler)
-        cache = Cache(cache.layers, ops.extent(int(cache.length)))
-        state = opened or self._start(request, index)
-        reads: deque[Callable[[], list[np.ndarray]]] = deque()
-        argmax = np.zeros(0, np.int32)
-        clock.canvases += 1
-        begun = 0
-        for begun in range(sampler.steps + ops.lookahead):
-            if begun < sampler.steps:
-                if begun or opened is None:
-                    draws = self._draws(request, index, begun)
-                    state = self._settled(request, run(rules, cache, state, *draws), draws[-1])
-                reads.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
-            if begun < ops.lookahead:
-                continue
-            argmax, accepted, entropy, stop = (x[0] for x in reads.popleft()())
-            check_results(entropy, ops.dtype)
-            clock.steps += 1
-            clock.first_draft = clock.first_draft or clock.now()
-            yield Draft(
-                canvas=index,
-                step=begun - ops.lookahead,
-                steps=sampler.steps,
-                tokens=argmax,
-                accepted=accepted,
-                entropy=entropy.astype(np.float32),
+        self.check(request)
+        row = Row(request, self.passes.config, self.tokenizer, self._peak, share)
+        with self._lock:
+            self._waiting.append(row)
+        return Handle(self, row)
+
+    def step(self) -> bool:
+        """Run one round, and return whether anything is left to do."""
+        return self.run("generating", self._round)
+
+    def run(self, doing: str, work: Callable[[], Result]) -> Result:
+        """Run work between two rounds, in the engine's thread.
+
+        Raises:
+            DgemmaError: in a child that was forked after loading, where the backend's threads are gone.
+        """
+        self._check_process()
+
+        def guarded() -> Result:
+            with self.passes.guarded(doing):
+                return work()
+
+        return self._owner.run(guarded)
+
+    def wait_for(self, row: Row) -> Event | BaseException | None:
+        """Wait for a row's next event, and see to it that rounds are run meanwhile."""
+        if row.events.empty():
+            self._check_process()
+            with self._lock:
+                idle, self._driving = not self._driving, True
+            running = self._owner.post(self._drive) if idle else self._owner.alive()
+            while not running and row.events.empty():  # the process exits, and the thread has ended: here, then
+                self.step()
+        return row.events.get()
+
+    def _peak(self) -> int:
+        return self.passes.peak() or peak_memory()
+
+    @property
+    def busy(self) -> int:
+        """Requests that have a slot or wait for one."""
+        with self._lock:
+            return len(self._rows) + len(self._waiting)
+
+    # ---- Rounds -----------------------------------------------------------------------------------------------
+
+    def _drive(self) -> None:
+        """Run a round, and ask for the next one while anything is left."""
+        try:
+            with self.passes.guarded("generating"):
+                left = self._round()
+        except BaseException as error:  # not of one row: a bug, or the process's end
+            left = False
+            self._fail(self._all(), error)
+            self._sweep()
+        with self._lock:
+            self._driving = left = left or bool(self._waiting)
+        if left:
+            self._owner.post(self._drive)
+
+    def _round(self) -> bool:
+        self._sweep()
+        self._admit()
+        self._read_canvases()
+        self._read_prompts()
+        self._denoise()
+        self._sweep()
+        with self._lock:
+            return bool(self._rows or self._waiting)
+
+    def _all(self) -> list[Row]:
+        with self._lock:
+            rows = [*self._rows, *self._waiting]
+            self._waiting.clear()
+        return rows
+
+    def _sweep(self) -> None:
+        """Free the slots of rows that are over."""
+        with self._lock:
+            self._waiting = deque(row for row in self._waiting if not row.cancelled)
+        for row in self._rows:
+            if row.cancelled:
+                row.stage = "over"
+        for row in [row for row in self._rows if row.stage == "over"]:
+            self._rows.remove(row)
+            self.passes.close(row.slot)
+
+    def _admit(self) -> None:
+        """Give slots to rows that wait, first come first served."""
+        while len(self._rows) < self.most_rows:
+            with self._lock:
+                if not self._waiting:
+                    return
+                row = self._waiting[0]
+            if any(one.request.prompt == row.request.prompt and not one.prompted for one in self._rows):
+                return  # its prompt is being read: it begins where that ends
+            try:
+                if self._rows and not self.passes.fits(row.capacity, row.length):
+                    return
+                if not self._rows:
+                    self.passes.fits(row.capacity, row.length)
+                self._take(row)
+            except DgemmaError as error:
+                row.fail(error)
+            with self._lock:
+                self._waiting.popleft()
+
+    def _take(self, row: Row) -> None:
+        snapshot = (row.share and row.share.snapshot) or self.prefixes.find(row.request.prompt)
+        if snapshot is not None:
+            row.share = None
+        slot = self.passes.open(row.capacity, row.length, snapshot)
+        self._rows.append(row)
+        row.opened(slot, snapshot.length if snapshot else 0)
+
+    def _read_canvases(self) -> None:
+        rows = [row for row in self._rows if row.stage == "reading" and row.prompted]
+        if not rows:
+            return
+        if not self.passes.joined:
+            self._read({row: row.coming for row in rows})
+            return
+        for group in _by_length(rows):
+            given = [(row.slot, row.coming) for row in group]
+            starts = {row.slot: row.start() for row in group}
+            marks = [(row, row.index, row.begun) for row in group]
+            draws = sampler.stacked([row.draws() for row in group])
+            results = self._try(group, lambda: self.passes.read_and_step(given, draws, starts))  # noqa: B023
+            if results is not None:
+                for row, (_, tokens) in zip(group, given, strict=True):
+                    row.has_read(len(tokens))
+                self._pending.append((marks, results))
+
+    def _read_prompts(self) -> None:
+        left = self.passes.chunk
+        pieces: dict[Row, np.ndarray] = {}
+        for row in self._rows:
+            if row.stage == "reading" and not row.prompted and left > 0:
+                pieces[row] = row.coming[: self._piece(row, left)]
+                left -= len(pieces[row])
+        if pieces:
+            self._read(pieces)
+
+    def _piece(self, row: Row, left: int) -> int:
+        """Return how many tokens a row reads of a round: whole chunks, so that others do not change where it is cut."""
+        coming = len(row.coming)
+        size = min(coming, max(self.passes.chunk, row.length))
+        return size if size <= left or left == self.passes.chunk else 0
+
+    def _read(self, pieces: dict[Row, np.ndarray]) -> None:
+        pieces = {row: tokens for row, tokens in pieces.items() if len(tokens)}
+        rows = list(pieces)
+        given = [(row.slot, tokens) for row, tokens in pieces.items()]
+        if not rows or self._try(rows, lambda: self.passes.read(given) or True) is None:
+            return
+        for row in rows:
+            row.has_read(len(pieces[row]))
+            self._snapshot(row)
+
+    def _denoise(self) -> None:
+        behind = len(self._pending)
+        rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
+        for group in _by_length(rows):
+            starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
+            marks = [(row, row.index, row.begun) for row in group]
+            draws = sampler.stacked([row.draws() for row in group])
+            slots = [row.slot for row in group]
+            results = self._try(group, lambda: self.passes.step(slots, draws, starts))  # noqa: B023
+            if results is not None:
+                self._pending.append((marks, results))
+        ready = behind if self.passes.lookahead and rows else len(self._pending)
+        for _ in range(ready):
+            self._take_results(*self._pending.popleft())
+
+    def _take_results(self, marks: list[tuple[Row, int, int]], results: Callable[[], StepResult]) -> None:
+        result = self._try([row for row, _, _ in marks], results)
+        if result is None:
+            return
+        finished: dict[Row, np.ndarray] = {}
+        for i, (row, index, step) in enumerate(marks):
+            if row.stage != "denoising" or row.index != index or row.cancelled:
+                continue  # what has begun since it stopped is never looked at
+            try:
+                if row.drafted(step, result, i, self.passes.dtype):
+                    if step == 0:  # no second pass has shown what an infinite row of the table does, capped in logits
+                        check_results(self.passes.soft(row.slot), self.passes.dtype)
+                    finished[row] = result.argmax[i]
+            except DgemmaError as error:
+                row.fail(error)
+        if finished:
+            self._commit(finished)
+
+    def _commit(self, finished: dict[Row, np.ndarray]) -> None:
+        early: dict[Row, np.ndarray] = {}
+        if self.passes.lookahead and not self.passes.joined:
+            # On its way before the text is looked at, and in vain where that ends it.
+            early = {row: argmax for row, argmax in finished.items() if not row.ends_with(argmax)}
+            given = [(row.slot, argmax) for row, argmax in early.items()]
+            if given and self._try(list(early), lambda: self.passes.read(given) or True) is None:
+                return
+        for row, argmax in finished.items():
+            row.commit(argmax)
+            if row in early and row.stage == "reading":
+                row.has_read(len(argmax))
+
+    def _snapshot(self, row: Row) -> None:
+        """Keep a row's cache for whoever begins with the same tokens."""
+        share, row.share = row.share, None if row.prompted else row.share
+        shared = share is not None and row.read == len(row.request.prompt)
+        tokens = tuple(row.tokens[: row.read])
+        wanted = self.prefixes.wants(tokens, self.passes.saved_bytes(row.slot))
+        if not (shared or wanted):
+            return
+        snapshot = self.passes.save(row.slot)
+        if share is not None and shared:
+            share.snapshot = snapshot
+        if wanted:
+            self.prefixes.keep(tokens, snapshot)
+
+    # ---- Errors and ends --------------------------------------------------------------------------------------
+
+    def _try(self, rows: list[Row], work: Callable[[], Result]) -> Result | None:
+        """Run work for rows; what goes wrong is theirs, and None comes back."""
+        try:
+            return work()
+        except DgemmaError as error:
+            self._fail(rows, error)
+        return None
+
+    def _fail(self, rows: list[Row], error: BaseException) -> None:
+        for row in rows:
+            if row.stage != "over":
+                row.fail(error)
+
+    def _check_process(self) -> None:
+        if os.getpid() == self._process:
+            return
+        if not self.passes.survives_fork:
+            raise DgemmaError(
+                f"this model was loaded by process {self._process}, and the {self.passes.name} backend does not work "
+                "in a process forked off it; load it again there, or start processes by 'spawn'"
             )
-            if stop:  # what has begun since is never read
-                break
-        if begun == ops.lookahead:  # no second pass has shown what an infinite row of the table does, capped in logits
-            check_results(ops.to_numpy(state.soft), ops.dtype)
-        return argmax
-
-    def _start(self, request: Request, index: int) -> sampling.StepState:
-        return sampling.start(self.ops, self._noise(request.seed, index, 0)[1], self.model.config.hidden_size)
-
-    def _draws(self, request: Request, index: int, begun: int) -> tuple[Array, Array, Array]:
-        """Return what a pass is given besides the canvas: temperature, uniforms, noise."""
-        temperature = np.full((1, 1), request.sampler.temperature(begun), np.float32)
-        return self.ops.asarray(temperature), *self._noise(request.seed, index, begun + 1)
-
-    def _settled(self, request: Request, state: sampling.StepState, noise: Array) -> sampling.StepState:
-        """Return the state after a pass with this noise as the next one is to read it."""
-        return sampling.settle(self.ops, state, noise) if request.sampler.greedy else state
-
-    def _noise(self, seed: int, canvas: int, index: int) -> tuple[Array, Array]:
-        config = self.model.config
-        uniforms, tokens = step_noise(
-            seed=seed, canvas=canvas, step=index, length=config.canvas_length, vocab_size=config.vocab_size
-        )
-        return self.ops.asarray(uniforms[None]), self.ops.asarray(tokens[None])
-
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return `step` or `encode_and_step`, compiled, as a function of what comes behind ops and model."""
-        if function not in self._passes:
-
-            def run(*arguments: Any) -> Any:
-                return function(self.ops, self.model, *arguments)
-
-            self._passes[function] = self.ops.compile(run)
-        return self._passes[function]
-
-    def _stats(self, request: Request, decoder: Decoder, clock: _Clock) -> Stats:
-        return Stats(
-            prompt_tokens=len(request.prompt),
-            emitted_tokens=decoder.released,
-            canvases=clock.canvases,
-            steps=clock.steps,
-            encode_passes=clock.encodes,
-            seconds=clock.now(),
-            prefill_seconds=clock.prefill,
-            first_draft_seconds=clock.first_draft,
-            first_text_seconds=clock.first_text,
-            peak_memory_bytes=self.ops.memory() or peak_memory(),
-        )
 
 
-def check_tokens(ids: Sequence[int], vocab_size: int, images: Sequence[int] = (), *, what: str = "the prompt") -> None:
-    """Refuse token ids that the model cannot read.
+def _by_length(rows: list[Row]) -> list[list[Row]]:
+    """Rows whose canvases are of one length, in the order in which they came."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.length, []).append(row)
+    return list(groups.values())
 
-    Raises:
-        DgemmaError: no ids at all, one that is not an integer in [0, vocab_size), or an image's placeholder.
-    """
-    if not len(ids):
-        raise DgemmaError(f"{what} is empty")
-    bad = next((i for i in ids if not 0 <= i < vocab_size), None)
-    if bad is not None:
-        raise DgemmaError(f"{what} holds token id {bad}; the vocabulary has ids from 0 to {vocab_size - 1}")
-    if any(i in images for i in ids):
-        raise DgemmaError(f"{what} holds an image token; this version reads text only")
+
+def _drop(engine: Engine, row: Row) -> None:
+    """Cancel a row. Called by whoever collects garbage too, in the middle of anything: it takes no lock."""
+    if row.stage != "over":
+        row.cancelled = True
+        row.events.put(None)
+        engine._owner.nudge(engine._sweep)
+
+
+# A fork waits for the pass that is running, where the backend survives one at all: the child has caches that are whole.
+
+
+def _before_fork() -> None:
+    for engine in list(_engines):
+        engine._owner.pause()
+
+
+def _after_fork() -> None:
+    for engine in list(_engines):
+        engine._owner.go_on()
+
+
+def _in_child() -> None:
+    for engine in list(_engines):
+        engine._owner = Owner(engine.passes.home, anywhere=True)
+        engine._lock, engine._driving, engine._process = threading.Lock(), False, os.getpid()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

@@ -15,10 +15,12 @@ FinishReason = Literal["stop", "length"]
 class Stats:
     """Honest figures of one generation; rates are per second of wall time, None where nothing was measured.
 
-    Time counts while the engine works: not while the reader of its events draws, sends or waits.
+    Time counts from when the request has a slot; what the reader of its events does meanwhile is beside it.
     """
 
     prompt_tokens: int
+    cached_tokens: int = 0
+    """Tokens of the prompt that were in the cache of an earlier request and were not read again."""
     emitted_tokens: int
     """Tokens in the result: what was cut, end-of-sequence included, does not count."""
     canvases: int

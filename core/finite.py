@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from .errors import DgemmaError, quoted
-from .ops import DType
+from .primitives import DType
 
 _REMEDIES = {
     "float32": "the weights are damaged: fetch or convert them again",

@@ -6,12 +6,9 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .config import ModelConfig
 from .errors import DgemmaError
-
-if TYPE_CHECKING:
-    from .config import ModelConfig
 
 WIDENED_ONCE = 1 << 20
 """Weights of a tensor, up to which torch on the CPU widens one when it is loaded; see `stays_narrow`."""
@@ -33,10 +30,7 @@ def check_room(config: ModelConfig, tokens: int, scratch: int, width: int) -> No
     """
     import psutil
 
-    needed = 0
-    for layer in config.layers:
-        rows = tokens if layer.window is None else min(tokens, layer.window - 1)
-        needed += 2 * width * layer.kv_heads * layer.head_dim * (rows + scratch)
+    needed = cache_bytes(config, tokens, width, scratch=scratch)
     total = psutil.virtual_memory().total
     if needed > total:
         raise DgemmaError(
@@ -61,3 +55,31 @@ def peak_memory() -> int:
         return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
+
+
+def cache_bytes(config: ModelConfig, tokens: int, width: int, *, slots: int = 1, scratch: int = 0) -> int:
+    """Return what a cache takes: `slots` sequences of so many tokens, elements of `width` bytes.
+
+    Sliding layers hold no more than their window; `scratch` entries more in every layer are for what a pass lays down.
+    """
+    if not slots:
+        return 0
+    entries = 0
+    for layer in config.layers:
+        rows = tokens if layer.window is None else min(tokens, layer.window - 1)
+        entries += 2 * layer.kv_heads * layer.head_dim * (rows + scratch)
+    return entries * width * slots
+
+
+def total() -> int:
+    """Return the bytes of memory that this machine has."""
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def available() -> int:
+    """Return the bytes of memory that this machine has free now."""
+    import psutil
+
+    return psutil.virtual_memory().available

@@ -6,47 +6,27 @@
        └──── accepted tokens, and fresh random ones everywhere else
 
 Nothing stays frozen: an accepted position is predicted again on the next pass. What is committed is the argmax canvas,
-not the sample. Source: transformers 5.23 `EntropyBoundSampler`, after Ben-Hamu et al. 2025 (arXiv:2505.24857).
+not the sample. Every setting is a row's own number (`Draws`), so that one compiled pass serves them all.
+Source: transformers 5.23 `EntropyBoundSampler`, after Ben-Hamu et al. 2025 (arXiv:2505.24857).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from .config import COLDEST, SamplerConfig
 from .errors import DgemmaError
+from .parts import Array, Draws, StepState
+from .primitives import Primitives
+from .random import step_noise
 from .reader import show
 
-if TYPE_CHECKING:
-    from .ops import Array, Ops
 
-
-class Thresholds(NamedTuple):
-    """What a pass reads of a `SamplerConfig`, as arrays: one compiled pass serves every setting."""
-
-    entropy_bound: Array  # wide [1, 1], nats
-    confidence: Array  # wide [1], nats
-    stability: Array  # int32 [1]
-
-
-Sampling = SamplerConfig | Thresholds
-
-
-class StepState(NamedTuple):
-    """What one pass hands to the next, and to whoever watches."""
-
-    canvas: Array  # int32 [B, L] what the next pass reads
-    soft: Array  # [B, L, D] mean embedding under this pass's distribution, unscaled
-    argmax: Array  # int32 [B, L] what would be committed now
-    stable: Array  # int32 [B] passes in a row that left the argmax canvas as it was
-    accepted: Array  # bool [B, L]
-    entropy: Array  # wide [B, L], nats
-    stop: Array  # bool [B]
-
-
-def start(ops: Ops, noise: Array, hidden_size: int) -> StepState:
+def start(ops: Primitives, noise: Array, hidden_size: int) -> StepState:
     """Return the state before the first pass: noise int32 [B, L] is the canvas."""
     batch, length = noise.shape
     soft = ops.reshape(noise, (batch, length, 1)) * ops.asarray([0] * hidden_size, "int32")
@@ -61,11 +41,11 @@ def start(ops: Ops, noise: Array, hidden_size: int) -> StepState:
     )
 
 
-def accept(ops: Ops, entropy: Array, bound: float | Array) -> Array:
+def accept(ops: Primitives, entropy: Array, bound: Array) -> Array:
     """Accept positions in order of rising entropy while the sum of those before stays within the bound.
 
-    entropy wide [B, L] → bool [B, L]. No sort is needed: each position sums the entropies that sort before its own,
-    ties by position. The surest position is always accepted.
+    entropy wide [B, L], bound wide [B, 1] → bool [B, L]. No sort is needed: each position sums the entropies that sort
+    before its own, ties by position. The surest position is always accepted.
     """
     batch, length = entropy.shape
     mine = ops.reshape(entropy, (batch, length, 1))
@@ -77,31 +57,48 @@ def accept(ops: Ops, entropy: Array, bound: float | Array) -> Array:
 
 
 def advance(
-    ops: Ops, sampler: Sampling, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
-    noise: Array,
-) -> StepState:  # fmt: skip
-    """Turn one pass's predictions into the next state; shapes as in `StepState`, noise int32 [B, L]."""
-    accepted = accept(ops, entropy, sampler.entropy_bound)
+    ops: Primitives, draws: Draws, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array
+) -> StepState:
+    """Turn one pass's predictions into the next state; shapes as in `StepState` and `Draws`."""
+    accepted = accept(ops, entropy, ops.cast(draws.entropy_bound, ops.wide))
     same = ops.reduce(ops.cast(argmax == state.argmax, "int32"), "min", -1)  # int32 [B], 1 where nothing changed
     stable = (state.stable + 1) * same
-    confident = ops.reduce(entropy, "mean", -1) < sampler.confidence
+    confident = ops.reduce(entropy, "mean", -1) < ops.cast(draws.confidence, ops.wide)
+    # The draw, alone of all that a pass computes, is what a greedy row leaves out.
+    taken = ops.where(draws.greedy, argmax, token)
     return StepState(
-        canvas=ops.where(accepted, token, noise),
+        canvas=ops.where(accepted, taken, draws.noise),
         soft=soft,
         argmax=argmax,
         stable=stable,
         accepted=accepted,
         entropy=entropy,
-        stop=confident & (stable >= sampler.stability),
+        stop=confident & (stable >= draws.stability),
     )
 
 
-def settle(ops: Ops, state: StepState, noise: Array) -> StepState:
-    """Put the most probable token wherever a pass accepted a position, in place of the one it drew.
+def first_canvas(seed: int, canvas: int, length: int, vocab_size: int) -> np.ndarray:
+    """Return the noise, int32 [L], that denoising of a canvas starts from."""
+    return step_noise(seed=seed, canvas=canvas, step=0, length=length, vocab_size=vocab_size)[1]
 
-    Outside the pass, and so the same on every backend: the draw, alone of all it computes, is what greedy leaves out.
-    """
-    return state._replace(canvas=ops.where(state.accepted, state.argmax, noise))
+
+def draws_of(sampler: SamplerConfig, *, seed: int, canvas: int, step: int, length: int, vocab_size: int) -> Draws:
+    """Return what pass `step` (0 is the first) of a row's canvas is given: NumPy arrays of one row."""
+    uniforms, noise = step_noise(seed=seed, canvas=canvas, step=step + 1, length=length, vocab_size=vocab_size)
+    return Draws(
+        temperature=np.full((1, 1), sampler.temperature(step), np.float32),
+        uniforms=uniforms[None],
+        noise=noise[None],
+        entropy_bound=np.full((1, 1), sampler.entropy_bound),
+        confidence=np.full(1, sampler.confidence),
+        stability=np.full(1, sampler.stability, np.int32),
+        greedy=np.full((1, 1), sampler.greedy),
+    )
+
+
+def stacked(rows: list[Draws]) -> Draws:
+    """Return rows' draws as one pass's."""
+    return Draws(*(np.concatenate(column) for column in zip(*rows, strict=True)))
 
 
 def settings(base: SamplerConfig, *, temperature: float | None = None, **given: Any) -> SamplerConfig:

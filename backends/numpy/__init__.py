@@ -1,5 +1,31 @@
 """The oracle: every op as its default body says it, in NumPy."""
 
-from .ops import NumpyOps
+from __future__ import annotations
 
-__all__ = ["NumpyOps"]
+from collections.abc import Callable
+
+from ...checkpoints import loading, weights
+from ...checkpoints.checkpoint import Checkpoint
+from ...core.errors import DgemmaError
+from ...core.primitives import DType
+from .ops import NumpyOps
+from .passes import NumpyPasses
+
+__all__ = ["NumpyOps", "NumpyPasses", "open"]
+
+
+def open(
+    checkpoint: Checkpoint, device: str, dtype: DType, progress: Callable[[int, int], None] | None = None
+) -> NumpyPasses:
+    """Load a checkpoint.
+
+    Raises:
+        DgemmaError: a device that is not the CPU.
+    """
+    if device not in ("auto", "cpu"):
+        raise DgemmaError(f"backend 'numpy' runs on the cpu only, not on {device!r}")
+    ops, checks = NumpyOps(dtype), loading.mapped(checkpoint)
+    get = loading.reader(checkpoint, dtype, progress)
+    passes = NumpyPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
+    passes.checks = checks
+    return passes

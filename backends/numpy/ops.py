@@ -8,20 +8,20 @@ of the tolerance law.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
-from ...core.ops import NUMPY_DTYPES, DType, Ops, Reduction, Unary
+from ...checkpoints.loading import dense
+from ...core.ops import Ops
+from ...core.parts import KV, Span
+from ...core.primitives import NUMPY_DTYPES, DType, Reduction, Unary
 
 Array = np.ndarray
 
 
 class NumpyOps(Ops):
     name = "numpy"
-    maps_weights = True
-    survives_fork = True
 
     def __init__(self, dtype: DType = "float32") -> None:
         self.dtype = dtype
@@ -86,8 +86,20 @@ class NumpyOps(Ops):
     def cumsum(self, x: Array, axis: int) -> Array:
         return np.cumsum(x, axis, dtype=x.dtype)
 
-    def guarded(self, doing: str) -> AbstractContextManager[None]:
-        return np.errstate(all="ignore")  # what is not finite at the end of a pass is an error then
+    def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
+        """The default body, row by row and in place."""
+        slots = range(len(k)) if span.slots is None else span.slots
+        counts = np.broadcast_to(fresh, len(k))
+        for row, (slot, held, count) in enumerate(zip(slots, span.held, counts, strict=True)):
+            kept = held + count if span.window is None else min(held + count, span.window - 1)
+            for old, new in ((context.keys, k), (context.values, v)):
+                both = np.concatenate([old[slot, :, :held], new[row, :, :count]], 1)
+                old[slot, :, :kept] = both[:, both.shape[1] - kept :]
+        return context
+
+    def pack(self, weight: Any) -> Array:
+        """Return one stored weight; a quantized one is dequantized."""
+        return self.asarray(dense(weight, self.dtype), self.dtype)
 
     def rounded(self, value: float) -> float:
         return NUMPY_DTYPES[self.dtype](value)  # a Python float would widen ml_dtypes' bfloat16 arrays to float32

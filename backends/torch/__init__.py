@@ -1,25 +1,50 @@
-"""PyTorch on any device: the primitives, and the ops for inference on a CPU."""
+"""PyTorch on any device: the primitives, and the ops for inference on a CPU; `backends.cuda` is what a card needs."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ...checkpoints import loading, weights
+from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from ...core.ops import DType, Ops
+    from ...core.graph_passes import GraphPasses
+    from ...core.primitives import DType
 
 
-def torch_backend(device: str, dtype: DType) -> Ops:
-    """Return torch's ops on a device: `auto` is the first CUDA card, or the CPU.
+def open(
+    checkpoint: Checkpoint, device: str, dtype: DType, progress: Callable[[int, int], None] | None = None
+) -> GraphPasses:
+    """Load a checkpoint on a device: `auto` is the first CUDA card, or the CPU.
+
+    Raises:
+        DgemmaError: no such device here, or the model does not fit on it.
+    """
+    where = device_of(device)
+    if where != "cpu":
+        from .. import cuda
+
+        return cuda.open(checkpoint, where, dtype, progress)
+    from .inference import InferenceOps
+    from .passes import TorchPasses
+
+    ops, checks = InferenceOps(dtype), loading.mapped(checkpoint)
+    get = loading.reader(checkpoint, dtype, progress)
+    passes = TorchPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
+    passes.checks = checks
+    return passes
+
+
+def device_of(device: str) -> str:
+    """Return torch's name of a device, `cpu` or `cuda:N`.
 
     Raises:
         DgemmaError: no such device here.
     """
     import torch
-
-    from ..torch.inference import InferenceOps
 
     cuda = torch.cuda.is_available()
     if device == "auto":
@@ -31,8 +56,4 @@ def torch_backend(device: str, dtype: DType) -> Ops:
         raise DgemmaError("device 'cuda' is not usable: this torch sees no CUDA card; choose cpu, or see dgemma doctor")
     if kind == "cuda" and index and int(index) >= torch.cuda.device_count():
         raise DgemmaError(f"device {device!r} does not exist: there are {torch.cuda.device_count()} CUDA cards")
-    if kind == "cpu":
-        return InferenceOps(dtype, device)
-    from ..cuda import card_ops
-
-    return card_ops(dtype, f"cuda:{index or torch.cuda.current_device()}")
+    return "cpu" if kind == "cpu" else f"cuda:{index or torch.cuda.current_device()}"

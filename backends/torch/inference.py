@@ -13,19 +13,18 @@ What is done differently from the default bodies, and why:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from ...checkpoints.quant import QTensor
-from ...core.errors import DgemmaError
 from ...core.memory import stays_narrow
-from ...core.ops import KV, DType, Rope, Span
+from ...core.parts import KV, Attention, Experts, Mlp, Rope, Router, Span
+from ...core.primitives import DType
 from . import blocks, processor
 from .blocks import Weight
 from .experts import expert_mlp, gelu_times
@@ -33,32 +32,18 @@ from .head import VocabHead
 from .packed import QuantizedTensor, Scratch, dequantize, from_numpy
 from .primitives import TORCH_DTYPES, Array, TorchOps
 
-if TYPE_CHECKING:
-    from ...core.model import Attention, Experts, Router
-
-
-BUCKET = 512
-"""Rows that a compiled pass's cache is rounded up to: one compilation serves every context within a bucket."""
-
 
 class InferenceOps(TorchOps):
     """The torch backend of `dgemma.load`: float32, bfloat16 or float16, no gradients.
 
     `products` is the width of matrix products, the dtype's own or float32; by default what the processor is made for.
     Where they are wider than the dtype, sums are float32 and what passes between the ops is rounded to the dtype.
-
-    With `compile`, functions given to `ops.compile` go through `torch.compile(fullgraph=True)`; give them the
-    cache's length as an int32 tensor, or every new length is compiled anew.
     """
 
-    def __init__(
-        self, dtype: DType = "float32", device: str = "cpu", *, compile: bool = False, products: DType | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, dtype: DType = "float32", device: str = "cpu", *, products: DType | None = None) -> None:
         super().__init__(dtype, device)
         by_default = processor.multiplies(dtype) if self.device.type == "cpu" else dtype
         self._product = TORCH_DTYPES[products or by_default]
-        self.compiles = compile
-        self.maps_weights = self.reserves_cache = self.device.type == "cpu"
         self._scratch = Scratch()
         self._head = VocabHead(self._scratch)
 
@@ -78,11 +63,6 @@ class InferenceOps(TorchOps):
             return stored
         return stored.to(device=self.device, dtype=dtype)
 
-    def asarray(self, x: Any, dtype: DType | None = None) -> Array:
-        array = super().asarray(x, dtype)
-        # NumPy's `x[None]` has stride 0, which a compiled function takes for another layout and compiles anew.
-        return array.clone(memory_format=torch.contiguous_format) if self.compiles else array
-
     def embed(self, table: Weight, tokens: Array, scale: float) -> Array:
         if isinstance(table, QuantizedTensor):
             return dequantize(table[tokens], TORCH_DTYPES[self.dtype]) * self.rounded(scale)
@@ -94,8 +74,6 @@ class InferenceOps(TorchOps):
     def _multiply(self, x: Array, weight: Weight) -> Array:
         if blocks.ready(weight, x.dtype):
             return F.linear(x, weight)  # type: ignore[arg-type]
-        if torch.compiler.is_compiling():
-            return torch.ops.dgemma.packed_linear(x, *blocks.flat(weight), 1.0)
         return blocks.linear(x, weight, self._scratch)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
@@ -103,9 +81,6 @@ class InferenceOps(TorchOps):
         square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         normed = wide * square.add_(eps).rsqrt_()
         return (normed if weight is None else normed.mul_(weight)).to(x.dtype)
-
-    def norm_add(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
-        return self.rms_norm(x, weight, eps).add_(residual)
 
     def qkv_norm_rope(self, x: Array, attention: Attention, rope: Rope) -> tuple[Array, Array, Array]:
         config, eps = attention.config, attention.eps
@@ -118,8 +93,8 @@ class InferenceOps(TorchOps):
         k = _rotate(self.rms_norm(k, attention.k_norm, eps), rope)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def geglu(self, x: Array, gate: Weight, up: Weight) -> Array:
-        return gelu_times(self.linear(x, gate), self.linear(x, up))
+    def geglu(self, x: Array, mlp: Mlp) -> Array:
+        return gelu_times(self.linear(x, mlp.gate_proj), self.linear(x, mlp.up_proj))
 
     def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
         rows = r.reshape(-1, r.shape[-1])
@@ -137,62 +112,55 @@ class InferenceOps(TorchOps):
 
     # ---- Attention and its cache ------------------------------------------------------------------------------
 
-    def new_cache(self, batch: int, kv_heads: int, head_dim: int, capacity: int) -> KV:
-        if self.compiles:
-            capacity = -(-capacity // BUCKET) * BUCKET
-        shape = (batch, kv_heads, capacity, head_dim)
-        keys, values = (torch.zeros(shape, dtype=TORCH_DTYPES[self.dtype], device=self.device) for _ in range(2))
-        return KV(keys, values)
-
     def attention(self, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
-        """Attend over a view of the cache, with the query's own keys laid into the rows behind the valid ones."""
+        """Attend over views of the cache, with each row's own keys laid behind the valid ones of its slot."""
         batch, heads, length, width = q.shape
         if span.canvas:
             read = length - span.canvas
             (q, last_q), (k, last_k), (v, last_v) = (x.split([read, span.canvas], 2) for x in (q, k, v))
             first = self.attention(q, k, v, context, replace(span, canvas=0))
             # Their keys now stand behind the cached ones, and are to the canvas what those are.
-            ahead = Span(rows=span.rows + read, window=span.window, causal=False)
+            ahead = replace(span, held=span.held + read, causal=False, canvas=0)
             return torch.cat([first, self.attention(last_q, last_k, last_v, context, ahead)], 1)
-        if isinstance(span.rows, int):
-            _lay(context, k, v, span.rows)
-            first, mask, causal = 0, None, False
-            if span.causal:
-                mask, causal = _causal_mask(span, length, q.device)
-            elif span.window is not None:
-                first = max(0, span.rows - span.window + 1)
-            keys, values = (x[:, :, first : span.rows + length] for x in context)
-        else:
-            _lay_ragged(context, k, v, span.rows)
-            mask, causal = _ragged_mask(span, length, context.keys.shape[2]), False
-            keys, values = context
+        out = [
+            self._attend(q[rows], k[rows], v[rows], context, slots, held, span)
+            for rows, slots, held in _runs(span, batch)
+        ]
+        whole = out[0] if len(out) == 1 else torch.cat(out)
+        return whole.transpose(1, 2).reshape(batch, length, heads * width)
+
+    def _attend(
+        self, q: Array, k: Array, v: Array, context: KV, slots: slice, held: int, span: Span
+    ) -> Array:  # fmt: skip
+        """Attention of rows in neighbouring slots that hold equally much: q [B, H, L, A] → [B, H, L, A]."""
+        length = q.shape[2]
+        context.keys[slots, :, held : held + length] = k
+        context.values[slots, :, held : held + length] = v
+        first, mask, causal = 0, None, False
+        if span.causal:
+            mask, causal = _causal_mask(held, length, span.window, q.device)
+        elif span.window is not None:
+            first = max(0, held - span.window + 1)
+        keys, values = (x[slots, :, first : held + length] for x in context)
         out = F.scaled_dot_product_attention(
             *(x.to(self._product) for x in (q, keys, values)),
-            attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=heads != k.shape[1],
+            attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
-        return out.to(q.dtype).transpose(1, 2).reshape(batch, length, heads * width)
+        return out.to(q.dtype)
 
     def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
-        held = None if span.window is None else span.window - 1
-        if isinstance(span.rows, int) and isinstance(fresh, int):
-            if held is None or span.rows + fresh <= held:
-                _lay(context, k[:, :, :fresh], v[:, :, :fresh], span.rows)
-                return context
-            kept = max(0, held - fresh)  # of the old rows
+        """The default body, in place."""
+        counts = fresh.tolist() if isinstance(fresh, torch.Tensor) else [fresh] * len(k)
+        most = None if span.window is None else span.window - 1
+        for rows, slots, held in _runs(span, len(k), counts):
+            count = counts[rows.start]
             for cached, new in ((context.keys, k), (context.values, v)):
-                cached[:, :, :kept] = cached[:, :, span.rows - kept : span.rows].clone()  # the two may overlap
-                cached[:, :, kept:held] = new[:, :, fresh - (held - kept) : fresh]
-            return context
-        rows = torch.as_tensor(span.rows, dtype=torch.int32, device=k.device).expand(k.shape[0])
-        _lay_ragged(context, k, v, rows)  # rows beyond `fresh` land beyond the valid ones
-        if held is None:
-            return context
-        size = min(held, context.keys.shape[2])
-        drop = (rows + fresh - held).clamp(min=0)
-        source = torch.arange(size, device=k.device) + drop[:, None]
-        source = source.clamp(max=context.keys.shape[2] - 1)[:, None, :, None].long()
-        for cached in context:
-            cached[:, :, :size] = cached.gather(2, source.expand(-1, cached.shape[1], -1, cached.shape[3]))
+                if most is None or held + count <= most:
+                    cached[slots, :, held : held + count] = new[rows, :, :count]
+                    continue
+                kept = max(0, most - count)  # of the old entries
+                cached[slots, :, :kept] = cached[slots, :, held - kept : held].clone()  # the two may overlap
+                cached[slots, :, kept:most] = new[rows, :, count - (most - kept) : count]
         return context
 
     # ---- Head -------------------------------------------------------------------------------------------------
@@ -214,37 +182,6 @@ class InferenceOps(TorchOps):
         *found, soft = self._head(x.to(self._product), table, softcap, temperature, u)
         return *found, soft.to(x.dtype)  # type: ignore[return-value]
 
-    # ---- Running ----------------------------------------------------------------------------------------------
-
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        if not self.compiles:
-            return function
-        # Marked here and not by a decorator, which would import the compiler, seconds of it, for everybody.
-        torch.compiler.assume_constant_result(InferenceOps.rounded)
-        return torch.compile(function, fullgraph=True, dynamic=False)
-
-    def rounded(self, value: float) -> float:
-        return super().rounded(value)  # NumPy: not for the compiler to trace
-
-    def extent(self, length: int) -> int | Array:
-        return torch.tensor([length], dtype=torch.int32, device=self.device) if self.compiles else length
-
-    @contextmanager
-    def guarded(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):
-                raise
-            raise DgemmaError(f"out of memory while {doing}; take a shorter context or a smaller recipe") from None
-
-    def synchronize(self, *arrays: Array) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def memory(self) -> int | None:
-        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
-
 
 def _rotate(x: Array, rope: Rope) -> Array:
     """Rotate pairs (i, i + A/2) of x [B, L, H, A]."""
@@ -253,42 +190,30 @@ def _rotate(x: Array, rope: Rope) -> Array:
     return torch.cat([(a * cos).addcmul_(b, sin, value=-1.0), (b * cos).addcmul_(a, sin)], -1)
 
 
-def _lay(context: KV, k: Array, v: Array, rows: int) -> None:
-    """Write k and v [B, K, L, A] into the cache's rows from `rows` on."""
-    context.keys[:, :, rows : rows + k.shape[2]] = k
-    context.values[:, :, rows : rows + k.shape[2]] = v
+def _runs(span: Span, batch: int, counts: Sequence[int] = ()) -> Iterator[tuple[slice, slice, int]]:
+    """Cut a pass's rows into runs in neighbouring slots that hold equally much and append equally much.
+
+    Yields rows, their slots, and how many entries each holds.
+    """
+    held = span.held.tolist()
+    slots = range(batch) if span.slots is None else span.slots.tolist()
+    start = 0
+    for end in range(1, batch + 1):
+        alike = end < batch and slots[end] == slots[end - 1] + 1 and held[end] == held[start]
+        if alike and (not counts or counts[end] == counts[start]):
+            continue
+        yield slice(start, end), slice(slots[start], slots[start] + end - start), held[start]
+        start = end
 
 
-def _lay_ragged(context: KV, k: Array, v: Array, rows: Array) -> None:
-    """`_lay`, with a place of its own for each sequence: rows int32 [B]."""
-    where = rows[:, None] + torch.arange(k.shape[2], device=k.device)  # [B, L]
-    batch = torch.arange(k.shape[0], device=k.device)[:, None]
-    context.keys[batch, :, where] = k.transpose(1, 2)
-    context.values[batch, :, where] = v.transpose(1, 2)
-
-
-def _causal_mask(span: Span, length: int, device: torch.device) -> tuple[Array | None, bool]:
-    """Return the mask [L, rows + L] of a causal span, or none and SDPA's own causal flag where that says it all."""
-    window = span.window or math.inf
-    if span.rows == 0 and length <= window:
+def _causal_mask(held: int, length: int, window: int | None, device: torch.device) -> tuple[Array | None, bool]:
+    """Return the mask [L, held + L] of a causal span, or none and SDPA's own causal flag where that says it all."""
+    reach = window or math.inf
+    if held == 0 and length <= reach:
         return None, True
-    j = torch.arange(span.rows + length, device=device)
-    ahead = torch.arange(span.rows, span.rows + length, device=device)[:, None] - j  # query's place minus key's
+    j = torch.arange(held + length, device=device)
+    ahead = torch.arange(held, held + length, device=device)[:, None] - j  # query's place minus key's
     mask = ahead >= 0
-    if span.rows + length > window:
-        mask &= ahead < window
+    if held + length > reach:
+        mask &= ahead < reach
     return mask, False
-
-
-def _ragged_mask(span: Span, length: int, capacity: int) -> Array:
-    """Return the mask [B, 1, L or 1, S] of a span with its own number of rows for each sequence."""
-    rows: Array = span.rows[:, None, None]  # type: ignore[index]
-    window = span.window or 1 << 30
-    i = torch.arange(length, device=rows.device, dtype=torch.int32)[:, None]
-    j = torch.arange(capacity, device=rows.device, dtype=torch.int32)
-    if span.causal:
-        ahead = rows + i - j  # own key j' stands at column rows + j'
-        mask = (ahead >= 0) & (ahead < window)
-    else:
-        mask = (j < rows + length) & (rows - j < window)
-    return mask[:, None]

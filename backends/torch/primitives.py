@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...core.ops import DType, Ops, Reduction, Unary
+from ...core.ops import Ops
+from ...core.primitives import DType, Reduction, Unary
 
 Array = torch.Tensor
 

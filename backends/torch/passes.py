@@ -1,0 +1,36 @@
+"""`core.graph_passes` over torch on the CPU, where nothing is compiled and the pool is memory that the host lends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from ...core.errors import DgemmaError
+from ...core.graph_passes import GraphPasses
+from .primitives import TORCH_DTYPES, Array
+
+
+class TorchPasses(GraphPasses):
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        # NumPy's zeros are pages that the kernel has not given yet: what no row reaches takes no memory.
+        dtype = TORCH_DTYPES[self.ops.dtype]
+        empty = np.zeros((*shape[:-1], shape[-1] * dtype.itemsize), np.uint8)
+        return torch.from_numpy(empty).view(dtype)
+
+    def copied(self, x: Array) -> Array:
+        return x.clone(memory_format=torch.contiguous_format)
+
+    def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
+        return lambda: [self.ops.to_numpy(x) for x in arrays]
+
+    @contextmanager
+    def guarded(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+                raise
+            raise DgemmaError(f"out of memory while {doing}; take a shorter context or a smaller recipe") from None

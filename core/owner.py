@@ -1,0 +1,126 @@
+"""The one thread that runs a model's passes.
+
+A pass reads and writes what belongs to the model: its cache, buffers to work in, compiled functions, sessions. So
+whoever asks for a pass, one thread runs it. Some runtimes would have it so anyway: MLX's streams and what `mx.compile`
+keeps belong to the thread that made them, and OpenMP's workers to the thread that called.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from .errors import DgemmaError
+
+Result = TypeVar("Result")
+_Work = Callable[[], None]
+Home = Callable[[], AbstractContextManager[None]]
+
+LAST_PASS = 60.0
+"""Seconds that the process's exit waits for a pass that is running."""
+
+
+class Owner:
+    """Runs work in a thread of its own, in the order in which it is asked; the thread starts with the first.
+
+    `home` is what the thread is inside of while it lives. Where the process has begun to exit the thread is over, and
+    with `anywhere` work runs in the thread that asks instead.
+    """
+
+    def __init__(self, home: Home, *, anywhere: bool) -> None:
+        self._home, self._anywhere = home, anywhere
+        self._queue: SimpleQueue[_Work | None] = SimpleQueue()
+        self._busy = threading.RLock()  # held while work runs
+        # A daemon, because ordinary threads are waited for before anybody could tell this one to end.
+        self._thread = threading.Thread(target=_serve, args=(self._queue, self._busy, home), name="dgemma", daemon=True)
+        # Python ends daemon threads where they come back from C++, which aborts the process there ("terminate called
+        # without an active exception"): at its exit the thread ends by itself, with the pass that is running.
+        weakref.finalize(self, _end, self._queue, self._thread, os.getpid())
+
+    def run(self, work: Callable[[], Result]) -> Result:
+        """Return what the work returns, or raise what it raises. An interrupt waits for the work to end.
+
+        Raises:
+            DgemmaError: the process is exiting, and the runtime has ended.
+        """
+        if threading.current_thread() is self._thread:
+            return work()
+        if not self._started():
+            with self._busy, self._home():
+                return work()
+        future: Future[Result] = Future()
+        self._queue.put(partial(_carry, work, future))
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.exception()  # a second interrupt does not wait
+            raise
+        finally:
+            del future  # it holds its error, which holds this frame
+
+    def post(self, work: _Work) -> bool:
+        """Ask for work and do not wait; it must not raise. False where the thread has ended."""
+        if not self._started():
+            return False
+        self._queue.put(work)
+        return True
+
+    def nudge(self, work: _Work) -> None:
+        """Ask for work if the thread is there; takes no lock, so that a finalizer may."""
+        if self._thread.is_alive():
+            self._queue.put(work)
+
+    def alive(self) -> bool:
+        """Whether the thread runs; False where work runs in the thread that asks.
+
+        Raises:
+            DgemmaError: the process is exiting, and the runtime has ended.
+        """
+        return self._started()
+
+    def pause(self) -> None:
+        """Wait for the work that is running, and begin no other until `go_on`."""
+        self._busy.acquire()
+
+    def go_on(self) -> None:
+        self._busy.release()
+
+    def _started(self) -> bool:
+        if self._thread.ident is None:
+            with suppress(RuntimeError):  # two threads may be the first at once
+                self._thread.start()
+        if self._thread.is_alive():
+            return True
+        if not self._anywhere:
+            raise DgemmaError("the process is exiting, and the model's thread has ended; generate before that")
+        return False
+
+
+def _carry(work: Callable[[], Result], future: Future[Result]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def _serve(queue: SimpleQueue[_Work | None], busy: Any, home: Home) -> None:
+    with home():
+        while (work := queue.get()) is not None:
+            with busy:
+                work()
+            del work  # or what it holds would live until the next work comes
+
+
+def _end(queue: SimpleQueue[_Work | None], thread: threading.Thread, process: int) -> None:
+    if os.getpid() != process or not thread.is_alive():  # forked off: the thread is the parent's
+        return
+    queue.put(None)
+    if threading.current_thread() is not thread:
+        thread.join(LAST_PASS)

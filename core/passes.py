@@ -1,0 +1,144 @@
+"""The seam between the engine and a backend: what the engine asks for, and how a backend that walks the graph does it.
+
+    engine ──▶ Passes ──▶ model ──▶ ops
+
+A backend is opened once and gives a `Passes`: a pool of slots, each the cache and the canvas of one row, and passes
+over any of them. `GraphPasses` is one for every backend that walks through `model.py`; a runtime of its own, such as
+ONNX Runtime, brings its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from . import memory
+from .config import ModelConfig
+from .parts import Draws
+
+Starts = Mapping[int, np.ndarray]
+"""By slot, the noise int32 [L] of canvases that begin with this pass."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StepResult:
+    """What a denoising pass came to, on the host."""
+
+    argmax: np.ndarray  # int32 [B, L]
+    accepted: np.ndarray  # bool [B, L]
+    entropy: np.ndarray  # [B, L], nats
+    stop: np.ndarray  # bool [B]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Snapshot:
+    """A copy of one slot's cache, from which other slots may go on."""
+
+    length: int
+    """Tokens read."""
+    nbytes: int
+    data: Any
+    """The backend's own."""
+
+
+class Passes(ABC):
+    """One model on one backend. One thread at a time; `core.owner` sees to it."""
+
+    name: ClassVar[str]
+    config: ModelConfig
+    device: str
+    dtype: str
+    chunk: int = 512
+    """Most tokens of one row that a pass reads: bounds what attention scores take, and how long others wait."""
+    lookahead: int = 0
+    """Denoising passes that may be started before the results of the one before are read."""
+    joined: bool = False
+    """Whether `read_and_step` costs less than its two halves, so that the engine should use it."""
+    survives_fork: ClassVar[bool] = False
+    """Whether a forked child can go on with a model that its parent loaded: not where the runtime keeps threads."""
+    anywhere: ClassVar[bool] = True
+    """Whether passes may run in another thread than `home`'s, which ends as the process exits."""
+
+    checks: tuple[Callable[[], None], ...] = ()
+    """Called before each request: they refuse weights from files that were written to since they were mapped."""
+
+    @abstractmethod
+    def fits(self, tokens: int, canvas: int, rows: int = 1) -> bool:
+        """Whether so many more rows with room for `tokens` and a canvas can be opened now, beside those that are.
+
+        Raises:
+            DgemmaError: one alone could never be, with the numbers.
+        """
+
+    @abstractmethod
+    def open(self, tokens: int, canvas: int, after: Snapshot | None = None) -> int:
+        """Take a slot with room for so many tokens and a canvas of `canvas`; it begins empty, or after a snapshot."""
+
+    @abstractmethod
+    def close(self, slot: int) -> None:
+        """Give a slot back."""
+
+    @abstractmethod
+    def read(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Append tokens, int32 [C], to slots' caches; each row its own number, at most `chunk` or a canvas."""
+
+    @abstractmethod
+    def step(self, slots: Sequence[int], draws: Draws, starts: Starts) -> Callable[[], StepResult]:
+        """Run a denoising pass over the canvases of some slots, all of one length; draws are NumPy arrays.
+
+        What comes back waits for the results and returns them as they are now; later passes may be started before.
+        """
+
+    @abstractmethod
+    def read_and_step(
+        self, rows: Sequence[tuple[int, np.ndarray]], draws: Draws, starts: Starts
+    ) -> Callable[[], StepResult]:
+        """`read`, and behind what was read a first `step`, in one pass where the backend can: tokens int32 [C], all of
+        one length."""
+
+    @abstractmethod
+    def soft(self, slot: int) -> np.ndarray:
+        """Return the mean embedding [L, D] that a slot's last pass left for the next one."""
+
+    @abstractmethod
+    def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+        """Run one denoising pass behind a slot's cache: canvas int32 [L] → float32 [L, V], soft-capped.
+
+        `previous` are the processed logits [L, V] of the pass before.
+        """
+
+    @abstractmethod
+    def embed(self, tokens: np.ndarray) -> np.ndarray:
+        """Return rows of the embedding table, unscaled: tokens int32 [C] → [C, D]."""
+
+    @abstractmethod
+    def save(self, slot: int) -> Snapshot:
+        """Copy a slot's cache."""
+
+    @abstractmethod
+    def saved_bytes(self, slot: int) -> int:
+        """Return what such a copy takes."""
+
+    def spare(self) -> int:
+        """Return the bytes that snapshots may take where nobody says."""
+        return memory.total() // 32
+
+    def wait(self) -> None:  # noqa: B027 - an eager backend has nothing to wait for
+        """Wait until all that was started is computed."""
+
+    def peak(self) -> int | None:
+        """Return the peak bytes held on the accelerator, or None where the process's own peak says it."""
+        return None
+
+    def home(self) -> AbstractContextManager[None]:
+        """What the thread that runs passes is inside of."""
+        return nullcontext()
+
+    def guarded(self, doing: str) -> AbstractContextManager[None]:
+        """Within, running out of memory releases what was taken and is a DgemmaError that says what would fit."""
+        return nullcontext()
