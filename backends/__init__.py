@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..core.errors import DgemmaError
 
 if TYPE_CHECKING:
     from ..checkpoints.checkpoint import Checkpoint
+    from ..core.config import ModelConfig
+    from ..core.graph_passes import GraphPasses
     from ..core.passes import Passes
     from ..core.primitives import DType
 
@@ -81,3 +83,32 @@ def open(
     if dtype not in DTYPES:
         raise DgemmaError(f"dtype {dtype!r} is not supported; choose from auto, {', '.join(DTYPES)}")
     return import_module(f".{name}", __name__).open(checkpoint, device, dtype, progress)
+
+
+def device_of(name: str, device: str = "auto") -> str:
+    """Return a backend's own name of the device that one stands for: `cpu`, `cuda:N`, `gpu`.
+
+    Raises:
+        DgemmaError: no such device here.
+    """
+    return import_module(f".{name}", __name__).device_of(device)
+
+
+def passes_of(
+    name: str, config: ModelConfig, weight: Callable[[str], Any], *, device: str, dtype: DType, nbytes: int = 0
+) -> GraphPasses:
+    """Make a model of weights that are at hand, for benchmarks and tests; not where passes are exported graphs.
+
+    Args:
+        name: from `choose`.
+        config: the model's.
+        weight: returns a weight by its name, as checkpoints store it (NumPy's arrays and `QTensor`s) or, on a card,
+            where it is already.
+        device: from `device_of`.
+        dtype: as `open`.
+        nbytes: what all weights take, which a card is asked for before the first is made.
+
+    Raises:
+        DgemmaError: a width that the backend does not have there, or no room.
+    """
+    return import_module(f".{name}", __name__).passes_of(config, weight, device, dtype, nbytes)

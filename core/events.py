@@ -83,6 +83,8 @@ class Draft:
     """bool [L], positions within the entropy bound; the others start the next pass as noise."""
     entropy: np.ndarray
     """float32 [L], nats."""
+    following: np.ndarray | None = None
+    """int32 [L], what the next pass reads: accepted tokens as they were drawn, noise everywhere else."""
 
 
 @dataclass(frozen=True, kw_only=True)

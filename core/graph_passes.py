@@ -173,11 +173,11 @@ class GraphPasses(Passes):
         self._batch = tuple(slots)
         self._states |= {slot: (state, row) for row, slot in enumerate(slots)}
         count = len(slots)
-        read = self.fetch(state.argmax, state.accepted, state.entropy, state.stop)
+        read = self.fetch(state.canvas, state.argmax, state.accepted, state.entropy, state.stop)
 
         def results() -> StepResult:
-            argmax, accepted, entropy, stop = (x[:count] for x in read())
-            return StepResult(argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
+            canvas, argmax, accepted, entropy, stop = (x[:count] for x in read())
+            return StepResult(canvas=canvas, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
 
         return results
 
@@ -227,14 +227,29 @@ class GraphPasses(Passes):
         return self.ops.to_numpy(batch.soft[row : row + 1])[0]
 
     def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
-        ops, table = self.ops, self.model.embed_tokens
+        x = self._states_of(slot, canvas, previous)
+        return self.ops.to_numpy(self.ops.logits(x, self.model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+
+    def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+        return self.ops.to_numpy(self._states_of(slot, canvas, previous))[0].astype(np.float32)
+
+    def head(self) -> Callable[[np.ndarray], np.ndarray]:
+        ops, table, softcap = self.ops, self.model.embed_tokens, self.config.softcap
+
+        def logits(states: np.ndarray) -> np.ndarray:
+            x = ops.asarray(states[None], ops.dtype)
+            return ops.to_numpy(ops.logits(x, table, softcap))[0].astype(np.float32)
+
+        return logits
+
+    def _states_of(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None) -> Array:
+        ops = self.ops
         if previous is None:
             soft = ops.asarray(np.zeros((1, len(canvas), self.config.hidden_size), np.float32), ops.dtype)
         else:
             scores = ops.asarray(previous[None].astype(NUMPY_DTYPES[ops.wide]))
-            soft = ops.mean_embedding(reference.softmax(ops, scores), table)
-        x = model.denoise(ops, self.model, self._cache([slot], len(canvas)), ops.asarray(canvas[None]), soft)
-        return ops.to_numpy(ops.logits(x, table, self.config.softcap))[0].astype(np.float32)
+            soft = ops.mean_embedding(reference.softmax(ops, scores), self.model.embed_tokens)
+        return model.denoise(ops, self.model, self._cache([slot], len(canvas)), ops.asarray(canvas[None]), soft)
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
         rows = self.ops.embed(self.model.embed_tokens, self.ops.asarray(tokens[None].astype(np.int32)), 1.0)

@@ -29,6 +29,7 @@ Starts = Mapping[int, np.ndarray]
 class StepResult:
     """What a denoising pass came to, on the host."""
 
+    canvas: np.ndarray  # int32 [B, L]: what the next pass reads
     argmax: np.ndarray  # int32 [B, L]
     accepted: np.ndarray  # bool [B, L]
     entropy: np.ndarray  # [B, L], nats
@@ -110,6 +111,17 @@ class Passes(ABC):
         """Run one denoising pass behind a slot's cache: canvas int32 [L] → float32 [L, V], soft-capped.
 
         `previous` are the processed logits [L, V] of the pass before.
+        """
+
+    @abstractmethod
+    def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
+        """Return what such a pass ends with before its head, float32 [L, D]; arguments as `logits`."""
+
+    @abstractmethod
+    def head(self) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what makes logits, float32 [L, V], of states, float32 [L, D].
+
+        It keeps the embedding table, and nothing else of the model.
         """
 
     @abstractmethod

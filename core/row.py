@@ -161,6 +161,7 @@ class Row:
                     tokens=result.argmax[row],
                     accepted=result.accepted[row],
                     entropy=result.entropy[row].astype(np.float32),
+                    following=result.canvas[row],
                 )
             )
         return bool(result.stop[row]) or step + 1 == steps

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from ...checkpoints import loading, weights
 from ...checkpoints.checkpoint import Checkpoint
+from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
 from ...core.primitives import DType
 from .ops import NumpyOps
 from .passes import NumpyPasses
 
-__all__ = ["NumpyOps", "NumpyPasses", "open"]
+__all__ = ["NumpyOps", "NumpyPasses", "device_of", "open", "passes_of"]
 
 
 def open(
@@ -22,10 +24,26 @@ def open(
     Raises:
         DgemmaError: a device that is not the CPU.
     """
-    if device not in ("auto", "cpu"):
-        raise DgemmaError(f"backend 'numpy' runs on the cpu only, not on {device!r}")
+    device_of(device)
     ops, checks = NumpyOps(dtype), loading.mapped(checkpoint)
     get = loading.reader(checkpoint, dtype, progress)
     passes = NumpyPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
     passes.checks = checks
     return passes
+
+
+def passes_of(config: ModelConfig, weight: Callable[[str], Any], device: str, dtype: DType, nbytes: int) -> NumpyPasses:
+    """Make a model of weights that are at hand."""
+    ops = NumpyOps(dtype)
+    return NumpyPasses(ops, weights.build(config, lambda name: ops.pack(weight(name))))
+
+
+def device_of(device: str) -> str:
+    """Return `cpu`.
+
+    Raises:
+        DgemmaError: a device that is not the CPU.
+    """
+    if device not in ("auto", "cpu"):
+        raise DgemmaError(f"backend 'numpy' runs on the cpu only, not on {device!r}")
+    return "cpu"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...checkpoints import loading, weights
 from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import DgemmaError
 
 if TYPE_CHECKING:
+    from ...core.config import ModelConfig
     from ...core.graph_passes import GraphPasses
     from ...core.primitives import DType
 
@@ -36,6 +37,19 @@ def open(
     passes = TorchPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
     passes.checks = checks
     return passes
+
+
+def passes_of(config: ModelConfig, weight: Callable[[str], Any], device: str, dtype: DType, nbytes: int) -> GraphPasses:
+    """Make a model of weights that are at hand."""
+    if device != "cpu":
+        from .. import cuda
+
+        return cuda.passes_of(config, weight, device, dtype, nbytes)
+    from .inference import InferenceOps
+    from .passes import TorchPasses
+
+    ops = InferenceOps(dtype)
+    return TorchPasses(ops, weights.build(config, lambda name: ops.pack(weight(name))))
 
 
 def device_of(device: str) -> str:
