@@ -193,9 +193,6 @@ class GraphPasses(Passes):
         numbers = None if whole else self.ops.asarray(np.asarray(slots, np.int32))
         return Cache(self.context(int(lengths.max()) + coming), self.ops.asarray(lengths), numbers)
 
-    def _keep(self, cache: Cache) -> None:
-        """Take what a reading pass has made of the pool."""
-
     def _given(self, draws: Draws, index: Sequence[int]) -> Draws:
         wide = NUMPY_DTYPES[self.ops.wide]
         rows = Draws(*(x[index] for x in draws))
@@ -285,6 +282,13 @@ class GraphPasses(Passes):
     def context(self, needed: int) -> tuple[KV, ...]:
         """Return the pool as a pass sees it that needs so many entries of a slot: by default all of it."""
         return self._pool
+
+    def _keep(self, cache: Cache) -> None:
+        """Take what a reading pass has made of the pool: by default it is the pool, whether written in place or new.
+
+        A backend whose `context` gives parts of the pool, which its ops write in place, has nothing to take.
+        """
+        self._pool = cache.layers
 
     def rounded_up(self, tokens: int) -> int:
         """Return the capacity that a pool for so many tokens has."""

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig, DynamicCache
 
-from dgemma.checkpoints import weights
 from dgemma.core import reference
 from dgemma.core.config import ModelConfig
-from dgemma.core.model import Cache, Model, denoise, encode, new_cache
+from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.ops import Ops
+from dgemma.core.parts import Cache, Model
+from under_test import build
 
 # Three shapes that between them reach every branch: GQA ratios, windows, routing widths, widths that are no power of 2.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -108,14 +109,14 @@ def logits(
 
 def load(ops: Ops, model: DiffusionGemmaForBlockDiffusion) -> Model:
     """Return our model with the reference's weights."""
-    return weights.build(ops, config(model), tensors(model).__getitem__)
+    return build(ops, config(model), tensors(model).__getitem__)
 
 
 def encoded(ops: Ops, model: Model, prompts: Sequence[np.ndarray], *, spare: int = 0) -> Cache:
     """Encode each of `prompts` int [S] in turn into a cache that has room for `spare` tokens more."""
     longest = max(*(len(ids) for ids in prompts), model.config.canvas_length)
     room = sum(len(ids) for ids in prompts) + spare
-    held = new_cache(ops, model.config, batch=1, capacity=room, chunk=longest)
+    held = new_cache(ops, model.config, slots=1, capacity=room, scratch=longest)
     for ids in prompts:
         held = encode(ops, model, held, ops.asarray(ids[None], "int32"))
     return held

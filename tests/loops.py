@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Request
+from dgemma.core.engine import Engine
 from dgemma.core.events import Commit, Done, Draft
+from dgemma.core.row import Request
 
 FIXED = SamplerConfig(steps=3, schedule_steps=3, confidence=0.0)
 SAMPLERS = {
@@ -21,7 +22,8 @@ def written(engine: Engine, prompt: int, sampler: SamplerConfig, *, max_new_toke
     given: dict[str, Any] = dict(seed=3, eos_token_ids=()) | options
     ids = tuple(20 + i % 200 for i in range(prompt))
     seen: list[Any] = []
-    for event in engine.generate(Request(prompt=ids, sampler=sampler, max_new_tokens=max_new_tokens, **given)):
+    request = Request(prompt=ids, sampler=sampler, max_new_tokens=max_new_tokens, **given)
+    for event in engine.add(request).events():
         match event:
             case Draft():
                 row = event.tokens.tolist(), event.accepted.tolist()

@@ -19,8 +19,8 @@ import hf
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.core import model as graph
 from dgemma.core import reference
-from dgemma.core.model import Layer, Model, RmsNorm, SelfConditioning
-from dgemma.core.ops import KV, Array, Ops, Rope, Span
+from dgemma.core.ops import Ops
+from dgemma.core.parts import KV, Array, Layer, Model, Rope, Span
 
 Mutation = Callable[[pytest.MonkeyPatch, Ops, Model], tuple[Ops, Model]]
 MUTATIONS: dict[str, Mutation] = {}
@@ -93,17 +93,15 @@ def feedforward_norms_exchanged(_: Any, ops: Ops, model: Model) -> tuple[Ops, Mo
 
 @_mutation
 def no_post_norm(patch: pytest.MonkeyPatch, ops: Ops, model: Model) -> tuple[Ops, Model]:
-    def wrong(self: SelfConditioning, ops: Ops, x: Array, soft: Array) -> Array:
-        return x + self.mlp(ops, self.pre_norm(ops, soft))
-
-    patch.setattr(SelfConditioning, "__call__", wrong)
+    last, right = model.self_conditioning.post_norm, graph.norm
+    patch.setattr(graph, "norm", lambda ops, x, weights: x if weights is last else right(ops, x, weights))
     return ops, model
 
 
 @_mutation
 def self_conditioning_ignored(patch: pytest.MonkeyPatch, ops: Ops, model: Model) -> tuple[Ops, Model]:
-    right = SelfConditioning.__call__
-    patch.setattr(SelfConditioning, "__call__", lambda self, ops, x, soft: right(self, ops, x, soft * 0.0))
+    right = graph._conditioned
+    patch.setattr(graph, "_conditioned", lambda ops, model, canvas, soft: right(ops, model, canvas, soft * 0.0))
     return ops, model
 
 
@@ -216,7 +214,7 @@ def canvas_positions_from_zero(patch: pytest.MonkeyPatch, ops: Ops, model: Model
     right, ropes = graph.denoise, graph._ropes
 
     def denoise(*arguments: Any) -> Array:  # the last call of a question: what it patches may stay
-        patch.setattr(graph, "_ropes", lambda ops, config, _, length: ropes(ops, config, 0, length))
+        patch.setattr(graph, "_ropes", lambda ops, config, offset, length: ropes(ops, config, offset * 0, length))
         return right(*arguments)
 
     patch.setattr(hf, "denoise", denoise)
@@ -279,6 +277,6 @@ def no_softcap(_: Any, ops: Ops, model: Model) -> tuple[Ops, Model]:
 
 @_mutation
 def final_norm_skipped(patch: pytest.MonkeyPatch, ops: Ops, model: Model) -> tuple[Ops, Model]:
-    last, right = model.norm, RmsNorm.__call__
-    patch.setattr(RmsNorm, "__call__", lambda self, ops, x: x if self is last else right(self, ops, x))
+    last, right = model.norm, graph.norm
+    patch.setattr(graph, "norm", lambda ops, x, weights: x if weights is last else right(ops, x, weights))
     return ops, model

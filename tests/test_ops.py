@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.core.config import AttentionConfig
-from dgemma.core.model import Attention, Experts, Router
-from dgemma.core.ops import KV, Ops, Rope, Span
+from dgemma.core.ops import Ops
+from dgemma.core.parts import KV, Attention, Experts, Mlp, Rope, Router, Span
 from law import assert_close_f32, assert_low_precision
 from under_test import BACKENDS, make_ops, values
 
@@ -72,14 +72,10 @@ def run_rms_norm(ops: Ops, x: np.ndarray) -> Any:
     return ops.rms_norm(x, weight, 1e-6), ops.rms_norm(x, None, 1e-6), ops.rms_norm(x * 0.0, weight, 1e-6)
 
 
-def run_norm_add(ops: Ops, x: np.ndarray) -> Any:
-    weight = ops.asarray(values(4, x.shape[-1], shift=1.0), ops.dtype)
-    return ops.norm_add(ops.asarray(x, ops.dtype), ops.asarray(values(5, *x.shape), ops.dtype), weight, 1e-6)
-
-
 def run_geglu(ops: Ops, x: np.ndarray) -> Any:
     gate, up = (ops.asarray(values(i, 19, x.shape[-1], scale=0.5), ops.dtype) for i in (6, 7))
-    return ops.geglu(ops.asarray(x, ops.dtype), gate, up)
+    down = ops.asarray(np.zeros((x.shape[-1], 19), np.float32), ops.dtype)
+    return ops.geglu(ops.asarray(x, ops.dtype), Mlp(gate_proj=gate, up_proj=up, down_proj=down))
 
 
 def run_logits(ops: Ops, x: np.ndarray) -> Any:
@@ -87,7 +83,7 @@ def run_logits(ops: Ops, x: np.ndarray) -> Any:
 
 
 DENSE = {
-    "embed": run_embed, "linear": run_linear, "rms_norm": run_rms_norm, "norm_add": run_norm_add, "geglu": run_geglu,
+    "embed": run_embed, "linear": run_linear, "rms_norm": run_rms_norm, "geglu": run_geglu,
     "logits": run_logits,
 }  # fmt: skip
 
@@ -114,7 +110,7 @@ def run_qkv(
         window=None if full else 8, rope_theta=1e4, rotary_dims=head_dim // 4 if full else head_dim,
     )  # fmt: skip
     frequencies = config.inverse_frequencies()
-    starts = np.arange(batch) * 5 if offset is None else np.array([offset])  # one place for all, or one for each
+    starts = np.arange(batch) * 5 if offset is None else np.full(batch, offset)
     angles = (starts[:, None, None, None] + np.arange(length)[:, None]) * np.array(frequencies)
     cos, sin = (f(angles).astype(ml_dtypes.bfloat16).astype(np.float32) for f in (np.cos, np.sin))
 
@@ -132,12 +128,7 @@ def run_qkv(
             q_norm=weight(5, head_dim, shift=1.0, scale=0.3),
             k_norm=weight(6, head_dim, shift=1.0, scale=0.3),
         )
-        rope = Rope(
-            ops.asarray(cos, ops.dtype),
-            ops.asarray(sin, ops.dtype),
-            ops.asarray(starts, "int32") if offset is None else offset,
-            frequencies,
-        )
+        rope = Rope(ops.asarray(cos, ops.dtype), ops.asarray(sin, ops.dtype))
         return ops.qkv_norm_rope(ops.asarray(values(7, batch, length, width), ops.dtype), attention, rope)
 
     return run
@@ -252,24 +243,27 @@ def plain_attention(
     return out.transpose(1, 0, 2).reshape(length, heads * width)
 
 
-def span(ops: Ops, length: Any, window: int | None, *, causal: bool) -> Span:
-    """The span that the graph would give: `length` tokens so far, int or int32 [B]."""
-    if window is None:
-        return Span(rows=length, window=None, causal=causal)
-    held = window - 1
-    rows = min(length, held) if isinstance(length, int) else ops.where(length < held, length, length * 0 + held)
-    return Span(rows=rows, window=window, causal=causal)
+def span(ops: Ops, length: np.ndarray, window: int | None, slots: np.ndarray | None, *, causal: bool) -> Span:
+    """The span that the graph would give: `length` tokens so far, int [B]."""
+    held = length if window is None else np.minimum(length, window - 1)
+    where = None if slots is None else ops.asarray(slots, "int32")
+    return Span(held=ops.asarray(held, "int32"), slots=where, window=window, causal=causal)
+
+
+def empty(ops: Ops, slots: int, kv_heads: int, entries: int, width: int) -> KV:
+    """A layer's cache whose scratch holds numbers that show where they are read."""
+    return KV(*(ops.asarray(np.full((slots, kv_heads, entries, width), 77.0, np.float32), ops.dtype) for _ in range(2)))
 
 
 def filled(
-    ops: Ops, chunks: Sequence[int | np.ndarray], keys: np.ndarray, own: np.ndarray, window: int | None, room: int
-) -> tuple[KV, Any]:
+    ops: Ops, chunks: Sequence[int | np.ndarray], keys: np.ndarray, own: np.ndarray, window: int | None, room: int,
+    slots: np.ndarray | None = None,
+) -> tuple[KV, np.ndarray]:  # fmt: skip
     """Write a history into a new cache, chunk by chunk; a chunk is one length for all rows, or one for each."""
     batch, kv_heads, total, width = keys.shape
-    ragged = any(not isinstance(n, int) for n in chunks)
     held = total if window is None else min(total, window - 1)
     longest = max([room, *(int(np.max(n)) for n in chunks)])
-    context = ops.new_cache(batch, kv_heads, width, held + longest)
+    context = empty(ops, batch if slots is None else int(slots.max()) + 2, kv_heads, held + longest, width)
     done = np.zeros(batch, int)
     for n in chunks:
         fresh = np.zeros(batch, int) + n
@@ -277,26 +271,29 @@ def filled(
         for b in range(batch):
             k[b, :, : fresh[b]] = keys[b, :, done[b] : done[b] + fresh[b]]
             v[b, :, : fresh[b]] = own[b, :, done[b] : done[b] + fresh[b]]
-        length = ops.asarray(done, "int32") if ragged else int(done[0])
-        where = span(ops, length, window, causal=True)
-        fresh_rows = ops.asarray(fresh, "int32") if ragged else int(fresh[0])
-        context = ops.cache_write(context, ops.asarray(k, ops.dtype), ops.asarray(v, ops.dtype), where, fresh_rows)
+        where = span(ops, done, window, slots, causal=True)
+        count = n if isinstance(n, int) else ops.asarray(fresh, "int32")
+        context = ops.cache_write(context, ops.asarray(k, ops.dtype), ops.asarray(v, ops.dtype), where, count)
         done = done + fresh
-    return context, (ops.asarray(done, "int32") if ragged else int(done[0]))
+    return context, done
+
+
+SLOTS = np.array([3, 1, 4, 0])
+"""Of the rows of a pass, in this order; slots 2 and 5 are others'."""
 
 
 def attend(
     ops: Ops, chunks: Sequence[int | np.ndarray], *, window: int | None, causal: bool, length: int = 5,
-    heads: int = 4, kv_heads: int = 2, width: int = 8, batch: int = 2,
+    heads: int = 4, kv_heads: int = 2, width: int = 8, batch: int = 2, slots: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Fill a cache, attend, and return the backend's result and the plain one, both [B, L, H·A]."""
     done = sum((np.zeros(batch, int) + n for n in chunks), np.zeros(batch, int))
     total = int(done.max())
     old_k, old_v = values(1, batch, kv_heads, total, width), values(2, batch, kv_heads, total, width)
     q, k, v = values(3, batch, heads, length, width), *(values(i, batch, kv_heads, length, width) for i in (4, 5))
-    context, tokens = filled(ops, chunks, old_k, old_v, window, length)
+    context, tokens = filled(ops, chunks, old_k, old_v, window, length, slots)
     arrays = (ops.asarray(x, ops.dtype) for x in (q, k, v))
-    got = ops.to_numpy(ops.attention(*arrays, context, span(ops, tokens, window, causal=causal)))
+    got = ops.to_numpy(ops.attention(*arrays, context, span(ops, tokens, window, slots, causal=causal)))
     want = [
         plain_attention(
             q[b], np.concatenate([old_k[b, :, : done[b]], k[b]], 1), np.concatenate([old_v[b, :, : done[b]], v[b]], 1),
@@ -325,9 +322,10 @@ HISTORIES: dict[str, list[Any]] = {
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
 @pytest.mark.parametrize("history", HISTORIES)
 def test_attention(ops: Ops, history: str, window: int | None, causal: bool) -> None:
-    for length in (1, 5, WINDOW + 4):
-        got, want = attend(ops, HISTORIES[history], window=window, causal=causal, length=length)
-        assert_close_f32(got, want, f"{ops.name} attention of {length} queries")
+    for slots in (None, SLOTS[:2]):
+        for length in (1, 5, WINDOW + 4):
+            got, want = attend(ops, HISTORIES[history], window=window, causal=causal, length=length, slots=slots)
+            assert_close_f32(got, want, f"{ops.name} attention of {length} queries in slots {slots}")
 
 
 @pytest.mark.parametrize("heads, kv_heads", [(1, 1), (6, 6), (6, 1), (6, 3)])
@@ -337,14 +335,19 @@ def test_attention_of_shared_heads(ops: Ops, heads: int, kv_heads: int) -> None:
 
 
 @given(
-    chunks=st.lists(st.integers(1, 2 * WINDOW), max_size=4),
+    chunks=st.lists(st.lists(st.integers(0, 2 * WINDOW), min_size=3, max_size=3).filter(any), max_size=4),
     window=st.one_of(st.none(), st.integers(2, 12)),
     causal=st.booleans(),
     length=st.integers(1, 14),
+    slots=st.permutations(range(5)),
 )
-def test_attention_of_any_history(chunks: list[int], window: int | None, causal: bool, length: int) -> None:
+def test_attention_of_any_history(
+    chunks: list[list[int]], window: int | None, causal: bool, length: int, slots: list[int]
+) -> None:
+    """Rows of different lengths, in any slots."""
+    case: dict[str, Any] = dict(window=window, causal=causal, length=length, batch=3, slots=np.array(slots[:3]))
     for backend in BACKENDS:
-        got, want = attend(make_ops(backend, "float32"), chunks, window=window, causal=causal, length=length)
+        got, want = attend(make_ops(backend, "float32"), [np.array(one) for one in chunks], **case)
         assert_close_f32(got, want, f"{backend} attention")
 
 
@@ -352,7 +355,7 @@ def test_attention_of_any_history(chunks: list[int], window: int | None, causal:
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
 @pytest.mark.parametrize("history", ["nothing cached", "two windows and more, in chunks", "ragged"])
 def test_attention_bf16(ops_bf16: Ops, history: str, window: int | None, causal: bool) -> None:
-    case: dict[str, Any] = dict(window=window, causal=causal, length=33, width=16)
+    case: dict[str, Any] = dict(window=window, causal=causal, length=33, width=16, slots=SLOTS[:2])
     got, want = attend(ops_bf16, HISTORIES[history], **case)
     rounded, _ = attend(NumpyOps("bfloat16"), HISTORIES[history], **case)
     assert_low_precision(got, rounded, want, f"{ops_bf16.name} attention")
@@ -367,19 +370,46 @@ def test_the_window_ends_where_it_should(ops: Ops, outside: int) -> None:
 
     def result(own: np.ndarray) -> np.ndarray:
         context, length = filled(ops, [1000, 24], keys, own, window, 3)
-        return ops.to_numpy(ops.attention(q, k, v, context, span(ops, length, window, causal=False)))
+        return ops.to_numpy(ops.attention(q, k, v, context, span(ops, length, window, None, causal=False)))
 
     changed = own.copy()
     changed[:, :, outside] += 100.0
     assert np.array_equal(result(own), result(changed)) == (outside == 0)
 
 
-def test_attention_leaves_the_cache_bit_identical(ops: Ops) -> None:
+@pytest.mark.parametrize("slots", [None, SLOTS[:2]], ids=["in order", "spread"])
+def test_attention_leaves_the_cache_bit_identical(ops: Ops, slots: np.ndarray | None) -> None:
+    """The valid entries of the rows' slots, and everything in the others."""
+    mine = [0, 1] if slots is None else slots.tolist()
     for window in (None, WINDOW):
-        context, length = filled(ops, [7, 6], values(1, 2, 2, 13, 8), values(2, 2, 2, 13, 8), window, 5)
-        where = span(ops, length, window, causal=False)
-        before = [ops.to_numpy(x)[:, :, : where.rows].copy() for x in context]
-        arrays = [ops.asarray(values(i, 2, heads, 5, 8), ops.dtype) for i, heads in ((3, 4), (4, 2), (5, 2))]
-        ops.to_numpy(ops.attention(*arrays, context, where))
-        for old, new in zip(before, context, strict=True):
-            np.testing.assert_array_equal(old, ops.to_numpy(new)[:, :, : where.rows])
+        for causal in (False, True):
+            keys, own = values(1, 2, 2, 13, 8), values(2, 2, 2, 13, 8)
+            context, length = filled(ops, [7, np.array([6, 2])], keys, own, window, 5, slots)
+            where = span(ops, length, window, slots, causal=causal)
+            before = [ops.to_numpy(x).copy() for x in context]
+            arrays = [ops.asarray(values(i, 2, heads, 5, 8), ops.dtype) for i, heads in ((3, 4), (4, 2), (5, 2))]
+            ops.to_numpy(ops.attention(*arrays, context, where))
+            for old, new in zip(before, map(ops.to_numpy, context), strict=True):
+                for slot, held in zip(mine, ops.to_numpy(where.held).tolist(), strict=True):
+                    np.testing.assert_array_equal(old[slot, :, :held], new[slot, :, :held])
+                others = [slot for slot in range(len(old)) if slot not in mine]
+                np.testing.assert_array_equal(old[others], new[others])
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
+@pytest.mark.parametrize("chunks", [[4, 7], [np.array([3, 0, 12]), np.array([9, 1, 4])], [2 * WINDOW]], ids=str)
+def test_cache_write_in_slots(ops: Ops, chunks: list[Any], window: int | None) -> None:
+    """The newest entries of each row stand end to end at the front of its slot, and no other slot changes."""
+    slots, batch = SLOTS[:3], 3
+    done = sum((np.zeros(batch, int) + n for n in chunks), np.zeros(batch, int))
+    total = int(done.max())
+    keys, own = values(1, batch, 2, total, 4), values(2, batch, 2, total, 4)
+    context, length = filled(ops, chunks, keys, own, window, 5, slots)
+    np.testing.assert_array_equal(length, done)
+    for x, written in zip(context, (keys, own), strict=True):
+        x = ops.to_numpy(x)
+        for row, slot in enumerate(slots):
+            held = int(done[row]) if window is None else min(int(done[row]), window - 1)
+            np.testing.assert_array_equal(x[slot, :, :held], written[row, :, done[row] - held : done[row]])
+        others = [slot for slot in range(len(x)) if slot not in slots]
+        assert (x[others] == 77.0).all(), "a slot that no row has was written"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import hf
-from dgemma.core.model import Model
 from dgemma.core.ops import Ops
+from dgemma.core.parts import Model
 from law import NMSE, assert_close_f32, nmse
 from mutations import MUTATIONS
 from under_test import BACKENDS, Margins, make_ops

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 import hf
 from dgemma.core.config import SamplerConfig
 from dgemma.core.errors import DgemmaError
-from dgemma.core.model import Cache, Model, denoise, encode, encode_hidden, new_cache, step
+from dgemma.core.model import denoise, encode, encode_hidden, new_cache, step
 from dgemma.core.ops import Ops
+from dgemma.core.parts import KV, Cache, Model
 from dgemma.core.random import step_noise
-from dgemma.core.sampler import start
+from dgemma.core.sampler import draws_of, stacked, start
 from law import assert_close_f32
 from traces import LAST_UNIFORM
-from under_test import BACKENDS, make_ops
+from under_test import BACKENDS, make_ops, on_device
 
 SHAPE = "top4"  # window 8
 CANVAS = 16
@@ -37,10 +38,22 @@ def tokens(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng([SALT, seed]).integers(6, hf.SHAPES[SHAPE]["vocab_size"], shape).astype(np.int32)
 
 
-def rows(ops: Ops, held: Cache, model: Model, length: int) -> list[np.ndarray]:
-    """The valid rows of every layer's keys and values, copied to the host."""
+def rows(ops: Ops, held: Cache, model: Model, length: int, slots: Any = slice(None)) -> list[np.ndarray]:
+    """The valid entries of some slots' keys and values in every layer, copied to the host."""
     valid = [length if one.window is None else min(length, one.window - 1) for one in model.config.layers]
-    return [ops.to_numpy(x)[:, :, :n].copy() for n, layer in zip(valid, held.layers, strict=True) for x in layer]
+    return [ops.to_numpy(x)[slots, :, :n].copy() for n, layer in zip(valid, held.layers, strict=True) for x in layer]
+
+
+def spread(ops: Ops, held: Cache, slots: list[int], count: int) -> Cache:
+    """Lay a cache's rows into these of `count` slots; in the others stands what nobody may read."""
+
+    def lay(x: Any) -> Any:
+        wide = np.full((count, *x.shape[1:]), np.nan, np.float32)
+        wide[slots] = ops.to_numpy(x)
+        return ops.asarray(wide, ops.dtype)
+
+    layers = tuple(KV(*map(lay, layer)) for layer in held.layers)
+    return Cache(layers, held.length, ops.asarray(np.array(slots), "int32"))
 
 
 def canvas_states(ops: Ops, model: Model, held: Cache, canvas: np.ndarray, seed: int = 9) -> np.ndarray:
@@ -55,14 +68,21 @@ def canvas_states(ops: Ops, model: Model, held: Cache, canvas: np.ndarray, seed:
 @pytest.mark.parametrize("length", [1, 7, 8, 30])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_denoise_leaves_the_cache_bit_identical(backend: str, length: int) -> None:
+    """The valid entries of the row's own slot, and all of the others'."""
     ops, model = loaded(backend)
-    held = hf.encoded(ops, model, [tokens(1, length)])
-    before = rows(ops, held, model, length)
-    first = canvas_states(ops, model, held, tokens(2, 1, CANVAS))
-    canvas_states(ops, model, held, tokens(3, 1, CANVAS))  # another canvas leaves nothing behind either
-    for old, new in zip(before, rows(ops, held, model, length), strict=True):
-        np.testing.assert_array_equal(old, new)
-    np.testing.assert_array_equal(first, canvas_states(ops, model, held, tokens(2, 1, CANVAS)))
+    alone = hf.encoded(ops, model, [tokens(1, length)])
+    for held, own in ((alone, [0]), (spread(ops, alone, [2], 4), [2])):
+        others = [slot for slot in range(held.layers[0].keys.shape[0]) if slot not in own]
+        before = rows(ops, held, model, length, own)
+        beside = [ops.to_numpy(x)[others].copy() for layer in held.layers for x in layer]
+        first = canvas_states(ops, model, held, tokens(2, 1, CANVAS))
+        canvas_states(ops, model, held, tokens(3, 1, CANVAS))  # another canvas leaves nothing behind either
+        for old, new in zip(before, rows(ops, held, model, length, own), strict=True):
+            np.testing.assert_array_equal(old, new)
+        after = [ops.to_numpy(x)[others] for layer in held.layers for x in layer]
+        for old, new in zip(beside, after, strict=True):
+            np.testing.assert_array_equal(old, new)
+        np.testing.assert_array_equal(first, canvas_states(ops, model, held, tokens(2, 1, CANVAS)))
 
 
 @given(cuts=st.lists(st.integers(1, 24), max_size=6), length=st.integers(2, 25))
@@ -85,7 +105,7 @@ def test_encode_predicts_the_same_states_in_chunks(backend: str) -> None:
     prompt = tokens(5, 1, 21)
 
     def states(*sizes: int) -> np.ndarray:
-        held, done, out = new_cache(ops, model.config, batch=1, capacity=21, chunk=21), 0, []
+        held, done, out = new_cache(ops, model.config, slots=1, capacity=21, scratch=21), 0, []
         for size in sizes:
             held, x = encode_hidden(ops, model, held, ops.asarray(prompt[:, done : done + size]))
             out.append(ops.to_numpy(x).copy())
@@ -95,30 +115,20 @@ def test_encode_predicts_the_same_states_in_chunks(backend: str) -> None:
     assert_close_f32(states(9, 1, 11), states(21), f"{backend} encoder states")
 
 
-@pytest.mark.parametrize("length", [1, 8, 30])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_length_may_be_an_array(backend: str, length: int) -> None:
-    """A compiled pass takes the context's length as int32 [1]; what it computes is the same."""
-    ops, model = loaded(backend)
-    held = hf.encoded(ops, model, [tokens(1, length)])
-    as_array = Cache(held.layers, ops.asarray(np.array([length]), "int32"))
-    got, want = (canvas_states(ops, model, one, tokens(2, 1, CANVAS)) for one in (as_array, held))
-    assert_close_f32(got, want, f"{backend} canvas")
-
-
 # ---- Batches ----------------------------------------------------------------------------------------------------
 
 
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(0, 9)), min_size=2, max_size=4),
+    order=st.permutations(range(6)),
     backend=st.sampled_from(BACKENDS),
 )
-def test_a_row_does_not_notice_its_batch(lengths: list[tuple[int, int]], backend: str) -> None:
-    """Ragged prompts in two chunks, then a canvas for each: every row equals the same row alone."""
+def test_a_row_does_not_notice_its_batch(lengths: list[tuple[int, int]], order: list[int], backend: str) -> None:
+    """Ragged prompts in two chunks, then a canvas for each, in any slots: every row equals the same row alone."""
     ops, model = loaded(backend)
-    count = len(lengths)
+    count, slots = len(lengths), order[: len(lengths)]
     prompts = [tokens(row, first + second) for row, (first, second) in enumerate(lengths)]
-    held = new_cache(ops, model.config, batch=count, capacity=40, chunk=CANVAS + 20)
+    held = spread(ops, new_cache(ops, model.config, slots=count, capacity=40, scratch=CANVAS + 20), slots, 6)
     done = np.zeros(count, int)
     for fresh in np.array(lengths).T:
         padded = np.full((count, max(1, int(fresh.max()))), 7, np.int32)
@@ -137,28 +147,39 @@ def test_a_row_does_not_notice_its_batch(lengths: list[tuple[int, int]], backend
             ops, model, alone, ops.asarray(canvases[row : row + 1]), ops.asarray(soft[row : row + 1], ops.dtype)
         )
         assert_close_f32(together[row], ops.to_numpy(one)[0], f"{backend} row {row} of {lengths}")
+    others = [slot for slot in range(6) if slot not in slots]
+    for layer in held.layers:
+        for x in layer:
+            assert np.isnan(ops.to_numpy(x)[others]).all(), "a slot that no row has was written"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_of_a_batch_samples_what_its_rows_sample_alone(backend: str) -> None:
+    """Rows of three settings, two of them greedy or hot, behind slots of any order."""
     ops, model = loaded(backend)
-    sampler, vocab = SamplerConfig(), model.config.vocab_size
-    heat, width = np.array([[0.8], [0.4], [0.6]], np.float32), model.config.hidden_size
-    prompts = tokens(1, 3, 11)
-    drawn = [step_noise(seed=row, canvas=0, step=1, length=CANVAS, vocab_size=vocab) for row in range(3)]
-    canvases, uniforms, noise = tokens(2, 3, CANVAS), np.stack([u for u, _ in drawn]), np.stack([t for _, t in drawn])
+    width, vocab = model.config.hidden_size, model.config.vocab_size
+    samplers = [
+        SamplerConfig(), SamplerConfig(greedy=True, entropy_bound=2.0),
+        SamplerConfig(t_max=1.1, stability=0, confidence=9.0, entropy_bound=0.0),
+    ]  # fmt: skip
+    prompts, canvases = tokens(1, 3, 11), tokens(2, 3, CANVAS)
+    draws = [
+        draws_of(one, seed=row, canvas=0, step=row, length=CANVAS, vocab_size=vocab) for row, one in enumerate(samplers)
+    ]
 
-    def run(which: slice) -> Any:
-        count = len(prompts[which])
-        held = new_cache(ops, model.config, batch=count, capacity=11, chunk=CANVAS)
-        held = encode(ops, model, held, ops.asarray(prompts[which]))
+    def run(which: slice, slots: list[int], count: int) -> Any:
+        rows = len(prompts[which])
+        held = new_cache(ops, model.config, slots=rows, capacity=11, scratch=CANVAS)
+        held = encode(
+            ops, model, held if count == rows else spread(ops, held, slots, count), ops.asarray(prompts[which])
+        )
         state = start(ops, ops.asarray(canvases[which]), width)
-        arrays = (ops.asarray(x[which]) for x in (heat, uniforms, noise))
-        return step(ops, model, sampler, held, state, *arrays)
+        return step(ops, model, held, state, on_device(ops, stacked(draws[which])))
 
-    together = run(slice(0, 3))
+    together = run(slice(0, 3), [4, 0, 3], 5)
+    assert ops.to_numpy(together.stop).tolist() == [False, False, True]
     for row in range(3):
-        alone = run(slice(row, row + 1))
+        alone = run(slice(row, row + 1), [0], 1)
         for name in ("canvas", "argmax", "accepted", "stable", "stop"):
             batch, single = (ops.to_numpy(getattr(state, name)) for state in (together, alone))
             np.testing.assert_array_equal(batch[row], single[0], name)

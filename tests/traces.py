@@ -14,10 +14,12 @@ from transformers.models.diffusion_gemma import generation_diffusion_gemma as th
 
 import hf
 from dgemma.core.config import SamplerConfig
-from dgemma.core.model import Model, encode, step
+from dgemma.core.model import encode, step
 from dgemma.core.ops import Ops
+from dgemma.core.parts import Model
 from dgemma.core.random import step_noise
-from dgemma.core.sampler import start
+from dgemma.core.sampler import draws_of, start
+from under_test import on_device
 
 LAST_UNIFORM = 1.0 - 2.0**-24
 """The largest number that `step_noise` draws."""
@@ -160,9 +162,8 @@ def ours(
         state = start(ops, ops.asarray(noise(canvas, 0)[1][None]), config.hidden_size)
         passes.append([])
         for n in range(sampler.steps):
-            u, fresh = (ops.asarray(x[None]) for x in noise(canvas, n + 1))
-            heat = ops.asarray([[sampler.temperature(n)]], "float32")
-            state = step(ops, model, sampler, cache, state, heat, u, fresh)
+            draws = draws_of(sampler, seed=seed, canvas=canvas, step=n, length=length, vocab_size=config.vocab_size)
+            state = step(ops, model, cache, state, on_device(ops, draws))
             passes[-1].append(
                 Pass(
                     accepted=ops.to_numpy(state.accepted)[0],

@@ -6,11 +6,19 @@ of one backend runs while another is being written.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 
-from dgemma.backends.numpy.ops import NumpyOps
+from dgemma.backends.numpy import NumpyOps, NumpyPasses
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.loading import dense
+from dgemma.core.config import ModelConfig
+from dgemma.core.graph_passes import GraphPasses
 from dgemma.core.ops import DType, Ops
+from dgemma.core.parts import Draws, Model
 
 BACKENDS = ("numpy", "torch", "inference", "mlx")
 """Held to the law in float32. "torch" is the default bodies on torch's primitives, "inference" what users run."""
@@ -27,7 +35,11 @@ def make_ops(name: str, dtype: DType) -> Ops:
         case "torch":
             from dgemma.backends.torch.primitives import TorchOps
 
-            return TorchOps(dtype)
+            class PlainTorch(TorchOps):
+                def pack(self, weight: Any) -> Any:
+                    return self.asarray(dense(weight, self.dtype), self.dtype)
+
+            return PlainTorch(dtype)
         case "inference":
             from dgemma.backends.torch.inference import InferenceOps
 
@@ -35,10 +47,32 @@ def make_ops(name: str, dtype: DType) -> Ops:
         case "mlx":
             from dgemma.backends.mlx.ops import MlxOps
 
-            # On Linux MLX compiles through g++, a minute for each shape of model. That a compiled pass equals a plain
-            # one is the backend's own test.
-            return MlxOps(dtype, compile=False)
+            return MlxOps(dtype)
     raise ValueError(f"no backend called {name!r}")
+
+
+def build(ops: Any, config: ModelConfig, get: Callable[[str], Any]) -> Model:
+    """Return a model of stored weights, as a backend's ops take them."""
+    return weights.build(config, lambda name: ops.pack(get(name)))
+
+
+def passes_of(ops: Ops, model: Model, **how: Any) -> GraphPasses:
+    """Return the passes that the engine drives; nothing is compiled.
+
+    Of the plain torch ops it is `GraphPasses` as it stands, whose caches are new arrays after each reading pass.
+    """
+    from dgemma.backends.torch.inference import InferenceOps
+    from dgemma.backends.torch.passes import TorchPasses
+
+    if isinstance(ops, NumpyOps):
+        return NumpyPasses(ops, model, **how)
+    return (TorchPasses if isinstance(ops, InferenceOps) else GraphPasses)(ops, model, **how)
+
+
+def on_device(ops: Ops, draws: Draws) -> Draws:
+    """Bring a pass's draws to the device: as they are, but for numbers of the sampler in the wide dtype."""
+    wide = ("entropy_bound", "confidence")
+    return Draws(*(ops.asarray(x, ops.wide if name in wide else None) for name, x in draws._asdict().items()))
 
 
 def values(seed: int, *shape: int, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
