@@ -28,7 +28,7 @@ from .packed import EXACT, group_sums, plain, scaled
 from .weights import Packed
 
 if TYPE_CHECKING:
-    from ..core.model import Experts, Router
+    from ..core.parts import Experts, Router
     from .ops import OnnxOps
 
 

@@ -18,8 +18,8 @@ from ..checkpoints import weights
 from ..core import model as definition
 from ..core import sampler
 from ..core.config import ModelConfig
-from ..core.model import Cache, Model
-from ..core.ops import KV, DType
+from ..core.parts import KV, Cache, Model
+from ..core.primitives import DType
 from .arrays import Array, Size
 from .graph import NUMPY, TYPES, Builder, opsets
 from .ops import OnnxOps
@@ -52,7 +52,7 @@ def encode_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
     """Return the graph that reads tokens into the cache; `get` as in `weights.build`."""
     ops = options.ops()
     ids, cache = _inputs(ops, config)
-    model = weights.build(ops, config, get)
+    model = _built(ops, config, get)
     written = definition.encode(ops, model, cache, ids)
     return _finish(ops, "encode", _present(written), options)
 
@@ -61,7 +61,7 @@ def denoise_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
     """Return the graph of one whole denoising step."""
     ops = options.ops()
     ids, cache = _inputs(ops, config)
-    outputs = _step(ops, weights.build(ops, config, get), ids, cache, _step_inputs(ops, config), options)
+    outputs = _step(ops, _built(ops, config, get), ids, cache, _step_inputs(ops, config), options)
     return _finish(ops, "denoise", outputs, options)
 
 
@@ -79,7 +79,7 @@ def unified_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
         inner = ops.branch(Builder(outer=b, name=name))
         layers = tuple(KV(*map(inner.seen, layer)) for layer in cache.layers)
         own = Cache(layers, inner.seen(ops.asarray(cache.length)))
-        model = weights.build(inner, config, get)
+        model = _built(inner, config, get)
         if name == "encode":
             made.append((inner, _present(definition.encode(inner, model, own, inner.seen(ids)))))
         else:
@@ -111,7 +111,7 @@ def states_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
     ops = options.ops()
     ids, cache = _inputs(ops, config)
     soft = ops.input("soft_embedding", ops.dtype, (BATCH, LENGTH, config.hidden_size))
-    x = definition.denoise(ops, weights.build(ops, config, get), cache, ids, soft)
+    x = definition.denoise(ops, _built(ops, config, get), cache, ids, soft)
     return _finish(ops, "states", {"states": x}, options)
 
 
@@ -121,6 +121,10 @@ def logits_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
     states = ops.input("states", ops.dtype, (BATCH, LENGTH, config.hidden_size))
     table = ops.pack(get(f"{weights.DECODER}.embed_tokens.weight"))
     return _finish(ops, "logits", {"logits": ops.logits(states, table, config.softcap)}, options)
+
+
+def _built(ops: OnnxOps, config: ModelConfig, get: Any) -> Model:
+    return weights.build(config, lambda name: ops.pack(get(name)))
 
 
 def _inputs(ops: OnnxOps, config: ModelConfig) -> tuple[Array, Cache]:
@@ -160,7 +164,7 @@ def _step(
     soft, temperature, uniform, noise, bound = given.values()
     x = definition.denoise(ops, model, cache, ids, soft)
     token, argmax, entropy, mean = ops.vocab_head(x, model.embed_tokens, config.softcap, temperature, uniform)
-    accepted = sampler.accept(ops, entropy, bound)  # type: ignore[arg-type]
+    accepted = sampler.accept(ops, entropy, bound)
     outputs = {
         "token": token, "argmax": argmax, "entropy": entropy, "accepted": accepted,
         "next_canvas": ops.where(accepted, token, noise), "next_soft_embedding": mean,

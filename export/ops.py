@@ -1,4 +1,4 @@
-"""The ONNX backend's fused ops: the same bodies as `core/reference.py`, in the operators that runtimes are fast at.
+"""The ONNX backend's fused ops: the same as `core/ops.py` has them, in the operators that runtimes are fast at.
 
 linear         Gemm on [rows, D] with the weight as the checkpoint has it, transposed by an attribute
 norms, rotary  RMSNormalization-23 and RotaryEmbedding-23
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.ops import KV, DType, Rope, Span
+from ..core.parts import KV, Rope, Span
+from ..core.primitives import DType
 from . import packed
 from .arrays import Array, Size, product
 from .experts import geglu_moe
@@ -24,7 +25,7 @@ from .primitives import PrimitiveOps
 from .weights import Packed
 
 if TYPE_CHECKING:
-    from ..core.model import Attention, Experts, Router
+    from ..core.parts import Attention, Experts, Mlp, Router
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,8 +109,8 @@ class OnnxOps(PrimitiveOps):
         bent = self.builder.op("Gelu", gate.raw, approximate="tanh")
         return self.array(bent, gate.shape, gate.dtype, gate.held) * up
 
-    def geglu(self, x: Array, gate: Any, up: Any) -> Array:
-        return self.gelu_times(self.linear(x, gate), self.linear(x, up))
+    def geglu(self, x: Array, mlp: Mlp) -> Array:
+        return self.gelu_times(self.linear(x, mlp.gate_proj), self.linear(x, mlp.up_proj))
 
     def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
         return geglu_moe(self, h, r, router, experts)
@@ -140,7 +141,7 @@ class OnnxOps(PrimitiveOps):
         )
 
     def attention(self, q: Any, k: Any, v: Any, context: KV, span: Span) -> Array:
-        """`span.rows` is not asked: in these graphs every row of the cache is valid."""
+        """`span.held` and `slots` are not asked: here row b has cache b, and every entry of it is valid."""
         past = (context.keys.value, context.values.value)
         mask = self._mask(context.keys.shape[2], q.shape[2], span.window) if span.causal else None
         out, keys, values = self.builder.ops(

@@ -9,7 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from ..core.errors import DgemmaError
-from ..core.ops import DType, Ops, Reduction, Unary
+from ..core.ops import Ops
+from ..core.primitives import DType, Reduction, Unary
 from .arrays import Array, Size, broadcast, product, quotient, scalar
 from .graph import NUMPY, TYPES, Builder, Value
 

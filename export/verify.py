@@ -10,14 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from .. import backends, runtime
-from ..core import model as definition
-from ..core import sampler
+from .. import backends
+from ..checkpoints.checkpoint import Checkpoint
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted
+from ..core.parts import Draws
+from ..core.passes import Passes, Snapshot
 from . import manifest
 
 SEED = 20
+TEMPERATURE, BOUND = 0.7, 0.1
 
 
 def verify(folder: Path, source: Path) -> dict[str, float]:
@@ -30,15 +32,16 @@ def verify(folder: Path, source: Path) -> dict[str, float]:
         DgemmaError: onnxruntime is not installed, or does not take the graphs.
     """
     name = "torch" if backends.available()["torch"] is None else "numpy"
-    model = runtime.load(source, backend=name, device="cpu", dtype="float32")
-    graphs = Graphs(folder)
-    windows = [layer.window for layer in model.config.layers if layer.window is not None]
+    passes = backends.open(name, Checkpoint.open(source), device="cpu", dtype="float32")
+    graphs, config = Graphs(folder), passes.config
+    windows = [layer.window for layer in config.layers if layer.window is not None]
     window = max(windows, default=64)
     errors: dict[str, float] = {}
-    for length in (1, window - 1, window, window + 1, 2 * window + 3):
-        if length + 2 * model.config.canvas_length <= model.config.max_positions:
-            for key, figure in _compare(graphs, model, length).items():
-                errors[key] = max(errors.get(key, 0.0), figure)
+    with passes.home(), passes.guarded("verifying"):
+        for length in (1, window - 1, window, window + 1, 2 * window + 3):
+            if length + 2 * config.canvas_length <= config.max_positions:
+                for key, figure in _compare(graphs, passes, length).items():
+                    errors[key] = max(errors.get(key, 0.0), figure)
     return errors
 
 
@@ -106,10 +109,9 @@ def _tokens(ids: np.ndarray, at: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids.astype(np.int64), "position_ids": positions.astype(np.int64)}
 
 
-def _compare(graphs: Graphs, model: runtime.DiffusionGemma, length: int) -> dict[str, float]:
+def _compare(graphs: Graphs, passes: Passes, length: int) -> dict[str, float]:
     """Compare every output, behind a prompt of a length and behind a canvas that follows it."""
-    ops, weights, config = model.ops, model.engine.model, model.config
-    draw = np.random.default_rng([SEED, length])
+    config, draw = passes.config, np.random.default_rng([SEED, length])
     canvas_length, vocab = config.canvas_length, config.vocab_size
     errors: dict[str, float] = {}
 
@@ -119,61 +121,57 @@ def _compare(graphs: Graphs, model: runtime.DiffusionGemma, length: int) -> dict
             errors[name] = max(errors.get(name, 0.0), figure if np.isfinite(figure) else np.inf)
 
     cache, at = graphs.empty(1), 0
-    theirs = definition.new_cache(
-        ops, config, batch=1, capacity=length + canvas_length, chunk=max(length, canvas_length)
-    )
+    slot = passes.open(length + canvas_length, canvas_length)
     for size in (length, canvas_length):  # the prompt, and a canvas behind it
-        tokens = draw.integers(0, vocab, (1, size))
-        cache, theirs = (
-            graphs.encode(cache, tokens, at),
-            definition.encode(ops, weights, theirs, ops.asarray(tokens, "int32")),
-        )
-        at += size
-        note(_cache_errors(graphs, cache, model, theirs, at))
-        canvas = ops.asarray(draw.integers(0, vocab, (1, canvas_length)), "int32")
-        soft = sampler.start(ops, canvas, config.hidden_size).soft
-        for _ in range(2):  # without and with a mean embedding
-            given = {
-                "temperature": np.full((1, 1), 0.7, np.float32),
-                "uniform": draw.random((1, canvas_length)).astype(np.float32),
-                "noise": draw.integers(0, vocab, (1, canvas_length)), "entropy_bound": np.asarray([0.1], np.float32),
-            }  # fmt: skip
+        tokens = draw.integers(0, vocab, size).astype(np.int32)
+        for start in range(0, size, passes.chunk):
+            passes.read([(slot, tokens[start : start + passes.chunk])])
+        cache, at = graphs.encode(cache, tokens[None], at), at + size
+        note(_cache_errors(graphs, cache, passes.save(slot)))
+        canvas = draw.integers(0, vocab, canvas_length).astype(np.int32)
+        soft, logits = np.zeros((canvas_length, config.hidden_size), np.float32), None
+        for step, bound in enumerate((BOUND, BOUND, np.inf)):  # without a mean embedding, with one; all accepted
+            given = _draws(draw, canvas_length, vocab, bound)
             got = graphs.denoise(
-                cache, ops.to_numpy(canvas), at, soft_embedding=ops.to_numpy(soft).astype(graphs.dtype), **given
-            )
-            want = _step(model, theirs, canvas, soft, given, logits="logits" in got)
-            note({name: _error(name, got[name], ops.to_numpy(array)) for name, array in want.items()})
-            canvas, soft = want["next_canvas"], want["next_soft_embedding"]
+                cache, canvas[None], at, soft_embedding=soft[None].astype(graphs.dtype), temperature=given.temperature,
+                uniform=given.uniforms, noise=given.noise.astype(np.int64),
+                entropy_bound=np.asarray([bound], np.float32),
+            )  # fmt: skip
+            want: dict[str, np.ndarray] = {}
+            if "logits" in got:
+                before = None if logits is None else logits / given.temperature
+                logits = passes.logits(slot, canvas, before)
+                want["logits"] = logits[None]
+            result = passes.step([slot], given, {} if step else {slot: canvas})()
+            canvas, soft = result.canvas[0], passes.soft(slot)
+            want |= {
+                "token": np.where(result.accepted, result.canvas, got["token"]), "argmax": result.argmax,
+                "entropy": result.entropy, "accepted": result.accepted, "next_canvas": result.canvas,
+                "next_soft_embedding": soft[None],
+            }  # fmt: skip
+            note({name: _error(name, got[name], array) for name, array in want.items()})
+    passes.close(slot)
     return errors
 
 
-def _step(
-    model: runtime.DiffusionGemma, cache: definition.Cache, canvas: Any, soft: Any, given: dict[str, np.ndarray],
-    *, logits: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """A step's outputs by the graph's names, from the source."""
-    ops, weights = model.ops, model.engine.model
-    heat, uniform = (ops.asarray(given[name]) for name in ("temperature", "uniform"))
-    x = definition.denoise(ops, weights, cache, canvas, soft)
-    token, argmax, entropy, mean = ops.vocab_head(
-        x, weights.embed_tokens, model.config.softcap, ops.cast(heat, ops.wide), uniform
+def _draws(draw: np.random.Generator, length: int, vocab: int, bound: float) -> Draws:
+    return Draws(
+        temperature=np.full((1, 1), TEMPERATURE, np.float32),
+        uniforms=draw.random((1, length)).astype(np.float32),
+        noise=draw.integers(0, vocab, (1, length)).astype(np.int32),
+        entropy_bound=np.full((1, 1), bound),
+        confidence=np.zeros(1),
+        stability=np.zeros(1, np.int32),
+        greedy=np.zeros((1, 1), bool),
     )
-    accepted = sampler.accept(ops, entropy, float(given["entropy_bound"][0]))
-    made = {
-        "token": token, "argmax": argmax, "entropy": entropy, "accepted": accepted,
-        "next_canvas": ops.where(accepted, token, ops.asarray(given["noise"], "int32")), "next_soft_embedding": mean,
-    }  # fmt: skip
-    return made | ({"logits": ops.logits(x, weights.embed_tokens, model.config.softcap)} if logits else {})
 
 
-def _cache_errors(
-    graphs: Graphs, cache: dict[str, np.ndarray], model: runtime.DiffusionGemma, theirs: definition.Cache, at: int
-) -> dict[str, float]:
+def _cache_errors(graphs: Graphs, cache: dict[str, np.ndarray], snapshot: Snapshot) -> dict[str, float]:
+    """Compare the caches: of the source's, a snapshot has the valid entries of each layer."""
     found = {}
-    for one, config, kept in zip(graphs.about["layers"], model.config.layers, theirs.layers, strict=True):
-        rows = at if config.window is None else min(at, config.window - 1)
+    for one, kept in zip(graphs.about["layers"], snapshot.data, strict=True):
         for past, present, array in zip(one["past"], one["present"], kept, strict=True):
-            found[present] = _error(present, cache[past], model.ops.to_numpy(array)[:, :, :rows])
+            found[present] = _error(present, cache[past], np.asarray(array))
     return found
 
 

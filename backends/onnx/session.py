@@ -28,7 +28,7 @@ import onnxruntime as ort
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.safetensors import SafetensorsFile
 from ...core.errors import DgemmaError, quoted, shown
-from ...core.ops import DType
+from ...core.primitives import DType
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,9 +55,10 @@ def provider_of(device: str) -> str:
 class Session:
     """A loaded graph on one device."""
 
-    def __init__(self, inner: ort.InferenceSession, device: str, *, rests: bool = False) -> None:
-        """`rests`: other sessions run before this one does again, and its working memory is theirs meanwhile."""
-        self._inner = inner
+    def __init__(self, inner: ort.InferenceSession, device: str, lent: Weights, *, rests: bool = False) -> None:
+        """`lent` has to outlive the session. `rests`: other sessions run before this one does again, and its working
+        memory is theirs meanwhile."""
+        self._inner, self._lent = inner, lent
         self._how = ort.RunOptions()
         if rests:
             self._how.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
@@ -111,7 +112,7 @@ class Weights:
         self._values: dict[tuple[Any, ...], ort.OrtValue] = {}
 
     def lend(self, model: ir.Model, checkpoint: Checkpoint, options: ort.SessionOptions) -> None:
-        """Give a session of a graph its weights. What is lent has to outlive the session."""
+        """Give a session of a graph its weights."""
         import onnx_ir as ir
 
         for name, value in model.graph.initializers.items():
@@ -192,7 +193,7 @@ def open_session(
         inner = ort.InferenceSession(source, options, providers=list(providers.items()), disabled_optimizers=off)
     except Exception as error:  # as above
         raise DgemmaError(f"onnxruntime {ort.__version__} does not take {name}: {_first_line(error)}") from None
-    return Session(inner, device, rests=name == "encode" and device == "cpu")
+    return Session(inner, device, weights, rests=name == "encode" and device == "cpu")
 
 
 def _read(graph: Path) -> ir.Model | None:
