@@ -243,7 +243,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from dgemma.core import weights
+from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.backends.torch.inference import InferenceOps
 
@@ -261,9 +261,10 @@ peak, total = 0, 0.0
 def get(name):
     global peak
     peak = max(peak, anonymous() - before)
-    return checkpoint.tensor(name)
+    return ops.pack(checkpoint.tensor(name))
 
-model = weights.build(InferenceOps("bfloat16"), checkpoint.config, get)
+ops = InferenceOps("bfloat16")
+model = weights.build(checkpoint.config, get)
 for layer in model.layers:  # touch every page, as a forward pass would
     for weight in (layer.experts.gate_up_proj, layer.experts.down_proj):
         total += float(weight.flatten()[::2048].sum())

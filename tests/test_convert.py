@@ -20,7 +20,7 @@ from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, QTensor
 from dgemma.checkpoints.safetensors import DTYPES
 from dgemma.cli import main
-from dgemma.convert import convert, job, plan, recipes
+from dgemma.convert import convert, encode, job, plan, recipes
 from dgemma.convert.meter import Progress
 from dgemma.core.config import ModelConfig
 from dgemma.core.ops import dense
@@ -221,8 +221,8 @@ def test_the_folder_is_complete_and_its_manifest_true(folder: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("recipe", ["4bit", "nvfp4"])
 def test_the_bytes_depend_on_nothing_else(folder: Path, tmp_path: Path, recipe: str, monkeypatch: Any) -> None:
-    monkeypatch.setattr("dgemma.convert.encode.BLOCK", 1 << 12)
-    monkeypatch.setattr("dgemma.convert.encode.PIECE", 1 << 10)
+    monkeypatch.setattr(encode, "BLOCK", 1 << 12)
+    monkeypatch.setattr(encode, "PIECE", 1 << 10)
     copy = tmp_path / "elsewhere" / "source"
     shutil.copytree(folder, copy)
     for name, source, workers in (("one", folder, 1), ("two", copy, 2), ("more", folder, 5)):

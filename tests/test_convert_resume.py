@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dgemma.convert import convert, crew
+from dgemma.convert import convert, crew, encode
 from dgemma.convert import converter as engine
 from published import MANIFEST, floats, hashes, left
 from said import says
@@ -49,8 +49,8 @@ convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     folder: Path, tmp_path: Path, recipe: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr("dgemma.convert.encode.BLOCK", 1 << 12)
-    monkeypatch.setattr("dgemma.convert.encode.PIECE", 1 << 10)
+    monkeypatch.setattr(encode, "BLOCK", 1 << 12)
+    monkeypatch.setattr(encode, "PIECE", 1 << 10)
     convert(folder, tmp_path / "whole", recipe)
     draw, journal = random.Random(0), tmp_path / "out.partial" / ".dgemma" / "journal.jsonl"
 

@@ -84,7 +84,7 @@ def test_a_disk_that_is_full_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "w").write_bytes(b"old")
     code = f"""
 import resource, numpy as np
-from dgemma.core import safetensors
+from dgemma.checkpoints import safetensors
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 try:
     safetensors.write({str(tmp_path / "w")!r}, {{"x": np.ones(9999)}})
