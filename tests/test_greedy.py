@@ -10,12 +10,10 @@ import pytest
 
 import dgemma
 from dgemma.core.config import COLDEST, SamplerConfig
-from dgemma.core.engine import Engine
 from dgemma.core.random import step_noise
-from dgemma.core.sampler import settings, start
+from dgemma.core.sampler import settings
 from said import says
 from tiny import tiny_checkpoint
-from under_test import make_ops
 
 BASE = SamplerConfig(t_min=0.6, t_max=1.2)
 BOARD = ".3.1\n.2..\n....\n...4"
@@ -71,28 +69,21 @@ def test_temperature_zero_is_greedy() -> None:
     assert drafts(model, BOARD, temperature=1) == drafts(model, BOARD)
 
 
-def test_greedy_passes_read_the_most_probable_tokens(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_passes_read_the_most_probable_tokens(tiny: Path) -> None:
     """Every accepted position of the canvas that the next pass reads is the draft's; the others are noise."""
     model = dgemma.load(tiny, backend="numpy")
-    read: list[np.ndarray] = []
-    plain = Engine._settled
-
-    def watched(self: Engine, *arguments: Any) -> Any:
-        state = plain(self, *arguments)
-        read.append(np.asarray(state.canvas)[0].copy())
-        return state
-
-    monkeypatch.setattr(Engine, "_settled", watched)
     options: dict[str, Any] = dict(seed=2, steps=6, confidence=0.0, entropy_bound=5.0)
-    made = drafts(model, "x", **options, greedy=True)
-    vocab = model.config.vocab_size
-    for index, ((tokens, accepted), canvas) in enumerate(zip(made, read, strict=True)):
-        number, step = divmod(index, 6)
-        noise = step_noise(seed=2, canvas=number, step=step + 1, length=16, vocab_size=vocab)[1]
-        np.testing.assert_array_equal(canvas, np.where(accepted, tokens, noise))
-    read.clear()
-    sampled = drafts(model, "x", **options)
-    assert any((canvas[acc] != np.asarray(t)[acc]).any() for (t, acc), canvas in zip(sampled, read, strict=True)), (
+
+    def read(**how: Any) -> list[dgemma.Draft]:
+        events = model.stream("x", max_new_tokens=32, **options, **how)
+        return [event for event in events if isinstance(event, dgemma.Draft)]
+
+    vocab, made = model.config.vocab_size, read(greedy=True)
+    assert len(made) == 12
+    for one in made:
+        noise = step_noise(seed=2, canvas=one.canvas, step=one.step + 1, length=16, vocab_size=vocab)[1]
+        np.testing.assert_array_equal(one.following, np.where(one.accepted, one.tokens, noise))
+    assert any((one.following != one.tokens)[one.accepted].any() for one in read()), (
         "draws are the most probable tokens here in any case"
     )
 
@@ -104,11 +95,3 @@ def test_greedy_is_the_same_on_every_backend(backend: str) -> None:
     oracle, other = (dgemma.load("nano", backend=one, dtype="float32") for one in ("numpy", backend))
     for prompt in (BOARD, "..4.2.\n.6...4\n2.....\n.....5\n5...1.\n.1.3.."):
         assert drafts(other, prompt, greedy=True) == drafts(oracle, prompt, greedy=True)
-
-
-def test_a_state_that_accepted_nothing_is_noise() -> None:
-    from dgemma.core.sampler import settle
-
-    ops = make_ops("numpy", "float32")
-    noise = ops.asarray(np.array([[5, 6, 7]]), "int32")
-    np.testing.assert_array_equal(settle(ops, start(ops, noise, 2), noise + 1).canvas, [[6, 7, 8]])

@@ -12,12 +12,12 @@ import pytest
 import dgemma
 from dgemma import DiffusionGemma
 from dgemma.backends.numpy import NumpyOps
-from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint, resolve
-from dgemma.core.model import Model, denoise, encode, new_cache
+from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.ops import Ops
+from dgemma.core.parts import Model
 from law import assert_low_precision
-from under_test import LOW_PRECISION_BACKENDS, make_ops
+from under_test import LOW_PRECISION_BACKENDS, build, make_ops
 
 ROOT = Path(__file__).parents[1]
 SUDOKU = ROOT / "examples" / "sudoku"
@@ -41,10 +41,6 @@ def tensors() -> Checkpoint:
     return Checkpoint.open(resolve("nano"))
 
 
-def build(ops: Ops, checkpoint: Checkpoint) -> Model:
-    return weights.build(ops, checkpoint.config, checkpoint.tensor)
-
-
 @pytest.mark.parametrize("backend", ["numpy", "mlx"])
 def test_generations_are_token_identical(nano: DiffusionGemma, backend: str) -> None:
     other = dgemma.load("nano", backend=backend)
@@ -65,7 +61,7 @@ def test_a_board_is_its_rows_however_its_lines_end(nano: DiffusionGemma, board: 
 
 
 def logits(ops: Ops, model: Model, prompt: list[int], canvas: np.ndarray, soft: np.ndarray) -> np.ndarray:
-    cache = new_cache(ops, model.config, batch=1, capacity=len(prompt), chunk=len(prompt))
+    cache = new_cache(ops, model.config, slots=1, capacity=len(prompt), scratch=max(len(prompt), len(canvas)))
     cache = encode(ops, model, cache, ops.asarray(np.asarray([prompt], np.int32)))
     x = denoise(ops, model, cache, ops.asarray(canvas[None].astype(np.int32)), ops.asarray(soft[None], ops.dtype))
     return ops.to_numpy(ops.logits(x, model.embed_tokens, model.config.softcap))[0]
@@ -78,7 +74,7 @@ def test_bfloat16_is_within_the_law(nano: DiffusionGemma, tensors: Checkpoint, b
     canvas = rng.integers(0, nano.config.vocab_size, nano.config.canvas_length)
     soft = rng.normal(0, 0.1, (nano.config.canvas_length, nano.config.hidden_size)).astype(np.float32)
     exact, rounded, got = (
-        logits(ops, build(ops, tensors), prompt, canvas, soft)
+        logits(ops, build(ops, tensors.config, tensors.tensor), prompt, canvas, soft)
         for ops in (NumpyOps("float64"), NumpyOps("bfloat16"), make_ops(backend, "bfloat16"))
     )
     assert_low_precision(got, rounded, exact)

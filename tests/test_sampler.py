@@ -17,13 +17,15 @@ from dgemma.core import model as graph
 from dgemma.core import reference
 from dgemma.core import sampler as sampler_module
 from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Request
+from dgemma.core.engine import Engine
 from dgemma.core.events import Commit, Draft
 from dgemma.core.ops import Ops
-from dgemma.core.sampler import StepState, accept, advance, start
+from dgemma.core.parts import Draws, StepState
+from dgemma.core.row import Request
+from dgemma.core.sampler import accept, advance, start
 from law import assert_close_f32
 from traces import LAST_UNIFORM
-from under_test import BACKENDS, Margins, make_ops
+from under_test import BACKENDS, Margins, make_ops, on_device, passes_of
 
 # ---- Formulas ---------------------------------------------------------------------------------------------------
 
@@ -39,28 +41,34 @@ def plain_accept(entropy: np.ndarray, bound: float) -> np.ndarray:
 
 @given(
     st.lists(st.lists(st.integers(0, 40), min_size=6, max_size=6), min_size=1, max_size=3),
-    st.integers(0, 200),
+    st.lists(st.integers(0, 200), min_size=3, max_size=3),
 )
-def test_accept_is_the_sorted_sum(entropies: list[list[int]], bound: int) -> None:
+def test_accept_is_the_sorted_sum(entropies: list[list[int]], bounds: list[int]) -> None:
     # Sixty-fourths of a nat: every sum is exact, so that ties and sums on the bound itself are decided, not rounded.
-    values = np.array(entropies) / 64
+    values, limits = np.array(entropies) / 64, np.array(bounds[: len(entropies)])[:, None] / 64  # each row its own
     for backend in BACKENDS:
         ops = make_ops(backend, "float32")
-        got = ops.to_numpy(accept(ops, ops.asarray(values, "float32"), bound / 64))
-        np.testing.assert_array_equal(got, [plain_accept(row, bound / 64) for row in values], backend)
+        got = ops.to_numpy(accept(ops, ops.asarray(values, "float32"), ops.asarray(limits, "float32")))
+        want = [plain_accept(row, bound) for row, bound in zip(values, limits[:, 0], strict=True)]
+        np.testing.assert_array_equal(got, want, backend)
 
 
 def test_accept_takes_the_surest_and_what_sums_to_the_bound(ops: Ops) -> None:
     entropy = ops.asarray(np.array([[3.0, 2.0, 5.0], [0.25, 0.5, 0.125]]), "float32")
-    np.testing.assert_array_equal(ops.to_numpy(accept(ops, entropy, 0.375)), [[False, True, False], [True, True, True]])
-    np.testing.assert_array_equal(ops.to_numpy(accept(ops, entropy, 0.0)), [[False, True, False], [False, False, True]])
+    for bound, want in (
+        (0.375, [[False, True, False], [True, True, True]]),
+        (0.0, [[False, True, False], [False, False, True]]),
+    ):
+        got = accept(ops, entropy, ops.asarray(np.full((2, 1), bound), "float32"))
+        np.testing.assert_array_equal(ops.to_numpy(got), want)
 
 
 @pytest.mark.parametrize("stability", [0, 1, 2, 3])
 def test_advance_stops_where_stable_and_confident(ops: Ops, stability: int) -> None:
     draw = np.random.default_rng(stability)
-    sampler = SamplerConfig(stability=stability, confidence=0.5, entropy_bound=0.25)
     rows, length, passes = 4, 3, 14
+    greedy = np.arange(rows) % 2 == 1  # rows of both kinds in one pass
+    confidences = np.array([0.5, 0.5, 0.4, 0.6])
     # Few different canvases and entropies near the threshold, so that every combination comes up.
     argmaxes = np.array([[5, 6, 7], [5, 6, 8]])[draw.integers(0, 2, (passes, rows)) // draw.integers(1, 3, rows)]
     entropies = draw.integers(0, 64, (passes, rows, length)) / 64
@@ -68,20 +76,24 @@ def test_advance_stops_where_stable_and_confident(ops: Ops, stability: int) -> N
     state = start(ops, ops.asarray(noise[0], "int32"), 2)
     stopped = []
     for n in range(passes):
+        draws = Draws(
+            temperature=np.ones((rows, 1), np.float32), uniforms=np.zeros((rows, length), np.float32),
+            noise=noise[n].astype(np.int32), entropy_bound=np.full((rows, 1), 0.25), confidence=confidences,
+            stability=np.full(rows, stability, np.int32), greedy=greedy[:, None],
+        )  # fmt: skip
         state = advance(
-            ops, sampler, state,
+            ops, on_device(ops, draws), state,
             ops.asarray(tokens[n], "int32"), ops.asarray(argmaxes[n], "int32"), ops.asarray(entropies[n], "float32"),
-            state.soft, ops.asarray(noise[n], "int32"),
+            state.soft,
         )  # fmt: skip
         for row in range(rows):
             history = argmaxes[max(n - stability, 0) : n + 1, row]
             stable = len(history) == stability + 1 and (history == history[-1]).all()
-            assert bool(ops.to_numpy(state.stop)[row]) == (stable and entropies[n, row].mean() < 0.5)
+            assert bool(ops.to_numpy(state.stop)[row]) == (stable and entropies[n, row].mean() < confidences[row])
             accepted = plain_accept(entropies[n, row], 0.25)
             np.testing.assert_array_equal(ops.to_numpy(state.accepted)[row], accepted)
-            np.testing.assert_array_equal(
-                ops.to_numpy(state.canvas)[row], np.where(accepted, tokens[n, row], noise[n, row])
-            )
+            taken = argmaxes[n, row] if greedy[row] else tokens[n, row]
+            np.testing.assert_array_equal(ops.to_numpy(state.canvas)[row], np.where(accepted, taken, noise[n, row]))
         np.testing.assert_array_equal(ops.to_numpy(state.argmax), argmaxes[n])
         stopped.append(ops.to_numpy(state.stop))
     assert 0 < np.sum(stopped) < np.size(stopped), "the draw must reach both outcomes"
@@ -223,15 +235,11 @@ def test_generation_equals_transformers(ops: Ops, shape: str, setting: str) -> N
 def test_the_engine_generates_what_transformers_does(ops: Ops, shape: str, setting: str) -> None:
     """The same through the public loop: chunked prefill, and no encode after the last canvas."""
     seed, prompt, sampler = arguments(shape, setting)
-    engine = Engine(ops, hf.load(ops, hf.shared(shape, LENGTH, GAIN)), None)
-    events = list(
-        engine.generate(
-            Request(
-                prompt=tuple(prompt.tolist()), max_new_tokens=CANVASES * LENGTH, seed=seed, sampler=sampler,
-                eos_token_ids=(),
-            )
-        )
-    )  # fmt: skip
+    engine = Engine(passes_of(ops, hf.load(ops, hf.shared(shape, LENGTH, GAIN))), None)
+    request = Request(
+        prompt=tuple(prompt.tolist()), max_new_tokens=CANVASES * LENGTH, seed=seed, sampler=sampler, eos_token_ids=()
+    )
+    events = list(engine.add(request).events())
     want = their_trace(shape, setting)
     drafts = [one for one in events if isinstance(one, Draft)]
     passes = [(c, n, one) for c, canvas in enumerate(want.canvases) for n, one in enumerate(canvas)]
@@ -287,9 +295,9 @@ def _heat_one_step_late(patch: pytest.MonkeyPatch) -> None:
 def _freeze_accepted_tokens(patch: pytest.MonkeyPatch) -> None:
     right = sampler_module.advance
 
-    def wrong(ops: Ops, sampler: Any, state: StepState, token: Any, argmax: Any, entropy: Any, *rest: Any) -> StepState:
+    def wrong(ops: Ops, draws: Draws, state: StepState, token: Any, argmax: Any, entropy: Any, soft: Any) -> StepState:
         token = ops.where(state.accepted, state.canvas, token)
-        return right(ops, sampler, state, token, argmax, ops.where(state.accepted, 0.0, entropy), *rest)
+        return right(ops, draws, state, token, argmax, ops.where(state.accepted, 0.0, entropy), soft)
 
     patch.setattr(sampler_module, "advance", wrong)
 
@@ -300,16 +308,16 @@ def _commit_other_tokens(patch: pytest.MonkeyPatch) -> None:
 
 
 def _condition_on_raw_scores(patch: pytest.MonkeyPatch) -> None:
-    right = reference.vocab_head
+    right = NumpyOps.vocab_head
 
-    def wrong(ops: Ops, x: Any, table: Any, softcap: float, heat: Any, u: Any) -> Any:
+    def wrong(ops: NumpyOps, x: Any, table: Any, softcap: float, heat: Any, u: Any) -> Any:
         return *right(ops, x, table, softcap, heat, u)[:3], right(ops, x, table, softcap, heat * 0 + 1, u)[3]
 
-    patch.setattr(reference, "vocab_head", wrong)
+    patch.setattr(NumpyOps, "vocab_head", wrong)
 
 
 def _accept_by_own_sum(patch: pytest.MonkeyPatch) -> None:
-    def wrong(ops: Ops, entropy: Any, bound: float) -> Any:
+    def wrong(ops: Ops, entropy: Any, bound: Any) -> Any:
         order = np.sort(entropy, -1)
         return entropy <= np.where(np.cumsum(order, -1) <= bound, order, -1.0).max(-1, keepdims=True)
 
