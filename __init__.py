@@ -11,13 +11,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Functions with the names of packages: these are loaded by now, and so no later import of theirs takes the names.
 from .convert import convert
+from .core.version import __version__
+from .tools.export import export
 
 if TYPE_CHECKING:
     from .core.config import GenerationConfig, ModelConfig, SamplerConfig
     from .core.errors import DgemmaError
     from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
-    from .export import export
     from .runtime import DiffusionGemma, load
     from .tools.compare import Comparison, compare
 
@@ -27,10 +29,8 @@ _HOMES = {
     "core.errors": ("DgemmaError",),
     "core.events": ("Commit", "Done", "Draft", "Event", "Generation", "Prefill", "Stats"),
     "runtime": ("DiffusionGemma", "load"),
-    "export": ("export",),
 }
 
-__version__ = "0.1.0"
 __all__ = [
     "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
     "GenerationConfig", "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "compare", "convert",

@@ -57,11 +57,11 @@ def native(name: str, device: str = "auto") -> tuple[DType, ...] | None:
     """
     if name != "torch" or available()["torch"] is not None or device.startswith("cuda"):
         return None
-    import torch
+    from torch import cuda
 
     from .torch import processor
 
-    return None if device == "auto" and torch.cuda.is_available() else processor.native()
+    return None if device == "auto" and cuda.is_available() else processor.native()
 
 
 def open(

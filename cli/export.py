@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from ..export import Report
+    from ..export.report import Report
 
 
 @click.command(short_help="Write a checkpoint out as ONNX graphs.")
@@ -39,7 +39,7 @@ def export(source: str, out: Path | None, as_json: bool, **options: Any) -> None
     dgemma export ./diffusiongemma-4bit
     dgemma export nano --out nano-onnx --standalone --verify
     """
-    from ..export import export as run
+    from ..tools.export import export as run
     from .output import consoles, put, put_lines
 
     console, errors = consoles()

@@ -21,7 +21,7 @@ from typing import Any
 
 from ..checkpoints import ties
 from ..checkpoints.checkpoint import inside
-from ..checkpoints.files import FULL, open_file, read_bytes, why
+from ..checkpoints.files import FULL, read_bytes, why
 from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.given import check_call, check_flags, check_path, integer
@@ -32,7 +32,8 @@ from .job import Job, check_result, make_config, make_manifest, prepare
 from .meter import Meter, Progress
 from .partial import HIDDEN, MANIFEST, Partial, finish, open_partial, tidy
 from .plan import Item
-from .stored import Weight
+from .stored import source_bytes
+from .verify import file_hash, verify_job
 
 SYNC_BYTES, SYNC_SECONDS = 256 << 20, 1.0  # what a kill costs at most
 _INDEX = "model.safetensors.index.json"
@@ -76,42 +77,19 @@ class Report:
 def convert(
     source: str | Path,
     out: str | Path,
-    recipe: str | None = None,
+    recipe: str | None,
     *,
-    rules: str | Path | None = None,
-    mlx: bool = False,
-    requantize: bool = False,
-    force: bool = False,
-    verify: bool = False,
-    revision: str | None = None,
-    tokenizer: str | Path | None = None,
-    workers: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    rules: str | Path | None,
+    mlx: bool,
+    requantize: bool,
+    force: bool,
+    verify: bool,
+    revision: str | None,
+    tokenizer: str | Path | None,
+    workers: int | None,
+    progress: Callable[[Progress], None] | None,
 ) -> Report:
-    """Convert a checkpoint folder.
-
-    Interrupted at any point, the same call goes on where it was. If `out` is there and was made by the same call from
-    the same source, nothing is done.
-
-    Args:
-        source: a folder, a GGUF file, or a Hugging Face hub id, which is downloaded. bf16, f16 or f32, MLX's quantized
-            layout, modelopt's NVFP4, compressed-tensors' NVFP4, FP8 and integers, or fp8 in blocks.
-        out: the folder to make. Until it is whole it is called `<out>.partial`.
-        recipe: a name in `recipes.RECIPES`; by default `4bit`, and `keep` where the source is quantized already.
-        rules: a file of one's own rules, in place of a recipe.
-        mlx: store what MLX's own loaders ask for, so that the folder loads in mlx-vlm: biases of symmetric formats, and
-            no global scales.
-        requantize: allow weights that are quantized already to be rounded again.
-        force: make `out` anew if it is there, and throw away work begun with other settings.
-        verify: read everything back and compare it with the source.
-        revision: branch, tag or commit, for a hub id.
-        tokenizer: a folder with the original tokenizer, for a GGUF file.
-        workers: processes that encode; by default one for each core, and none besides this for what is small.
-        progress: called a few times a second.
-
-    Raises:
-        DgemmaError: anything wrong with the source, the target or the recipe, in one line.
-    """
+    """Do what `dgemma.convert` says."""
     began = time.monotonic()
     out = target.absolute(out)
     check_flags(mlx=mlx, requantize=requantize, force=force, verify=verify)
@@ -132,8 +110,6 @@ def convert(
             _make(job, out, force=force, threads=threads, meter=meter)
         tidy(out)
         if verify:
-            from .verify import verify_job
-
             verify_job(job, out, threads=threads, meter=meter)
         return _report(job, out, fresh=fresh, verified=verify, seconds=time.monotonic() - began)
     except OSError as error:
@@ -260,12 +236,6 @@ def _factor(item: Item, index: int, partial: Partial, crew: Crew, pool: ThreadPo
     return partial.factors[index]
 
 
-def source_bytes(weight: Weight, rows: int | None = None) -> int:
-    """Return about the bytes that rows take in the source, all by default."""
-    width = weight.format.bits_per_weight / 8 if weight.format else {"F32": 4, "quantized": 1}.get(weight.dtype, 2)
-    return int((weight.rows if rows is None else rows) * weight.width * width)
-
-
 def _complete(job: Job, partial: Partial, threads: int, meter: Meter) -> None:
     """Write what stands beside the weights, the manifest last."""
     table = {name: shard.name for shard in job.shards for name in shard.places}
@@ -330,17 +300,6 @@ def _report(job: Job, out: Path, *, fresh: bool, verified: bool, seconds: float)
         fresh=fresh,
         verified=verified,
     )
-
-
-def file_hash(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
-    """Return a file's SHA-256; `advance` is told of the bytes read."""
-    digest = hashlib.sha256()
-    buffer = bytearray(4 << 20)
-    with open_file(path) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-            advance(count)
-    return digest.hexdigest()
 
 
 def _json(data: Any) -> bytes:

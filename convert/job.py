@@ -21,6 +21,7 @@ from ..checkpoints.quantized import Quantization
 from ..checkpoints.safetensors import SafetensorsFile
 from ..core.config import ModelConfig, read_json
 from ..core.errors import DgemmaError, shown
+from ..core.version import __version__
 from .gguf_source import GgufSource, open_source
 from .layouts import Source, read_source
 from .plan import Item, Shard, decide, lay_out, wanted, written
@@ -250,8 +251,6 @@ def make_manifest(
         if item.fallback:
             one["fallback"] = item.fallback
         tensors[item.weight.name] = one
-    from .. import __version__
-
     dropped = job.source.dropped
     return {
         "tool": f"dgemma {__version__}",

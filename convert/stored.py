@@ -233,3 +233,9 @@ def reshaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
     """See a tensor in another shape of as many elements."""
     entry = stored.entry
     return Stored(path=stored.path, entry=Entry(dtype=entry.dtype, shape=shape, start=entry.start, nbytes=entry.nbytes))
+
+
+def source_bytes(weight: Weight, rows: int | None = None) -> int:
+    """Return about the bytes that rows take in the source, all by default."""
+    width = weight.format.bits_per_weight / 8 if weight.format else {"F32": 4, "quantized": 1}.get(weight.dtype, 2)
+    return int((weight.rows if rows is None else rows) * weight.width * width)

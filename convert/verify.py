@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ..checkpoints.checkpoint import inside, open_files
+from ..checkpoints.files import open_file
 from ..checkpoints.quant import QTensor
 from ..core.config import ModelConfig, read_json
 from ..core.errors import DgemmaError, quoted, shown
 from .encode import measured, runs, squares, values
 from .job import Job, relative
 from .layouts import read_source
+from .meter import Meter
 from .partial import MANIFEST
 from .plan import Item
-from .stored import Rows, Weight
-
-if TYPE_CHECKING:
-    from .meter import Meter
+from .stored import Rows, Weight, source_bytes
 
 SLACK = 3.0
 """A weight's error over all of it, in units of that over the part measured before: more is a part gone wrong."""
@@ -33,8 +33,6 @@ def verify_files(folder: Path, *, threads: int, meter: Meter) -> dict[str, Any]:
     Raises:
         DgemmaError: no manifest, or the file that differs, by name.
     """
-    from .converter import file_hash
-
     if not (folder / MANIFEST).is_file():
         raise DgemmaError(f"{shown(folder)}: no {MANIFEST} in it; dgemma convert writes one")
     manifest = read_json(inside(folder, MANIFEST))
@@ -58,14 +56,23 @@ def verify_files(folder: Path, *, threads: int, meter: Meter) -> dict[str, Any]:
     return manifest
 
 
+def file_hash(path: Path, advance: Callable[[int], None] = lambda count: None) -> str:
+    """Return a file's SHA-256; `advance` is told of the bytes read."""
+    digest = hashlib.sha256()
+    buffer = bytearray(4 << 20)
+    with open_file(path) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+            advance(count)
+    return digest.hexdigest()
+
+
 def verify_job(job: Job, folder: Path, *, threads: int, meter: Meter) -> None:
     """Compare files with the manifest, and every weight, read and dequantized, with the source.
 
     Raises:
         DgemmaError: the file or the weight that differs, by name.
     """
-    from .converter import source_bytes
-
     manifest = verify_files(folder, threads=threads, meter=meter)
     data = read_json(inside(folder, "config.json"))
     config = ModelConfig.from_hf(data, where=shown(folder / "config.json"))

@@ -1,35 +1,8 @@
 """DiffusionGemma as ONNX: the same graph, written out.
 
-`dgemma.export` is both this package and the function in it: the package can be called.
+graph, arrays      a graph that is being written, and values that are not there yet
+primitives, ops    the Ops contract in ONNX; experts, head, packed: its larger ops
+graphs, weights    encode, denoise and the others; where in the checkpoint's files their weights lie
+exporter, target   a folder with them, and where it may be; manifest: the JSON beside them; report: what was made
+check, probe       onnx's checker, and what the onnxruntime installed here can run
 """
-
-from __future__ import annotations
-
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from .exporter import Report, export
-
-__all__ = ["Report", "export"]
-
-
-def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from . import exporter
-
-        return getattr(exporter, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-class _Callable(ModuleType):
-    """The package, which importing any of its files binds to `dgemma.export`: the function all the same."""
-
-    def __call__(self, *args: Any, **options: Any) -> Report:
-        from .exporter import export
-
-        return export(*args, **options)
-
-
-sys.modules[__name__].__class__ = _Callable

@@ -8,15 +8,13 @@ named dimensions that become nodes only where an op asks for their value.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .graph import NUMPY, Value
-
-if TYPE_CHECKING:
-    from .primitives import PrimitiveOps
 
 Dim = "int | Size"
 
@@ -77,13 +75,21 @@ def _terms(x: int | Size) -> dict[tuple[str, ...], int]:
     return dict(x.terms) if isinstance(x, Size) else {(): int(x)}
 
 
+class Writer(Protocol):
+    """What an array asks of the ops that it was made by."""
+
+    def reshaped(self, raw: Value, held: Sequence[int | Size], shape: Sequence[int | Size]) -> Value: ...
+    def binary(self, kind: str, a: Any, b: Any, dtype: str | None) -> Array: ...
+    def sliced(self, x: Array, index: Any) -> Array: ...
+
+
 class Array:
     """A value, its logical shape and its dtype in the contract's names."""
 
     __slots__ = ("dtype", "held", "ops", "raw", "shape")
     __hash__ = None  # type: ignore[assignment] - `==` writes a node
 
-    def __init__(self, ops: PrimitiveOps, raw: Value, shape: tuple[Any, ...], dtype: str, held: Any = None) -> None:
+    def __init__(self, ops: Writer, raw: Value, shape: tuple[Any, ...], dtype: str, held: Any = None) -> None:
         self.ops = ops
         self.raw = raw
         self.shape = shape

@@ -29,10 +29,10 @@ from .weights import Packed
 
 if TYPE_CHECKING:
     from ..core.parts import Experts, Router
-    from .ops import OnnxOps
+    from .primitives import PrimitiveOps
 
 
-def geglu_moe(ops: OnnxOps, h: Array, r: Array, router: Router, experts: Experts) -> Array:
+def geglu_moe(ops: PrimitiveOps, h: Array, r: Array, router: Router, experts: Experts) -> Array:
     """See `Ops.moe`."""
     b = ops.builder
     width, k = r.shape[-1], router.experts_per_token
@@ -62,7 +62,7 @@ class _Matrix:
     """How many of the function's inputs it takes."""
 
     @classmethod
-    def of(cls, ops: OnnxOps, weight: Array | Packed, inputs: list[Value]) -> _Matrix:
+    def of(cls, ops: PrimitiveOps, weight: Array | Packed, inputs: list[Value]) -> _Matrix:
         """Describe a weight, and append what the function has to be given of it."""
         if not isinstance(weight, Packed):
             inputs.append(weight.value)
@@ -75,7 +75,7 @@ class _Matrix:
         return cls(weight.shape, weight.format, len(stored))
 
 
-def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir.Function:
+def _written(name: str, ops: PrimitiveOps, count: int, matrices: list[_Matrix]) -> ir.Function:
     b = Builder(function=True)
     names = ["x", "index", "weights"]
     for part, one in zip(("gate_up", "down"), matrices, strict=True):
@@ -86,7 +86,7 @@ def _written(name: str, ops: OnnxOps, count: int, matrices: list[_Matrix]) -> ir
     return function(name, b, [_body(b, ops, count, matrices, b.inputs)], opset=ops.opset)
 
 
-def _body(b: Builder, ops: OnnxOps, count: int, matrices: list[_Matrix], inputs: list[Value]) -> Value:
+def _body(b: Builder, ops: PrimitiveOps, count: int, matrices: list[_Matrix], inputs: list[Value]) -> Value:
     x, index, weights, *stored = inputs
     dense = all(one.format is None for one in matrices)
     expert, rank, row, counts = _ranked(b, index, count)
@@ -142,8 +142,8 @@ def _bent(b: Builder, both: Value, axis: int = -1) -> Value:
 
 
 def _looped(
-    b: Builder, ops: OnnxOps, laid: Value, sizes: tuple[Value, Value, Value], stored: tuple[list[Value], list[Value]],
-    matrices: list[_Matrix],
+    b: Builder, ops: PrimitiveOps, laid: Value, sizes: tuple[Value, Value, Value],
+    stored: tuple[list[Value], list[Value]], matrices: list[_Matrix],
 ) -> Value:  # fmt: skip
     """Both products, one used expert after another, on the rows that it has: laid [used, room, D] → the same shape."""
     used, counts, room = sizes
@@ -166,7 +166,7 @@ def _looped(
 
 
 def _product(
-    b: Builder, loop: Builder, ops: OnnxOps, x: Value, expert: Value, stored: list[Value], matrix: _Matrix
+    b: Builder, loop: Builder, ops: PrimitiveOps, x: Value, expert: Value, stored: list[Value], matrix: _Matrix
 ) -> Value:
     """Multiply by one expert's matrix: x [room, K] → [room, R]. Scales are cast before the loop."""
     (_, out, width), kind = matrix.shape, matrix.format
@@ -208,7 +208,7 @@ def _product(
     return made
 
 
-def _transposed(b: Builder, ops: OnnxOps, x: Value, matrix: Value) -> Value:
+def _transposed(b: Builder, ops: PrimitiveOps, x: Value, matrix: Value) -> Value:
     """x [n, K] · matrixᵀ, matrix [R, K]."""
     if ops.portable:
         return b.op("Gemm", x, matrix, transB=1)

@@ -1,4 +1,4 @@
-"""`dgemma.export`: a checkpoint folder in, a folder with ONNX graphs out."""
+"""A checkpoint folder in, a folder with ONNX graphs out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ..checkpoints.links import inside
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.given import check_call, check_flags
 from . import manifest
+from .report import Report
 from .target import choose, left, opened
 
 OPSETS = (23, 24)
@@ -27,70 +27,29 @@ _MAX_COPIED = 1 << 28  # bytes; a tokenizer or an index of a real model has some
 _OUTDATED = ("dgemma-manifest.json", manifest.NAME)  # hashes of files as converted, and what is written anew
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What was made."""
-
-    path: Path
-    graphs: dict[str, int]
-    """Nodes of each graph, those of functions counted once."""
-    weight_bytes: int
-    """Bytes of the weight files, which are the checkpoint's own unless they were copied."""
-    copied: bool
-    graph_bytes: int
-    lacking: tuple[str, ...]
-    """Operators that the onnxruntime installed here does not have for the CPU."""
-    fused_experts: bool
-    """Whether it has a fused operator for gated experts with tanh-GELU, which `dgemma::GegluMoE` could be."""
-    errors: dict[str, float] = field(default_factory=dict)
-    """With `verify`, the largest error of each output; see `verify.py`."""
-    seconds: float
-
-
 def export(
     source: str | Path,
-    out: str | Path | None = None,
+    out: str | Path | None,
     *,
-    opset: int = 23,
-    unified: bool = False,
-    standalone: bool = False,
-    fp16: bool = False,
-    logits: bool = False,
-    cpu: bool = False,
-    portable: bool = False,
-    verify: bool = False,
-    force: bool = False,
-    revision: str | None = None,
-    progress: Callable[[str], None] | None = None,
+    opset: int,
+    unified: bool,
+    standalone: bool,
+    fp16: bool,
+    logits: bool,
+    cpu: bool,
+    portable: bool,
+    force: bool,
+    revision: str | None,
+    progress: Callable[[str], None] | None,
+    compare: Callable[[Path, Path], dict[str, float]] | None,
 ) -> Report:
-    """Write a checkpoint's graphs for ONNX Runtime: `encode.onnx`, `denoise.onnx` and `dgemma-onnx.json`.
-
-    Args:
-        source: a folder, original or converted; `nano`; or a Hugging Face hub id.
-        out: the folder to make; by default the graphs are put beside the weights. Elsewhere on the same disk the weight
-            files appear as hard links, so that nothing is copied. `nano`, a part of the package, needs one.
-        opset: 23 or 24.
-        unified: one graph, `unified.onnx`, with the inputs and outputs of both.
-        standalone: copy the weights that the graphs read, and nothing else, into one file in `out`.
-        fp16: compute in float16.
-        logits: give denoise the output `logits`.
-        cpu: write quantized products as a CPU does them fastest; the default is MatMulNBits, which every provider has.
-        portable: write operators of the ONNX standard only, for other runtimes than ONNX Runtime.
-        verify: compare the graphs with the source, run by another backend in float32.
-        force: replace what an earlier export left, and nothing else; see `target.py`.
-        revision: branch, tag or commit of a hub id.
-        progress: called with a line for each stage.
-
-    Raises:
-        DgemmaError: what cannot be read, is quantized in a format without an exact operator, or cannot be written; or
-            a graph that onnx's checker, which reads each as it was written, finds faulty.
-    """
+    """Do what `dgemma.export` says. `compare` gives the errors of a folder's graphs against the source's folder."""
     began = time.perf_counter()
     check_call(progress)
     check_flags(unified=unified, standalone=standalone, fp16=fp16, logits=logits)
-    check_flags(cpu=cpu, portable=portable, verify=verify, force=force)
+    check_flags(cpu=cpu, portable=portable, force=force)
     say = progress or (lambda line: None)
-    _check_options(opset, cpu, portable, verify)
+    _check_options(opset, cpu, portable, compare is not None)
     say("reading headers")
     original = Checkpoint.open(resolve(source, revision=revision))
     original.check()
@@ -117,9 +76,7 @@ def export(
     from .probe import has_fused_experts, lacking, require
 
     errors: dict[str, float] = {}
-    if verify:
-        from .verify import verify as compare
-
+    if compare is not None:
         say("verifying")
         require(made.values())
         errors = compare(folder, original.path)

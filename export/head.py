@@ -24,7 +24,7 @@ from .graph import Builder, Value
 from .weights import Packed
 
 if TYPE_CHECKING:
-    from .ops import OnnxOps
+    from .primitives import PrimitiveOps
 
 PART = 8 << 20
 """Bytes of a dequantized part that are still in a processor's cache at its second product."""
@@ -37,7 +37,7 @@ _NOTHING = -1e30
 class Table:
     """The embedding in parts [v, D], all of one size but the last, and each a whole number of blocks."""
 
-    def __init__(self, ops: OnnxOps, table: Array | Packed) -> None:
+    def __init__(self, ops: PrimitiveOps, table: Array | Packed) -> None:
         self._ops = ops
         self.rows, self.width = table.shape
         least = max(PART // (4 * self.width), self.rows // MOST_PARTS)
@@ -53,7 +53,7 @@ class Table:
         return one, packed.whole(self._ops, one, after).value
 
 
-def _scores(ops: OnnxOps, x: Array, part: Array | Packed, values: Value, softcap: float) -> Value:
+def _scores(ops: PrimitiveOps, x: Array, part: Array | Packed, values: Value, softcap: float) -> Value:
     """Return tanh(x · partᵀ / softcap), wide [rows, v]."""
     b = ops.builder
     if isinstance(part, Packed) and not ops.unpacks:
@@ -65,7 +65,7 @@ def _scores(ops: OnnxOps, x: Array, part: Array | Packed, values: Value, softcap
     return b.op("Tanh", made)
 
 
-def scores(ops: OnnxOps, x: Array, table: Array | Packed, softcap: float) -> Value:
+def scores(ops: PrimitiveOps, x: Array, table: Array | Packed, softcap: float) -> Value:
     """Return tanh(x · tableᵀ / softcap), wide [rows, V] <- very big."""
     parts: list[Value] = []
     whole = Table(ops, table)
@@ -87,7 +87,7 @@ class _Part:
 
 
 def vocab_head(
-    ops: OnnxOps, x: Array, table: Any, softcap: float, temperature: Array, u: Array
+    ops: PrimitiveOps, x: Array, table: Any, softcap: float, temperature: Array, u: Array
 ) -> tuple[Array, Array, Array, Array]:
     b, whole = ops.builder, Table(ops, table)
     shape = x.shape[:-1]
@@ -154,7 +154,7 @@ def _part(b: Builder, flat: Value, start: int, steep: Value, before: Value | Non
     return _Part(mass=mass, sums=sums, moment=moment, peak=peak, top=top, argmax=argmax)
 
 
-def _mean(ops: OnnxOps, mass: Value, values: Value, count: int, before: Value | None) -> Value:
+def _mean(ops: PrimitiveOps, mass: Value, values: Value, count: int, before: Value | None) -> Value:
     """Return before + mass · values, wide [rows, D]; mass has `count` columns that are tokens."""
     b = ops.builder
     flat = b.op("Reshape", mass, b.ints(0, -1))

@@ -40,42 +40,20 @@ class Heads:
         batch, length, width = self.value.shape
         return batch, self.count, length, width // self.count
 
-    def apart(self) -> Array:
+    def apart(self, ops: PrimitiveOps) -> Array:
         """The array that the shape says."""
         batch, count, length, width = self.shape
-        ops = self.value.ops
         return ops.transpose(ops.reshape(self.value, (batch, length, count, width)), (0, 2, 1, 3))
 
 
 class OnnxOps(PrimitiveOps):
     """Writes `encode` and `denoise` for ONNX Runtime."""
 
-    def __init__(
-        self, builder: Builder, dtype: DType = "float32", *, opset: int = 23, cpu: bool = False, portable: bool = False
-    ) -> None:
-        super().__init__(builder, dtype)
-        self.opset = opset
-        self.cpu = cpu
-        """Whether the graph is for a CPU, where quantized products are written otherwise; see `packed.py`."""
-        self.portable = portable
-        """Whether it may hold operators of the ONNX standard only, and no function of ours."""
+    def __init__(self, builder: Builder, dtype: DType = "float32", **target: Any) -> None:
+        """`target` as in `PrimitiveOps`."""
+        super().__init__(builder, dtype, **target)
         self._masks: dict[Any, Any] = {}
         self._present: dict[Any, KV] = {}
-
-    @property
-    def unpacks(self) -> bool:
-        """Whether quantized matrices become numbers before they are multiplied by."""
-        return self.cpu or self.portable
-
-    def branch(self, builder: Builder) -> OnnxOps:
-        """Return ops that write into a branch of this graph and know its inputs."""
-        made = OnnxOps(builder, self.dtype, opset=self.opset, cpu=self.cpu, portable=self.portable)
-        made._dims = self._dims
-        return made
-
-    def seen(self, x: Array) -> Array:
-        """Return an array of the graph around a branch as one of the branch."""
-        return self.array(x.raw, x.shape, x.dtype, x.held)
 
     def pack(self, weight: Any) -> Any:
         return weight.pack(self)
@@ -166,7 +144,7 @@ class OnnxOps(PrimitiveOps):
     def cache_write(self, context: KV, k: Any, v: Any, span: Span, fresh: Any) -> KV:
         """The cache is what the attention op put together; with a window, its newest rows."""
         present = self._present.get(k) or KV(
-            *(self.concat([old, new.apart()], 2) for old, new in zip(context, (k, v), strict=True))
+            *(self.concat([old, new.apart(self)], 2) for old, new in zip(context, (k, v), strict=True))
         )
         if span.window is None:
             return present

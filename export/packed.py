@@ -20,21 +20,21 @@ import numpy as np
 from ..checkpoints.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value
-from .weights import Packed, Place
+from .weights import Dense, Packed, Place
 
 if TYPE_CHECKING:
-    from .ops import OnnxOps
+    from .primitives import PrimitiveOps
 
 EXACT = 1
 """MatMulNBits' accuracy level for float32 arithmetic."""
 
 
-def scales_of(ops: OnnxOps, weight: Packed) -> Array:
+def scales_of(ops: PrimitiveOps, weight: Packed) -> Array:
     """Return scales [..., K/g] in the compute dtype."""
     return _cast(ops, weight.scales)
 
 
-def rest_of(ops: OnnxOps, weight: Packed) -> Array | None:
+def rest_of(ops: PrimitiveOps, weight: Packed) -> Array | None:
     """Return bias + z·scale [..., K/g], or None where that is 0 throughout."""
     if weight.biases is None:
         return None
@@ -42,13 +42,11 @@ def rest_of(ops: OnnxOps, weight: Packed) -> Array | None:
     return _cast(ops, weight.biases) + scales_of(ops, weight) * zero
 
 
-def _cast(ops: OnnxOps, place: Place, shape: tuple[int, ...] | None = None) -> Array:
-    from .weights import Dense
-
+def _cast(ops: PrimitiveOps, place: Place, shape: tuple[int, ...] | None = None) -> Array:
     return Dense(where=place).pack(ops, shape)
 
 
-def linear(ops: OnnxOps, x: Array, weight: Packed) -> Array:
+def linear(ops: PrimitiveOps, x: Array, weight: Packed) -> Array:
     """x [..., K] · weightᵀ, weight [F, K]."""
     kind, (out, width) = weight.format, weight.shape
     rows, b = x.rows(), ops.builder
@@ -83,7 +81,7 @@ def scaled(b: Builder, codes: Value, scales: Value, zeros: Value | None = None) 
     return b.op("DequantizeLinear", codes, scales, zeros, axis=0)
 
 
-def whole(ops: OnnxOps, weight: Packed, after: Value) -> Array:
+def whole(ops: PrimitiveOps, weight: Packed, after: Value) -> Array:
     """Return a matrix's values [F, K], made anew in every run, once `after` is computed: see `ops.zero_behind`."""
     b, kind, (count, width) = ops.builder, weight.format, weight.shape
     if kind.bits != 8 or ops.portable:
@@ -98,7 +96,7 @@ def whole(ops: OnnxOps, weight: Packed, after: Value) -> Array:
     return ops.reshape(result, (count, width))
 
 
-def take(ops: OnnxOps, weight: Packed, ids: Value, shape: tuple) -> Array:
+def take(ops: PrimitiveOps, weight: Packed, ids: Value, shape: tuple) -> Array:
     """Return rows by number, dequantized: weight [V, K], ids of `shape` → [*shape, K]."""
     b, kind, (count, width) = ops.builder, weight.format, weight.shape
     words = weight.words.value(ops, (count, width * kind.bits // 8))
@@ -126,7 +124,7 @@ def take(ops: OnnxOps, weight: Packed, ids: Value, shape: tuple) -> Array:
     return ops.reshape(grouped + more, (*shape, width))
 
 
-def plain(b: Builder, ops: OnnxOps, kind: Format, stored: list[Value], width: int) -> Value:
+def plain(b: Builder, ops: PrimitiveOps, kind: Format, stored: list[Value], width: int) -> Value:
     """Dequantize rows in operators of the standard: words uint8 [n, K·bits/8], scales and biases [n, K/g] → [n, K]."""
     words, *floats = stored
     codes = b.op("Cast", words, to=int(ops.float_type))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import onnx_ir as ir
@@ -24,11 +24,18 @@ class PrimitiveOps(Ops):
 
     name = "onnx"
 
-    def __init__(self, builder: Builder, dtype: DType = "float32") -> None:
+    def __init__(
+        self, builder: Builder, dtype: DType = "float32", *, opset: int = 23, cpu: bool = False, portable: bool = False
+    ) -> None:
         if dtype not in ("float32", "float16"):
             raise DgemmaError(f"ONNX graphs are float32 or float16, not {dtype}: no bfloat16 product runs everywhere")
         self.builder = builder
         self.dtype = dtype
+        self.opset = opset
+        self.cpu = cpu
+        """Whether the graph is for a CPU, where quantized products are written otherwise; see `packed.py`."""
+        self.portable = portable
+        """Whether it may hold operators of the ONNX standard only, and no function of ours."""
         self.wide = "float32"
         self._dims: dict[str, tuple[Value, int]] = {}
         self._sizes: dict[Size, Value] = {}
@@ -41,6 +48,21 @@ class PrimitiveOps(Ops):
     @property
     def numpy_type(self) -> Any:
         return NUMPY[self.dtype]
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether quantized matrices become numbers before they are multiplied by."""
+        return self.cpu or self.portable
+
+    def branch(self, builder: Builder) -> Self:
+        """Return ops that write into a branch of this graph and know its inputs."""
+        made = type(self)(builder, self.dtype, opset=self.opset, cpu=self.cpu, portable=self.portable)
+        made._dims = self._dims
+        return made
+
+    def seen(self, x: Array) -> Array:
+        """Return an array of the graph around a branch as one of the branch."""
+        return self.array(x.raw, x.shape, x.dtype, x.held)
 
     def zero_behind(self, value: Value) -> Value:
         """Return a zero, int64 [1], that no runtime knows before it has computed `value`.

@@ -84,6 +84,38 @@ finally:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    "first", ["dgemma.export.graphs, dgemma.convert.plan", "dgemma.convert, dgemma.export", "dgemma"]
+)
+def test_functions_with_the_names_of_packages(first: str, tmp_path: Path) -> None:
+    """Whatever is imported, before or behind: `dgemma.export` and `dgemma.convert` are the functions."""
+    code = f"""
+import {first}
+import inspect
+import dgemma
+seen = [dgemma.export, dgemma.convert]
+import dgemma.export.exporter, dgemma.export.graphs, dgemma.convert.converter, dgemma.tools.verify_onnx
+from dgemma.export import target
+from dgemma.convert import plan
+assert seen == [dgemma.export, dgemma.convert]
+for one in seen:
+    names = inspect.signature(one).parameters
+    assert not {{"args", "options"}} & names.keys() and {{"source", "out", "force", "progress"}} <= names.keys()
+    assert all(f"{{name}}: " in one.__doc__ for name in names) and "Raises:" in one.__doc__
+    try:
+        one("no/such/folder", "out")
+    except dgemma.DgemmaError as error:
+        assert "\\n" not in str(error)
+    else:
+        raise AssertionError
+"""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_module_and_version() -> None:
     done = subprocess.run(command("--version"), capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout == f"dgemma {dgemma.__version__}\n"

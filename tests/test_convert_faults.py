@@ -196,13 +196,13 @@ def test_numbers_that_are_none_are_refused_by_name(tmp_path: Path, name: str, va
 def test_two_at_once_do_not_mix(folder: Path, tmp_path: Path) -> None:
     code = f"""
 import time
-from dgemma.convert import converter as convert, crew
+from dgemma.convert import convert, converter, crew
 whole = crew.encode
 def slow(*args):
     print("in", flush=True)
     time.sleep(600)
 crew.encode = slow
-convert.convert({str(folder)!r}, {str(tmp_path / "out")!r}, workers=1)
+convert({str(folder)!r}, {str(tmp_path / "out")!r}, workers=1)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:

@@ -32,16 +32,16 @@ def folder(tmp_path: Path) -> Path:
 
 KILLED = """
 import itertools, sys, time
-from dgemma.convert import converter as convert, crew, encode
+from dgemma.convert import convert, converter, crew, encode
 encode.BLOCK, encode.PIECE = 1 << 12, 1 << 10
-convert.SYNC_SECONDS = 0  # else what is done in a burst, on a busy machine, is not listed before the long sleep
+converter.SYNC_SECONDS = 0  # else what is done in a burst, on a busy machine, is not listed before the long sleep
 whole, count, enough = crew.encode, itertools.count(), int(sys.argv[4])
 def slow(*args):
     time.sleep(600 if next(count) >= enough + 4 else 0.01)  # it never ends before it is killed
     return whole(*args)
 crew.encode = slow
 print("ready", flush=True)
-convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
+convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
 """
 
 
@@ -82,15 +82,15 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
 
 SLOW_WORKERS = """
 import itertools, sys, time
-from dgemma.convert import converter as convert, crew, partial
-crew.SMALL, convert.SYNC_SECONDS = 0, 0
+from dgemma.convert import convert, converter, crew, partial
+crew.SMALL, converter.SYNC_SECONDS = 0, 0
 whole, count, enough = partial.Partial.note, itertools.count(), int(sys.argv[4])
 def slow(self, *entry):
     time.sleep(600 if next(count) >= enough else 0.01)  # it never ends before it is killed
     whole(self, *entry)
 partial.Partial.note = slow
 print("ready", flush=True)
-convert.convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
+convert(sys.argv[1], sys.argv[2], sys.argv[3], workers=2)
 """
 
 

@@ -23,6 +23,7 @@ from dgemma.backends.cuda.kernels import (
     configs,
     experts,
     head,
+    head_sizes,
     linear,
     norm,
     rope,
@@ -153,7 +154,7 @@ def test_rotation_into_the_cache(full: bool) -> None:
 def test_head(form: str) -> None:
     """Rows in chunks of 256, so that only the table is large; of its tiles, the last is the only one that matters."""
     table, wide = meta_weight(form, VOCAB, WIDTH), meta(2, 200, dtype=torch.float32)
-    tiles = VOCAB // head.TILINGS["sm_90"].tokens
+    tiles = VOCAB // head_sizes.TILINGS["sm_90"].tokens
     check(
         lambda: head.vocab_head(meta(2, 200, WIDTH), table, 30.0, meta(2, 1, dtype=torch.float32), wide),
         {

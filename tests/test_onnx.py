@@ -22,7 +22,7 @@ from dgemma.core import model as definition
 from dgemma.core import sampler
 from dgemma.core.config import SamplerConfig, read_json
 from dgemma.export.manifest import NAME
-from dgemma.export.verify import Graphs
+from dgemma.tools.verify_onnx import Graphs
 from law import assert_close_f32
 from tiny import tiny_checkpoint
 

@@ -23,9 +23,9 @@ from dgemma.convert import recipes
 from dgemma.core.config import ModelConfig
 from dgemma.export import graphs, probe
 from dgemma.export.graph import OWN
-from dgemma.export.verify import Graphs
 from dgemma.export.weights import imagined
 from dgemma.tools.bench import SIZES
+from dgemma.tools.verify_onnx import Graphs
 from said import says
 from tiny import edit_json, tiny_checkpoint
 
@@ -236,7 +236,7 @@ def test_the_command_verifies_what_it_wrote(source: Path, tmp_path: Path) -> Non
 
 
 def test_verify_notices_a_wrong_weight(source: Path, tmp_path: Path) -> None:
-    from dgemma.export.verify import verify
+    from dgemma.tools.verify_onnx import verify
 
     dgemma.export(source, tmp_path / "copy", standalone=True)
     entry = Checkpoint.open(tmp_path / "copy").files[0].entries["model.decoder.norm.weight"]
@@ -265,7 +265,7 @@ def test_verify_says_the_error_of_every_output(source: Path) -> None:
 
 
 def test_verify_notices_a_wrong_cache(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dgemma.export import verify
+    from dgemma.tools import verify_onnx
 
     dgemma.export(source, logits=True)
     encode, denoise = Graphs.encode, Graphs.denoise
@@ -280,7 +280,7 @@ def test_verify_notices_a_wrong_cache(source: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(Graphs, "encode", shifted)
     monkeypatch.setattr(Graphs, "denoise", unknown)
-    errors = verify.verify(source, source)
+    errors = verify_onnx.verify(source, source)
     assert errors["present.0.value"] < 1e-10 < errors["present.1.value"] and errors["logits"] == np.inf
 
 

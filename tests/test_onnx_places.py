@@ -13,7 +13,7 @@ import pytest
 
 import dgemma
 from dgemma.checkpoints.safetensors import DTYPES, SafetensorsFile
-from dgemma.export.verify import verify
+from dgemma.tools.verify_onnx import verify
 from said import says
 from tiny import tiny_checkpoint
 

@@ -11,16 +11,12 @@ program takes a part of D, and every so manieth entry of the list. Bytes, FLOPs 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 
+from .head_sizes import Tiling
 from .unpack import MAGIC, Stored, dequantized, place
-
-if TYPE_CHECKING:
-    from .head import Tiling
 
 Tensor = torch.Tensor
 

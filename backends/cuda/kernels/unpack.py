@@ -16,8 +16,8 @@ for activations that come otherwise.
 
 Values are those of checkpoints/quant.py: code minus zero point is exact in bf16, and one multiplication, or with biases
 one fused multiply-add, rounds once. nvfp4: code times its 8-bit scale is exact in bf16; the global scale is applied to
-the sum. With biases of 8 bits the definition rounds twice (float32, then bf16) and the multiply-add once: they differ in
-less than one weight of a thousand, by one unit in the last place.
+the sum. With biases of 8 bits the definition rounds twice (float32, then bf16) and the multiply-add once: they differ
+in less than one weight of a thousand, by one unit in the last place.
 
 Cost for 8 symmetric weights of 4 bits: 3 shifts, 4 three-input logic operations, 4 subtractions and 4 multiplications,
 all on pairs: 1.9 instructions a weight. With everything else the loop of `gate_up` takes 401 for 128 rows of 128

@@ -16,7 +16,7 @@ from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted
 from ..core.parts import Draws
 from ..core.passes import Passes, Snapshot
-from . import manifest
+from ..export import manifest
 
 SEED = 20
 TEMPERATURE, BOUND = 0.7, 0.1
