@@ -149,7 +149,7 @@ class DiffusionGemma:
         """
         if self.engine.tokenizer is None:
             raise DgemmaError(f"{self.path}: no tokenizer.json; only token ids can be given")
-        return self.engine.tokenizer
+        return cast("Tokenizer", self.engine.tokenizer)
 
     def generate(
         self,

@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from ..core.config import GenerationConfig, ModelConfig, read_json
+from ..core.config import GenerationConfig, ModelConfig
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.ops import DType
 from . import foreign, names, quantized, ties, weights
-from .files import FULL
+from .files import FULL, read_json
 from .links import inside, present
 from .names import Roles
 from .quant import Format, QTensor

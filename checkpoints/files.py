@@ -10,6 +10,7 @@ through a link.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -18,9 +19,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from ..core.errors import DgemmaError, shown
+from ..core.errors import DgemmaError, quoted, shown
 from .folder import ALWAYS, NO_WAIT, Folder, fresh_name, kind_of, look
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -28,6 +29,8 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 POINTER = "a git-lfs pointer, which stands for the file; run `git lfs pull` in its folder"
 MAX_NAME = 255
 """Bytes of a file's name, on every file system in use."""
+MAX_JSON = 1 << 25
+"""Bytes of a settings file or of an index; the index of a model with 46,000 tensors has 5 MB."""
 
 
 # ---- Reading --------------------------------------------------------------------------------------------------
@@ -93,6 +96,35 @@ def read_text(path: Path, limit: int) -> str:
     except UnicodeDecodeError as error:
         byte = f"byte {error.start} is 0x{data[error.start]:02x}"
         raise DgemmaError(f"{shown(path)}: not UTF-8 text ({byte})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        DgemmaError: not readable (see `read_bytes`), longer than `MAX_JSON`, not JSON or no object, or a key that
+            stands twice.
+    """
+    where = shown(path)
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            seen: set[str] = set()
+            double = next(key for key, _ in pairs if key in seen or seen.add(key))
+            raise DgemmaError(f"{where}: the key {quoted(double)} stands twice")
+        return result
+
+    found = read_bytes(path, MAX_JSON)
+    try:
+        data = json.loads(found.decode(), object_pairs_hook=unique)
+    except DgemmaError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise DgemmaError(f"{where}: not readable as JSON: {quoted(str(error).partition(chr(10))[0])}") from None
+    if not isinstance(data, dict):
+        raise DgemmaError(f"{where}: expected a JSON object, found {type(data).__name__}")
+    return data
 
 
 # ---- Writing --------------------------------------------------------------------------------------------------

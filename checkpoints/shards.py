@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
 from . import foreign, names
+from .files import read_json
 from .links import inside, present, weight_file
 from .safetensors import SafetensorsFile
 

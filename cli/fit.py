@@ -11,8 +11,9 @@ from typing import Any, cast
 
 from ..checkpoints import foreign, weights
 from ..checkpoints.checkpoint import PACKAGED, Checkpoint, resolve
+from ..checkpoints.files import read_json
 from ..convert import recipes
-from ..core.config import ModelConfig, read_json
+from ..core.config import ModelConfig
 from ..core.errors import DgemmaError
 from ..core.memory import stays_narrow
 from ..core.ops import DType, Ops

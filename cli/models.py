@@ -43,7 +43,7 @@ def _found() -> list[tuple[str, str | None, Path]]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from ..checkpoints.checkpoint import PACKAGED, resolve
-    from ..core.config import read_json
+    from ..checkpoints.files import read_json
 
     found: list[tuple[str, str | None, Path]] = [(name, None, resolve(name)) for name in PACKAGED]
     try:

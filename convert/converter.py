@@ -21,8 +21,7 @@ from typing import Any
 
 from ..checkpoints import ties
 from ..checkpoints.checkpoint import inside
-from ..checkpoints.files import FULL, read_bytes, why
-from ..core.config import read_json
+from ..checkpoints.files import FULL, read_bytes, read_json, why
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.given import check_call, check_flags, check_path, integer
 from . import recipes, target

@@ -14,12 +14,12 @@ from typing import Any
 
 from ..checkpoints import foreign, quantized
 from ..checkpoints.checkpoint import Checkpoint, inside, open_files, resolve
-from ..checkpoints.files import open_file
+from ..checkpoints.files import open_file, read_json
 from ..checkpoints.gguf import GgufFile, find
 from ..checkpoints.quant import Format
 from ..checkpoints.quantized import Quantization
 from ..checkpoints.safetensors import SafetensorsFile
-from ..core.config import ModelConfig, read_json
+from ..core.config import ModelConfig
 from ..core.errors import DgemmaError, shown
 from ..core.version import __version__
 from .gguf_source import GgufSource, open_source

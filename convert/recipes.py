@@ -27,10 +27,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoints.files import read_text
+from ..checkpoints.files import read_json, read_text
 from ..checkpoints.quant import FLOAT_MODES, Format
 from ..checkpoints.quantized import read_format
-from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.given import check_path
 

@@ -7,8 +7,7 @@ from contextlib import suppress
 from itertools import product
 from pathlib import Path
 
-from ..checkpoints.files import MAX_NAME
-from ..core.config import read_json
+from ..checkpoints.files import MAX_NAME, read_json
 from ..core.errors import DgemmaError, quoted, shown
 from ..core.given import check_path
 from .job import Job

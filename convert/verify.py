@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.checkpoint import inside, open_files
-from ..checkpoints.files import open_file
+from ..checkpoints.files import open_file, read_json
 from ..checkpoints.quant import QTensor
-from ..core.config import ModelConfig, read_json
+from ..core.config import ModelConfig
 from ..core.errors import DgemmaError, quoted, shown
 from .encode import measured, runs, squares, values
 from .job import Job, relative

@@ -7,16 +7,13 @@ is dropped in silence is a model that is run wrongly in silence. Keys that are m
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from ..checkpoints.files import read_bytes
 from . import hf_keys
-from .errors import DgemmaError, quoted, shown
+from .errors import DgemmaError
 from .hf_layers import read_full_shape, read_ropes
 from .reader import Reader, show
 
@@ -26,9 +23,6 @@ _UNTIED = ": where lm_head and the encoder are copies, set it so; a copy that di
 
 COLDEST = 1e-3
 """The lowest temperature: zero would be divided by."""
-
-MAX_JSON = 1 << 25
-"""Bytes of a settings file or of an index; the index of a model with 46,000 tensors has 5 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,35 +196,6 @@ class GenerationConfig:
         read.ignore(hf_keys.GENERATION)
         read.finish()
         return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        DgemmaError: not readable (see `files.read_bytes`), longer than `MAX_JSON`, not JSON or no object, or a key that
-            stands twice.
-    """
-    where = shown(path)
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            seen: set[str] = set()
-            double = next(key for key, _ in pairs if key in seen or seen.add(key))
-            raise DgemmaError(f"{where}: the key {quoted(double)} stands twice")
-        return result
-
-    found = read_bytes(path, MAX_JSON)
-    try:
-        data = json.loads(found.decode(), object_pairs_hook=unique)
-    except DgemmaError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DgemmaError(f"{where}: not readable as JSON: {quoted(str(error).partition(chr(10))[0])}") from None
-    if not isinstance(data, dict):
-        raise DgemmaError(f"{where}: expected a JSON object, found {type(data).__name__}")
-    return data
 
 
 def _check(name: str, value: Any, kind: type, low: float, high: float) -> None:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoints.checkpoint import Checkpoint
+from ..checkpoints.files import read_json
 from ..checkpoints.links import inside
 from ..checkpoints.safetensors import SafetensorsFile
-from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
 
 if TYPE_CHECKING:

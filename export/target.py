@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.checkpoint import PACKAGED, Checkpoint, resolve
-from ..checkpoints.files import open_file, why
+from ..checkpoints.files import open_file, read_json, why
 from ..checkpoints.folder import Folder, fresh_name, is_fresh
-from ..core.config import read_json
 from ..core.errors import DgemmaError, quoted, shown
 from . import manifest
 

@@ -26,11 +26,12 @@ from dgemma.backends.torch.blocks import whole
 from dgemma.backends.torch.inference import InferenceOps
 from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints import weights
+from dgemma.checkpoints.files import read_json
 from dgemma.checkpoints.quant import Format, QTensor, dequantize
 from dgemma.cli import bench as command
 from dgemma.cli import machine, main, output
 from dgemma.convert import recipes
-from dgemma.core.config import ModelConfig, read_json
+from dgemma.core.config import ModelConfig
 from dgemma.core.errors import DgemmaError
 from dgemma.tools import bench, bench_size
 from dgemma.tools import bench_card as card

@@ -15,7 +15,8 @@ from transformers import DiffusionGemmaTextConfig
 
 import tiny
 from dgemma.checkpoints import weights
-from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig, ignored_keys, read_json
+from dgemma.checkpoints.files import read_json
+from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig, ignored_keys
 from said import says
 
 DATA = Path(__file__).parent / "data"

@@ -17,7 +17,6 @@ import pytest
 from dgemma.checkpoints import files
 from dgemma.checkpoints.checkpoint import resolve
 from dgemma.cli import options
-from dgemma.core import config
 from said import says
 
 CANARY = b"the user's own"
@@ -201,12 +200,12 @@ def test_text_is_utf8(folder: Path) -> None:
 def test_json_is_not_read_beyond_its_kind(folder: Path) -> None:
     with (folder / "config.json").open("wb") as file:
         file.truncate(10 << 30)
-    with says("config.json", "10,737,418,240 bytes", f"at most {config.MAX_JSON:,}"):
-        config.read_json(folder / "config.json")
+    with says("config.json", "10,737,418,240 bytes", f"at most {files.MAX_JSON:,}"):
+        files.read_json(folder / "config.json")
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     with says("config.json", "not a regular file"):
-        config.read_json(folder / "config.json")
+        files.read_json(folder / "config.json")
 
 
 def test_prompts_come_from_files_and_from_what_shells_make_for_commands(folder: Path) -> None:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 import tiny
 from dgemma.checkpoints import safetensors, weights
 from dgemma.checkpoints.checkpoint import Checkpoint, resolve
-from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig, read_json
+from dgemma.checkpoints.files import read_json
+from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig
 from dgemma.text.tokens import Tokenizer
 from fuzzing import JSON, TEXT, attempt, damaged, many, mutated, some
 

@@ -18,9 +18,10 @@ from onnx.reference import ReferenceEvaluator
 import dgemma
 import hf
 from dgemma import DgemmaError, DiffusionGemma, runtime
+from dgemma.checkpoints.files import read_json
 from dgemma.core import model as definition
 from dgemma.core import sampler
-from dgemma.core.config import SamplerConfig, read_json
+from dgemma.core.config import SamplerConfig
 from dgemma.export.manifest import NAME
 from dgemma.tools.verify_onnx import Graphs
 from law import assert_close_f32

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from chats import laid_out, opened, user, with_template
-from dgemma.text.tokens import Decoder, Tokenizer
+from dgemma.core.tokens import Decoder
+from dgemma.text.tokens import Tokenizer
 from said import says
 from tiny import IDS, SPECIAL, VOCAB
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
 
 from dgemma.core.errors import DgemmaError
-from dgemma.text.tokens import Decoder, Tokenizer, split_at_end
+from dgemma.core.tokens import Decoder, split_at_end
+from dgemma.text.tokens import Tokenizer
 from tiny import IDS, SPECIAL, VOCAB, tiny_checkpoint
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoints.checkpoint import inside
-from ..checkpoints.files import read_text
-from ..core.config import read_json
+from ..checkpoints.files import read_json, read_text
 from ..core.errors import DgemmaError, quoted, shown
 from .rendering import LARGEST
 

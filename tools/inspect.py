@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..checkpoints import foreign, gguf, weights
 from ..checkpoints.checkpoint import open_files
+from ..checkpoints.files import read_json
 from ..checkpoints.links import inside, present
 from ..checkpoints.quant import Format
 from ..checkpoints.quantized import module_of
@@ -17,7 +18,7 @@ from ..convert.gguf_source import open_source
 from ..convert.layouts import Source, read_source
 from ..convert.plan import wanted_format, written
 from ..convert.recipes import Recipe, spell
-from ..core.config import ModelConfig, ignored_keys, read_json
+from ..core.config import ModelConfig, ignored_keys
 from ..core.errors import DgemmaError, shown
 from ..core.memory import stays_narrow
 from ..core.ops import DType, Ops

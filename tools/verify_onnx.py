@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import backends
 from ..checkpoints.checkpoint import Checkpoint
-from ..core.config import read_json
+from ..checkpoints.files import read_json
 from ..core.errors import DgemmaError, quoted
 from ..core.parts import Draws
 from ..core.passes import Passes, Snapshot
