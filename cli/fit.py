@@ -15,10 +15,10 @@ from ..checkpoints.files import read_json
 from ..convert import recipes
 from ..core.config import ModelConfig
 from ..core.errors import DgemmaError
-from ..core.memory import stays_narrow
+from ..core.memory import WIDTH, StoredWeights, held_bytes, stays_narrow
 from ..core.ops import DType, Ops
 from ..runtime import auto_dtype
-from ..tools.inspect import WIDTH, Inspection, cache_size, inspect_config, inspect_folder
+from ..tools.inspect import Inspection, cache_size, inspect_config, inspect_folder
 
 RUNTIME_BYTES = {"torch": 500 << 20, "mlx": 200 << 20, "onnx": 120 << 20, "numpy": 100 << 20}
 """Python, the framework's libraries and their threads, measured after import; only where memory is the CPU's own."""
@@ -48,11 +48,11 @@ class Described:
         """Bytes of weights in a backend's memory."""
         if self.quantized is not None:
             return int(self.quantized.held(backend, dtype, gpu=gpu))
-        copies = 2 if backend == "onnx" and dtype != self.stored else 1  # see Inspection.held
-        narrow = 0
-        if backend == "torch" and dtype == "float32" != self.stored and not gpu:
-            narrow = sum(math.prod(shape) for shape in weights.shapes(self.config).values() if stays_narrow(shape))
-        return copies * self.parameters * WIDTH[dtype] - 2 * narrow
+        shapes = weights.shapes(self.config).values()
+        narrow = 0 if self.stored == "float32" else sum(math.prod(shape) for shape in shapes if stays_narrow(shape))
+        count = self.parameters
+        found = StoredWeights(parameters=count, stored=self.stored, floats=count, narrow=narrow)
+        return int(held_bytes(found, backend, dtype, gpu=gpu))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -298,7 +298,7 @@ def test_sizes_of_the_released_model() -> None:
     plain, biased = (inspect.inspect_config(big(), recipes.find("4bit"), mlx=mlx) for mlx in (False, True))
     assert plain.held("mlx", "bfloat16") == biased.text_bytes > plain.held("torch", "bfloat16") == plain.text_bytes
     # What is not quantized has the width of the arithmetic; NumPy unpacks all of it.
-    assert plain.held("torch", "float32") - plain.text_bytes == 2 * plain.floats < 0.01 * plain.text_bytes
+    assert plain.held("torch", "float32") - plain.text_bytes == 2 * plain.weights.floats < 0.01 * plain.text_bytes
     assert plain.held("numpy", "bfloat16") == 2 * plain.parameters
     result = run("inspect", "--config", DATA / "config_26b.json", "--recipe", "4bit", "--json")
     report = json.loads(result.output)

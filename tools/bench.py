@@ -28,6 +28,7 @@ from ..core.config import ModelConfig, SamplerConfig
 from ..core.engine import Engine, Request
 from ..core.errors import DgemmaError
 from ..core.events import Done, Draft
+from ..core.memory import WIDTH, cache_bytes
 from ..core.model import (
     Attention,
     Cache,
@@ -285,7 +286,7 @@ def measure(ops: Ops, model: Model, plan: Plan, passed: Callable[[], None] = lam
     canvas, denoise, commit = _times(passes)
     engine_rate, first_draft = _through_the_engine(ops, model, plan, passed)
     prefill = min(_timed(passes, lambda: passes.prompt(room=_room(plan, config)))[1] for _ in range(2))
-    held, width = weight_bytes(model), 4 if ops.dtype == "float32" else 2
+    held = weight_bytes(model)
     return Result(
         canvas=canvas,
         forward=canvas / (plan.steps + 1),
@@ -296,7 +297,7 @@ def measure(ops: Ops, model: Model, plan: Plan, passed: Callable[[], None] = lam
         tokens_per_second=plan.batch * config.canvas_length / canvas,
         engine_tokens_per_second=engine_rate,
         weights=held,
-        forward_bytes=held + plan.batch * _cache_bytes(config, plan.context, width),
+        forward_bytes=held + cache_bytes(config, plan.context, WIDTH[ops.dtype], slots=plan.batch),
         peak=ops.memory(),
     )
 
@@ -379,11 +380,3 @@ def weight_bytes(model: Any) -> int:
 
 
 _PARTS = (Model, Layer, Attention, Mlp, Router, Experts, RmsNorm, SelfConditioning)
-
-
-def _cache_bytes(config: ModelConfig, context: int, width: int) -> int:
-    rows = (
-        2 * layer.kv_heads * layer.head_dim * (context if layer.window is None else min(context, layer.window - 1))
-        for layer in config.layers
-    )
-    return width * sum(rows)

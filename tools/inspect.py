@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..checkpoints import foreign, gguf, weights
+from ..checkpoints import foreign, gguf, sizes, weights
 from ..checkpoints.checkpoint import open_files
 from ..checkpoints.files import read_json
 from ..checkpoints.links import inside, present
-from ..checkpoints.quant import Format
 from ..checkpoints.quantized import module_of
 from ..convert.gguf_source import open_source
 from ..convert.layouts import Source, read_source
@@ -20,7 +18,7 @@ from ..convert.plan import wanted_format, written
 from ..convert.recipes import Recipe, spell
 from ..core.config import ModelConfig, ignored_keys
 from ..core.errors import DgemmaError, shown
-from ..core.memory import stays_narrow
+from ..core.memory import WIDTH, CacheGrowth, StoredWeights, cache_growth, held_bytes
 from ..core.ops import DType, Ops
 
 PARTS = {
@@ -33,8 +31,6 @@ PARTS = {
 }
 OTHER = "norms, scalars"
 SETTINGS = ("config.json", "generation_config.json")
-WIDTH: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-_WIDTHS: dict[str, DType] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +49,6 @@ class Part:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cache:
-    """Bytes of keys and values."""
-
-    fixed: int
-    """Of the sliding layers, once their windows are full, and of the chunk that is being read."""
-    per_token: int
-    """Of the full layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Inspection:
     config: ModelConfig
     layout: str
@@ -71,20 +57,16 @@ class Inspection:
     """The recipe that was asked about, or nothing."""
     parts: tuple[Part, ...]
     image_bytes: int
-    stored: DType
-    """Width of most of what is not quantized."""
-    floats: int
-    """Parameters that are not quantized."""
-    narrow: int
-    """Of these, the ones in 16 bits whose width torch on the CPU leaves to the pass; see `memory.stays_narrow`."""
-    packed: float
-    """Bytes of those that are."""
-    derived: float
-    """Bytes of the biases that MLX derives from symmetric scales, and holds."""
+    weights: StoredWeights
+
+    @property
+    def stored(self) -> DType:
+        """Width of most of what is not quantized."""
+        return self.weights.stored
 
     @property
     def quantized(self) -> bool:
-        return self.floats < self.parameters
+        return self.weights.floats < self.weights.parameters
 
     @property
     def parameters(self) -> int:
@@ -99,18 +81,8 @@ class Inspection:
         return 8 * self.text_bytes / self.parameters
 
     def held(self, backend: str, dtype: DType, *, gpu: bool = False) -> float:
-        """Return the bytes of weights that a backend holds when it computes in a dtype.
-
-        Quantized weights stay packed, as they are stored, and torch on the CPU leaves 16-bit ones as they are when it
-        computes in float32; NumPy, the oracle, unpacks them. ONNX Runtime's sessions, one
-        for each kind of pass, share what they map from a file; of weights in another width each makes a copy.
-        """
-        if backend == "numpy":
-            return self.parameters * WIDTH[dtype]
-        if backend == "onnx" and not self.quantized and dtype != self.stored:
-            return 2 * self.parameters * WIDTH[dtype]
-        mapped = self.narrow if backend == "torch" and dtype == "float32" and not gpu else 0
-        return self.floats * WIDTH[dtype] - 2 * mapped + self.packed + (self.derived if backend == "mlx" else 0)
+        """Return the bytes of weights that a backend holds when it computes in a dtype; see `memory.held_bytes`."""
+        return held_bytes(self.weights, backend, dtype, gpu=gpu)
 
 
 def part_of(name: str) -> str:
@@ -164,7 +136,7 @@ def read_config(path: Path) -> ModelConfig:
     return ModelConfig.from_hf(read_json(path), where=shown(path))
 
 
-_Sized = dict[str, tuple[Format | None, float, str]]
+_Sized = dict[str, sizes.Size]
 
 
 def _planned(config: ModelConfig, recipe: Recipe, mlx: bool) -> _Sized:
@@ -201,39 +173,16 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
                 formats=tuple(sorted(counted, key=lambda one: -counted[one])),
             )
         )
-    plain = {name: math.prod(shape) for name, shape in shapes.items() if sized[name][0] is None}
-    widths = Counter[DType]()
-    for name, count in plain.items():
-        widths[_WIDTHS.get(sized[name][2], "bfloat16")] += count  # fp8 is converted to bfloat16
-    packed = derived = 0.0
-    for name, shape in shapes.items():
-        kind, size, _ = sized[name]
-        if kind is not None:
-            packed += size
-            derived += 2 * math.prod(shape) / kind.group_size if kind.symmetric else 0
     return Inspection(
         config=config,
         layout=layout,
         recipe=recipe,
         parts=tuple(parts),
         image_bytes=image,
-        stored=widths.most_common(1)[0][0],
-        floats=sum(plain.values()),
-        narrow=sum(math.prod(shapes[name]) for name in plain if sized[name][2] != "F32" and stays_narrow(shapes[name])),
-        packed=packed,
-        derived=derived,
+        weights=sizes.count(config, sized),
     )
 
 
-def cache_size(config: ModelConfig, dtype: DType) -> Cache:
+def cache_size(config: ModelConfig, dtype: DType) -> CacheGrowth:
     """Return what keys and values take at most, as `model.new_cache` reserves them."""
-    fixed = per_token = 0
-    chunk = max(config.canvas_length, Ops.prefill_chunk)
-    for layer in config.layers:
-        row = 2 * layer.kv_heads * layer.head_dim * WIDTH[dtype]
-        fixed += row * chunk
-        if layer.window is None:
-            per_token += row
-        else:
-            fixed += row * (layer.window - 1)
-    return Cache(fixed=fixed, per_token=per_token)
+    return cache_growth(config, WIDTH[dtype], scratch=max(config.canvas_length, Ops.prefill_chunk))

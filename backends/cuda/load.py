@@ -24,6 +24,7 @@ import torch
 
 from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
+from ...core.memory import cache_growth
 
 Tensor = torch.Tensor
 
@@ -190,21 +191,15 @@ def room(
     """
     scratch = max(chunk, config.canvas_length)
     rows = batch * scratch
-    fixed = per_token = 0
-    for layer in config.layers:
-        row = 2 * layer.kv_heads * layer.head_dim * width * batch
-        if layer.window is None:
-            fixed += row * scratch
-            per_token += row
-        else:
-            fixed += row * (bucketed(layer.window - 1 + scratch) if buckets else layer.window - 1 + scratch)
+    cache = cache_growth(config, width, slots=batch, scratch=scratch, bucket=bucketed if buckets else int)
     masses = min(256, rows) * config.vocab_size * width  # what the vocabulary head keeps between its two products
     pairs = rows * config.experts_per_token * (config.expert_size + config.hidden_size) * width
     widest = max(layer.heads * layer.head_dim for layer in config.layers)
     dense = rows * (8 * config.hidden_size + 3 * widest + 2 * config.intermediate_size) * 4
     return Room(
-        weights=weight_bytes, fixed_cache=fixed, cache_per_token=per_token, working=masses + pairs + dense + RESERVE,
-        free=free, total=total, most_tokens=config.max_positions, scratch=scratch if buckets else 0,
+        weights=weight_bytes, fixed_cache=cache.fixed, cache_per_token=cache.per_token,
+        working=masses + pairs + dense + RESERVE, free=free, total=total, most_tokens=config.max_positions,
+        scratch=scratch if buckets else 0,
     )  # fmt: skip
 
 
