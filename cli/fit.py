@@ -16,7 +16,8 @@ from ..convert import recipes
 from ..core.config import ModelConfig
 from ..core.errors import DgemmaError
 from ..core.memory import WIDTH, StoredWeights, held_bytes, stays_narrow
-from ..core.ops import DType, Ops
+from ..core.ops import DType
+from ..core.passes import Passes
 from ..runtime import auto_dtype
 from ..tools.inspect import Inspection, cache_size, inspect_config, inspect_folder
 
@@ -127,7 +128,7 @@ def from_hub(name: str, revision: str | None = None) -> Path:
 def need(described: Described, *, dtype: DType, gpu: bool, backend: str) -> Need:
     """Count the bytes."""
     config, width = described.config, WIDTH[dtype]
-    length, chunk = config.canvas_length, max(Ops.prefill_chunk, config.canvas_length)
+    length, chunk = config.canvas_length, max(Passes.chunk, config.canvas_length)
     # One [L, V] buffer of logits. On the CPU it is worked through in blocks, on a GPU and by ONNX Runtime with float32
     # copies.
     head = length * config.vocab_size * (width + (12 if gpu or backend == "onnx" else 0))

@@ -19,7 +19,8 @@ from ..convert.recipes import Recipe, spell
 from ..core.config import ModelConfig, ignored_keys
 from ..core.errors import DgemmaError, shown
 from ..core.memory import WIDTH, CacheGrowth, StoredWeights, cache_growth, held_bytes
-from ..core.ops import DType, Ops
+from ..core.ops import DType
+from ..core.passes import Passes
 
 PARTS = {
     "embedding": ".embed_tokens",
@@ -185,4 +186,4 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
 
 def cache_size(config: ModelConfig, dtype: DType) -> CacheGrowth:
     """Return what keys and values take at most, as `model.new_cache` reserves them."""
-    return cache_growth(config, WIDTH[dtype], scratch=max(config.canvas_length, Ops.prefill_chunk))
+    return cache_growth(config, WIDTH[dtype], scratch=max(config.canvas_length, Passes.chunk))
