@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ...checkpoints import loading, weights
+from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import DgemmaError
 
 if TYPE_CHECKING:
-    from ...core.ops import DType, Ops
+    from ...core.graph_passes import GraphPasses
+    from ...core.primitives import DType
 
 
-def mlx_backend(device: str, dtype: DType) -> Ops:
-    """Return MLX's ops on a device: `auto` is the GPU where MLX has one, else the CPU.
+def open(
+    checkpoint: Checkpoint, device: str, dtype: DType, progress: Callable[[int, int], None] | None = None
+) -> GraphPasses:
+    """Load a checkpoint on a device: `auto` is the GPU where MLX has one, else the CPU.
 
-    MLX has one default device for the whole process; this sets it.
+    MLX's default device, of the calling thread, becomes that one.
+
+    Raises:
+        DgemmaError: no such device here, or a dtype that MLX does not compute in.
+    """
+    import mlx.core as mx
+
+    from .ops import MlxOps
+    from .passes import MlxPasses
+
+    mx.set_default_device(mx.gpu if device_of(device) == "gpu" else mx.cpu)
+    ops = MlxOps(dtype)
+    get = loading.reader(checkpoint, dtype, progress)
+    return MlxPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
+
+
+def device_of(device: str) -> str:
+    """Return `cpu` or `gpu`.
 
     Raises:
         DgemmaError: no such device here.
     """
     import mlx.core as mx
-
-    from .ops import MlxOps
 
     gpu = mx.is_available(mx.gpu)
     if device == "auto":
@@ -29,5 +50,4 @@ def mlx_backend(device: str, dtype: DType) -> Ops:
         raise DgemmaError(f"device {device!r} is not one that mlx has; choose from auto, cpu, gpu")
     if device == "gpu" and not gpu:
         raise DgemmaError("device 'gpu' is not usable: this mlx sees no GPU; choose cpu, or see dgemma doctor")
-    mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
-    return MlxOps(dtype)
+    return device

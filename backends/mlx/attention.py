@@ -11,7 +11,10 @@ import math
 
 import mlx.core as mx
 
-from ...core.ops import KV, Ops, Rope, Span
+from ...core.ops import Ops
+from ...core.parts import KV, Rope, Span
+from ...core.reference import causal_queries, slots_of
+from .caches import stepped
 
 Array = mx.array
 
@@ -36,13 +39,12 @@ def rotate(x: Array, weight: Array, rope: Rope) -> Array:
 
 
 def attention(ops: Ops, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
-    """q [B, H, L, A], k and v [B, K, L, A], context [B, K, S, A] → [B, H, L, A]."""
-    length = q.shape[2]
-    if isinstance(span.rows, int):  # a view of the valid rows needs no mask for the others
-        context = KV(context.keys[:, :, : span.rows], context.values[:, :, : span.rows])
+    """q [B, H, L, A], k and v [B, K, L, A], context [N, K, S, A] → [B, H, L, A]."""
+    batch, heads, length, _ = q.shape
+    context = KV(*(slots_of(ops, x, span.slots) for x in context))
     cached = context.keys.shape[2]
     if span.window is None and cached:
-        block = max(1, SCORES // (q.shape[1] * (cached + length)))
+        block = max(1, SCORES // (batch * heads * (cached + length)))
         parts = []
         for at in range(0, length, block):
             part = q[:, :, at : at + block]
@@ -70,47 +72,53 @@ def _apart(q: Array, k: Array, v: Array, context: KV, mask: Array | None) -> Arr
 
 
 def visible(ops: Ops, span: Span, first: int, queries: int, length: int, cached: int) -> Array | None:
-    """Return the span as a mask, bool [B or 1, 1, queries or 1, cached + length], or None where all is seen.
+    """Return the span as a mask, bool [B, 1, queries or 1, cached + length], or None where all is seen.
 
-    The queries are rows `first` … `first + queries` of `length`.
+    The queries are `first` … `first + queries` of `length`.
     """
     j = ops.arange(cached + length)
     if not span.causal:
-        # `rows` is at most window − 1, and a canvas sees all of that.
-        return None if isinstance(span.rows, int) else ((j < span.rows[:, None]) | (j >= cached))[:, None, None]
-    rows = span.rows if isinstance(span.rows, int) else span.rows[:, None, None]
+        # `held` is at most window − 1, and a canvas sees all of that.
+        return ((j < span.held[:, None]) | (j >= cached))[:, None, None] if cached else None
+    held = span.held[:, None, None]
     i = ops.arange(length)[first : first + queries, None]
     own = j - cached
-    behind = mx.where(own < 0, rows + i - j, i - own)  # how far the key lies behind the query
-    seen = (behind >= 0) & ((own >= 0) | (j < rows))
+    behind = mx.where(own < 0, held + i - j, i - own)  # how far the key lies behind the query
+    seen = (behind >= 0) & ((own >= 0) | (j < held))
     if span.canvas:
-        inside = i - span.causal_rows(length)  # how far the query lies behind the canvas's first
+        inside = i - causal_queries(span, length)  # how far the query lies behind the canvas's first
         seen |= (inside >= 0) & (own > i)
         behind = behind - mx.maximum(inside, 0)
     if span.window is not None:
         seen &= behind < span.window
-    return seen[None, None] if seen.ndim == 2 else seen[:, None]
+    return seen[:, None]
 
 
-def append(context: KV, k: Array, v: Array, span: Span, fresh: int) -> KV:
-    """Return a cache of the valid rows and the first `fresh` rows of k and v, cropped to the window.
+def append(context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
+    """Return a cache [B, K, S', A] of each row's valid entries and the first `fresh` of k and v [B, K, L, A].
 
-    It is padded in steps that grow with it, so that a pass compiled over it is traced anew only now and then, and at
-    most a quarter of what attention reads is padding.
+    S' is S + L in the steps of `caches.stepped`, and no more than the window.
     """
-    rows = span.rows
-    assert isinstance(rows, int)
-    total = rows + fresh
-    kept = total if span.window is None else min(total, span.window - 1)
-    unit = max(64, 1 << max(0, kept.bit_length() - 3))
-    size = -(-kept // unit) * unit
+    batch, cached, length = len(k), context.keys.shape[2], k.shape[2]
+    most, size = cached + length, stepped(cached + length)
+    row = mx.arange(batch)
+    starts, begins = mx.stack([row, span.held], 1), None
     if span.window is not None:
         size = min(size, span.window - 1)
-    drop = total - kept
+        if most > size:
+            begins = mx.stack([row, mx.maximum(span.held + fresh - size, 0)], 1)
 
     def join(old: Array, new: Array) -> Array:
-        parts = [old[:, :, min(drop, rows) : rows], new[:, :, max(0, drop - rows) : fresh]]
-        padding = mx.zeros((*new.shape[:2], size - kept, new.shape[3]), new.dtype)
-        return mx.concatenate([part for part in (*parts, padding) if part.shape[2]], 2)
+        heads, width = new.shape[1], new.shape[3]
+        padding = mx.zeros((batch, heads, max(0, size - most), width), new.dtype)
+        both = mx.concatenate([part for part in (old, new, padding) if part.shape[2]], 2)
+        for i in range(batch if cached else 0):
+            # In place. Where a row's slot was full, its new entries stand there already.
+            both = mx.slice_update(both, new[i : i + 1], starts[i], (0, 2))
+        if begins is None:
+            return both
+        shape = (1, heads, size, width)
+        kept = [mx.slice(both, begins[i], (0, 2), shape) for i in range(batch)]
+        return kept[0] if batch == 1 else mx.concatenate(kept)
 
     return KV(join(context.keys, k), join(context.values, v))

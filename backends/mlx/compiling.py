@@ -1,8 +1,8 @@
 """`mx.compile` for the graph's own structures.
 
 MLX compiles functions of arrays in plain lists. Here named tuples are flattened on the way in and rebuilt on the way
-out, and an integer, such as the length of the cache, travels as an int32 array: as a Python number it would be a
-constant of the graph, and every committed canvas would trace it anew.
+out. Numbers, such as the length of a cache, come as arrays: a Python number would be a constant of the graph, and every
+committed canvas would trace it anew.
 """
 
 from __future__ import annotations
@@ -16,22 +16,19 @@ from .. import trees
 
 
 def flatten(tree: Any, leaves: list[mx.array]) -> Any:
-    """Append a tree's arrays and integers to `leaves`; return the pattern of the rest."""
+    """Append a tree's arrays to `leaves`; return the pattern of the rest."""
 
     def take(x: Any) -> str | None:
-        if isinstance(x, mx.array):
-            leaves.append(x)
-        elif isinstance(x, int) and not isinstance(x, bool):
-            leaves.append(mx.array([x], mx.int32))
-        else:
+        if not isinstance(x, mx.array):
             return None
+        leaves.append(x)
         return "array"
 
     return trees.flatten(tree, take)
 
 
 def rebuild(pattern: Any, leaves: Sequence[mx.array]) -> Any:
-    """Undo `flatten`; integers come back as int32 [1]."""
+    """Undo `flatten`."""
     return trees.rebuild(pattern, {"array": iter(leaves)})
 
 

@@ -7,28 +7,22 @@ so, and what it does on Metal is unverified here. On the CPU `mx.fast` falls bac
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
+from ...checkpoints.loading import dense
 from ...checkpoints.quant import QTensor
-from ...core import reference
-from ...core.config import SamplerConfig
-from ...core.errors import DgemmaError, quoted
-from ...core.ops import KV, DType, Ops, Reduction, Result, Rope, Span, Unary, dense
-from ...core.sampler import Sampling, Thresholds
+from ...core.errors import DgemmaError
+from ...core.ops import Ops
+from ...core.parts import KV, Attention, Experts, Mlp, Rope, Router, Span
+from ...core.primitives import DType, Reduction, Unary
 from . import attention as attending
-from .compiling import compiled
 from .experts import expert_mlp, gated, grouped_matmul
 from .head import capped, vocab_head
-from .owner import Owner
 from .packed import QuantizedTensor, Weight, mix, project
-
-if TYPE_CHECKING:
-    from ...core.model import Attention, Experts, Router
 
 Array = mx.array
 
@@ -41,8 +35,8 @@ MLX_DTYPES: dict[str, mx.Dtype] = {
 class MlxOps(Ops):
     """The mlx backend of `dgemma.load`: float32, bfloat16 or float16, on MLX's default device.
 
-    With `compile` (the default) functions given to `ops.compile` go through `mx.compile`. On the CPU MLX compiles its
-    kernels with the system's `g++`, once per machine; where there is none, functions run as they are.
+    With `compile` (the default) element-wise functions, and the passes over these ops, go through `mx.compile`. On the
+    CPU MLX compiles its kernels with the system's `g++`, once per machine; where there is none, they run as they are.
     """
 
     name = "mlx"
@@ -53,9 +47,9 @@ class MlxOps(Ops):
         self.dtype = dtype
         self.wide = "float32"
         self.on_cpu = mx.default_device().type == mx.cpu
+        self.device = "cpu" if self.on_cpu else "gpu"
         self._counts: dict[int, Array] = {}
         self.compiles = compile and not (self.on_cpu and shutil.which("g++") is None)
-        self._owner = Owner(mx.default_device())
         self.gated = mx.compile(gated) if self.compiles else gated
 
     # ---- Primitives -------------------------------------------------------------------------------------------
@@ -131,7 +125,7 @@ class MlxOps(Ops):
     def embed(self, table: Weight, tokens: Array, scale: float) -> Array:
         if isinstance(table, QuantizedTensor):  # the rows that are read, and no others, are unpacked
             return table[tokens].dequantized().astype(MLX_DTYPES[self.dtype]) * self.rounded(scale)
-        return reference.embed(self, table, tokens, scale)
+        return super().embed(table, tokens, scale)
 
     def linear(self, x: Array, weight: Weight) -> Array:
         return project(x, weight)
@@ -152,9 +146,10 @@ class MlxOps(Ops):
         q, k = attending.rotate(q, attention.q_norm, rope), attending.rotate(k, attention.k_norm, rope)
         return q, k, v.transpose(0, 2, 1, 3)
 
-    def geglu(self, x: Array, gate: Array, up: Array) -> Array:
+    def geglu(self, x: Array, mlp: Mlp) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        return self.gated(self.linear(rows, gate), self.linear(rows, up)).reshape(*x.shape[:-1], -1)
+        gate, up = self.linear(rows, mlp.gate_proj), self.linear(rows, mlp.up_proj)
+        return self.gated(gate, up).reshape(*x.shape[:-1], -1)
 
     def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
         width, k = h.shape[-1], router.experts_per_token
@@ -174,9 +169,10 @@ class MlxOps(Ops):
         return out.transpose(0, 2, 1, 3).reshape(q.shape[0], q.shape[2], -1)
 
     def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
-        if isinstance(span.rows, int) and isinstance(fresh, int):
-            return attending.append(context, k, v, span, fresh)
-        return reference.cache_write(self, context, k, v, span, fresh)
+        """The default body where rows have slots; else as long as what it may hold by now, see `attention.append`."""
+        if span.slots is not None:
+            return super().cache_write(context, k, v, span, fresh)
+        return attending.append(context, k, v, span, fresh)
 
     # ---- Head -------------------------------------------------------------------------------------------------
 
@@ -192,37 +188,7 @@ class MlxOps(Ops):
     ) -> tuple[Array, Array, Array, Array]:
         return vocab_head(self, x, table, softcap, temperature, u)
 
-    # ---- Running ----------------------------------------------------------------------------------------------
-
-    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return compiled(function) if self.compiles else function
-
-    def thresholds(self, sampler: SamplerConfig) -> Sampling:
-        if not self.compiles:
-            return super().thresholds(sampler)
-        return Thresholds(
-            entropy_bound=mx.array([[sampler.entropy_bound]], mx.float32),
-            confidence=mx.array([sampler.confidence], mx.float32),
-            stability=mx.array([sampler.stability], mx.int32),
-        )
-
-    def run(self, work: Callable[[], Result]) -> Result:
-        return self._owner.run(work)
-
-    @contextmanager
-    def guarded(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            if type(error) is not RuntimeError:  # Python's own are of kinds of it
-                raise
-            raise DgemmaError(f"mlx failed while {doing}: {quoted(str(error), 150)}") from None
-
-    def extent(self, length: int) -> int | Array:
-        return mx.array([length], mx.int32) if self.compiles else length
-
-    def synchronize(self, *arrays: Array) -> None:
-        mx.eval(*arrays)
+    # ---- Weights ----------------------------------------------------------------------------------------------
 
     def pack(self, weight: Any) -> Weight:
         """Copy one stored weight into MLX's own memory; nothing of the memory map is held.
@@ -240,7 +206,3 @@ class MlxOps(Ops):
             array = mx.contiguous(array.swapaxes(-1, -2)).swapaxes(-1, -2)
         mx.eval(array)  # or a cast would keep the stored width alive until the weight is first used
         return array
-
-    def memory(self) -> int | None:
-        """Return MLX's peak on the GPU. On the CPU the process's own peak says it."""
-        return None if self.on_cpu else mx.get_peak_memory()
