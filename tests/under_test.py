@@ -66,6 +66,10 @@ def passes_of(ops: Ops, model: Model, **how: Any) -> GraphPasses:
 
     if isinstance(ops, NumpyOps):
         return NumpyPasses(ops, model, **how)
+    if ops.name == "mlx" and not how:
+        from dgemma.backends.mlx.passes import MlxPasses
+
+        return MlxPasses(ops, model)  # type: ignore[arg-type]
     return (TorchPasses if isinstance(ops, InferenceOps) else GraphPasses)(ops, model, **how)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...checkpoints import loading, weights
 from ...checkpoints.checkpoint import Checkpoint
 from ...core.errors import DgemmaError
 
 if TYPE_CHECKING:
+    from ...core.config import ModelConfig
     from ...core.graph_passes import GraphPasses
     from ...core.primitives import DType
 
@@ -24,15 +25,19 @@ def open(
     Raises:
         DgemmaError: no such device here, or a dtype that MLX does not compute in.
     """
+    return passes_of(checkpoint.config, loading.reader(checkpoint, dtype, progress), device_of(device), dtype, 0)
+
+
+def passes_of(config: ModelConfig, weight: Callable[[str], Any], device: str, dtype: DType, nbytes: int) -> GraphPasses:
+    """Make a model of weights that are at hand."""
     import mlx.core as mx
 
     from .ops import MlxOps
     from .passes import MlxPasses
 
-    mx.set_default_device(mx.gpu if device_of(device) == "gpu" else mx.cpu)
-    ops = MlxOps(dtype)
-    get = loading.reader(checkpoint, dtype, progress)
-    return MlxPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
+    mx.set_default_device(mx.gpu if device == "gpu" else mx.cpu)
+    ops = MlxOps(dtype, compile=True)
+    return MlxPasses(ops, weights.build(config, lambda name: ops.pack(weight(name))))
 
 
 def device_of(device: str) -> str:

@@ -25,6 +25,8 @@ from .caches import RowCaches, stepped
 from .compiling import compiled
 from .ops import MLX_DTYPES, MlxOps
 
+Array = mx.array
+
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Rows that passes are compiled for: a batch that is filled up to one of them computes at most a third in vain."""
 
@@ -92,6 +94,13 @@ class MlxPasses(GraphPasses):
         return Cache(self._caches.batch(slots, max(lengths)), mx.array(lengths, mx.int32))
 
     # ---- Running ----------------------------------------------------------------------------------------------
+
+    def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
+        def results() -> list[np.ndarray]:
+            mx.eval(arrays)  # all at once
+            return [self.ops.to_numpy(x) for x in arrays]
+
+        return results
 
     def wait(self) -> None:
         mx.eval(self._caches.arrays())
