@@ -1,4 +1,4 @@
-"""A whole denoising step written with ONNX primitives alone, and the same of NumPy's."""
+"""A whole denoising step written with ONNX primitives alone, and the same of NumPy's; draws for tests of graphs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,30 @@ import onnxruntime as ort
 
 from dgemma.backends.numpy import NumpyOps
 from dgemma.checkpoints import weights
-from dgemma.core.config import ModelConfig, SamplerConfig
-from dgemma.core.model import Cache, encode, step
-from dgemma.core.ops import KV
+from dgemma.core.config import ModelConfig
+from dgemma.core.model import encode, new_cache, step
+from dgemma.core.ops import Ops
+from dgemma.core.parts import Draws
 from dgemma.core.sampler import start
 from dgemma.export.graph import Builder
 from dgemma.export.primitives import PrimitiveOps
 from tiny import TEXT_CONFIG, tiny_weights
 
-LENGTH = 16
+PROMPT, LENGTH = 20, 16
+
+
+def draws_of(ops: Ops, heat: np.ndarray, uniform: np.ndarray, noise: np.ndarray, bound: float) -> Draws:
+    """Return a pass's draws, of rows with one entropy bound."""
+    rows = len(noise)
+    return Draws(
+        temperature=ops.asarray(np.broadcast_to(heat, (rows, 1)).copy()),
+        uniforms=ops.asarray(uniform),
+        noise=ops.asarray(noise, "int32"),
+        entropy_bound=ops.asarray(np.full((rows, 1), bound, np.float32)),
+        confidence=ops.asarray(np.zeros(rows, np.float32)),
+        stability=ops.asarray(np.ones(rows, np.int32)),
+        greedy=ops.asarray(np.zeros((rows, 1), bool)),
+    )
 
 
 class _Written(PrimitiveOps):
@@ -36,24 +51,30 @@ def plain_step() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     tensors = tiny_weights(config)
     draw = np.random.default_rng(0)
     feeds = {
-        "prompt": draw.integers(6, 200, (2, 20)), "canvas": draw.integers(6, 200, (2, LENGTH)),
+        "prompt": draw.integers(6, 200, (2, PROMPT)), "canvas": draw.integers(6, 200, (2, LENGTH)),
         "noise": draw.integers(6, 200, (2, LENGTH)), "uniform": draw.random((2, LENGTH)).astype(np.float32),
     }  # fmt: skip
 
     def run(ops: Any, given: dict[str, Any]) -> dict[str, Any]:
-        model = weights.build(ops, config, tensors.__getitem__)
-        empty = [np.zeros((2, one.kv_heads, 0, one.head_dim), np.float32) for one in config.layers]
-        cache = Cache(tuple(KV(ops.asarray(one, "float32"), ops.asarray(one, "float32")) for one in empty), 0)
+        model = weights.build(config, lambda name: ops.pack(tensors[name]))
+        cache = new_cache(ops, config, slots=2, capacity=PROMPT, scratch=PROMPT)
         cache = encode(ops, model, cache, given["prompt"])
         state = start(ops, given["canvas"], config.hidden_size)
-        heat = ops.asarray(np.full((1, 1), 5.0), "float32")  # see test_onnx.check
+        draws = Draws(
+            temperature=ops.asarray(np.full((2, 1), 5.0), "float32"),  # see test_onnx.check
+            uniforms=given["uniform"],
+            noise=given["noise"],
+            entropy_bound=ops.asarray(np.array([[3.0], [4.0]]), "float32"),
+            confidence=ops.asarray(np.array([0.0, 9.0]), "float32"),
+            stability=ops.asarray(np.array([1, 0]), "int32"),
+            greedy=ops.asarray(np.array([[False], [True]]), "bool"),
+        )
         for _ in range(2):
-            state = step(
-                ops, model, SamplerConfig(entropy_bound=3.0), cache, state, heat, given["uniform"], given["noise"]
-            )
-        kept = {
-            f"{part}{i}": array for i, one in enumerate(cache.layers) for part, array in zip("kv", one, strict=True)
-        }
+            state = step(ops, model, cache, state, draws)
+        kept = {}
+        for i, (one, layer) in enumerate(zip(cache.layers, config.layers, strict=True)):
+            rows = PROMPT if layer.window is None else min(PROMPT, layer.window - 1)
+            kept |= {f"{part}{i}": array[:, :, :rows] for part, array in zip("kv", one, strict=True)}
         return kept | {name: getattr(state, name) for name in ("canvas", "argmax", "entropy", "soft", "stable", "stop")}
 
     ops = _Written(Builder())

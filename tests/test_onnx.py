@@ -17,14 +17,15 @@ from onnx.reference import ReferenceEvaluator
 
 import dgemma
 import hf
-from dgemma import DgemmaError, DiffusionGemma, runtime
+from dgemma import DgemmaError, DiffusionGemma
+from dgemma.checkpoints import loading
 from dgemma.checkpoints.files import read_json
 from dgemma.core import model as definition
 from dgemma.core import sampler
-from dgemma.core.config import SamplerConfig
 from dgemma.export.manifest import NAME
 from dgemma.tools.verify_onnx import Graphs
 from law import assert_close_f32
+from onnx_primitives import draws_of, plain_step
 from tiny import tiny_checkpoint
 
 CANVAS = 16
@@ -83,12 +84,13 @@ def session_options() -> Any:
 def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Graphs | None = None) -> None:
     """Read a prompt and committed canvases, and take a first step and a later one behind each."""
     graphs, loaded = graphs or Graphs(folder, session_options()), torch_model(folder)
-    ops, weights, config = loaded.ops, loaded.engine.model, loaded.config
+    passes, config = loaded.engine.passes, loaded.config
+    ops, weights = passes.ops, passes.model
     draw = np.random.default_rng([batch, prompt, canvases])
     tokens = [draw.integers(6, config.vocab_size, (batch, size)) for size in (prompt, *[CANVAS] * (canvases - 1))]
     ours, at = graphs.empty(batch), 0
     theirs = definition.new_cache(
-        ops, config, batch=batch, capacity=prompt + canvases * CANVAS, chunk=max(prompt, CANVAS)
+        ops, config, slots=batch, capacity=prompt + canvases * CANVAS, scratch=max(prompt, CANVAS)
     )
     for one in tokens:
         ours = graphs.encode(ours, one, at)
@@ -113,10 +115,7 @@ def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Graphs |
         state = sampler.start(ops, ops.asarray(canvas, "int32"), config.hidden_size)._replace(soft=ops.asarray(soft))
         x = definition.denoise(ops, weights, theirs, state.canvas, state.soft)
         logits = ops.to_numpy(ops.logits(x, weights.embed_tokens, config.softcap))
-        state = definition.step(
-            ops, weights, SamplerConfig(entropy_bound=3.0), theirs, state, ops.asarray(heat), ops.asarray(uniform),
-            ops.asarray(noise, "int32"),
-        )  # fmt: skip
+        state = definition.step(ops, weights, theirs, state, draws_of(ops, heat, uniform, noise, 3.0))
         assert_close_f32(got["logits"], logits, "logits")
         assert_close_f32(got["next_soft_embedding"], ops.to_numpy(state.soft), "next_soft_embedding")
         assert_close_f32(got["entropy"], ops.to_numpy(state.entropy), "entropy")
@@ -275,7 +274,7 @@ def test_parts_of_a_vocabulary_follow_the_highest_score(
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="memory maps are read from Linux's /proc")
 def test_sessions_and_checkpoint_share_one_mapping(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of a packed file would count its scales, or all of it, twice: 1.5 times the file instead of 1.2."""
-    monkeypatch.setattr(runtime, "HELD", 0)  # as for a large model: a small one is read into memory instead
+    monkeypatch.setattr(loading, "HELD", 0)  # as for a large model: a small one is read into memory instead
     folder = tmp_path / "alone"  # which no other test has mapped
     shutil.copytree(folder_of(root, "even", "4bit", "cpu"), folder)
     loaded = dgemma.load(folder, backend="onnx", device="cpu", dtype="float32")
@@ -325,8 +324,6 @@ def test_the_backend_makes_logits_and_runs_exported_graphs(root: Path) -> None:
 
 def test_default_bodies_write_the_same_graph() -> None:
     """The primitives alone carry the model: the fused ops' default bodies, written out and run."""
-    from onnx_primitives import plain_step
-
     got, want = plain_step()
     for name in want:
         assert_close_f32(got[name], want[name], name)

@@ -14,7 +14,7 @@ import pytest
 import dgemma
 from dgemma.core import model as definition
 from dgemma.core import sampler
-from dgemma.core.config import SamplerConfig
+from onnx_primitives import draws_of
 
 VERSIONS = ("1.24.1", "1.28.0", "1.30.0", "newest")
 TOO_OLD = "1.20.1"  # without the operators of opset 23
@@ -70,12 +70,12 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def _ask_torch(folder: Path) -> None:
     loaded = dgemma.load(folder, backend="torch", device="cpu", dtype="float32")
-    ops, model, config = loaded.ops, loaded.engine.model, loaded.config
+    ops, model, config = loaded.engine.passes.ops, loaded.engine.passes.model, loaded.config
     draw, length = np.random.default_rng(0), config.canvas_length
     ids = np.asarray([loaded.tokenizer.render([{"role": "user", "content": BOARD}])])
     size = ids.shape[1]
     feeds: dict[str, Any] = {"input_ids": ids, "position_ids": np.arange(size)[None]}
-    cache = definition.new_cache(ops, config, batch=1, capacity=size + length, chunk=max(size, length))
+    cache = definition.new_cache(ops, config, slots=1, capacity=size + length, scratch=max(size, length))
     cache = definition.encode(ops, model, cache, ops.asarray(ids, "int32"))
     past, want = {}, {}
     for i, (layer, one) in enumerate(zip(config.layers, cache.layers, strict=True)):
@@ -87,10 +87,7 @@ def _ask_torch(folder: Path) -> None:
     uniform = draw.random((1, length)).astype(np.float32)
     soft = (0.3 * draw.normal(size=(1, length, config.hidden_size))).astype(np.float32)
     state = sampler.start(ops, ops.asarray(canvas, "int32"), config.hidden_size)._replace(soft=ops.asarray(soft))
-    state = definition.step(
-        ops, model, SamplerConfig(entropy_bound=BOUND), cache, state, ops.asarray(np.float32([[HEAT]])),
-        ops.asarray(uniform), ops.asarray(noise, "int32"),
-    )  # fmt: skip
+    state = definition.step(ops, model, cache, state, draws_of(ops, np.float32([[HEAT]]), uniform, noise, BOUND))
     want = {"argmax": state.argmax, "entropy": state.entropy, "accepted": state.accepted, "next_canvas": state.canvas,
             "next_soft_embedding": state.soft}  # fmt: skip
     np.savez(
