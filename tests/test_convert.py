@@ -17,13 +17,13 @@ from click.testing import CliRunner
 import dgemma
 from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import Format, QTensor
 from dgemma.checkpoints.safetensors import DTYPES
 from dgemma.cli import main
 from dgemma.convert import convert, encode, job, plan, recipes
 from dgemma.convert.meter import Progress
 from dgemma.core.config import ModelConfig
-from dgemma.core.ops import dense
 from dgemma.tools import inspect
 from law import assert_close_f32
 from published import IMAGE, MANIFEST, SHARD, floats, hashes, left, read_config

@@ -14,10 +14,10 @@ import pytest
 import dgemma
 from dgemma.checkpoints import gguf, weights
 from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import QTensor
 from dgemma.convert.gguf_blocks import FORMATS
 from dgemma.core.config import ModelConfig
-from dgemma.core.ops import dense
 from dgemma.text.tokens import Tokenizer
 from dgemma.tools.inspect import inspect_folder
 from gguf_files import MERGES, TOKENS, WIDE, gguf_file, is_matrix

@@ -12,10 +12,10 @@ import pytest
 
 import dgemma
 from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import Format, QTensor
 from dgemma.convert.converter import Report
 from dgemma.core.config import ModelConfig
-from dgemma.core.ops import dense
 from dgemma.tools.inspect import inspect_folder
 from integer_layouts import declare, fp8_blocks, integers
 from law import assert_close_f32

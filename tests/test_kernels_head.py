@@ -13,9 +13,9 @@ from dgemma.backends.cuda.kernels import head
 from dgemma.backends.cuda.kernels.head import Tiling, vocab_head
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.backends.torch.packed import QuantizedTensor
+from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import Format, QTensor, quantize
 from dgemma.core.errors import DgemmaError
-from dgemma.core.ops import dense
 from kernel_cases import bench, built, cast, meta, to_numpy
 from kernel_harness import ARCHITECTURES
 from kernel_weights import meta_weight

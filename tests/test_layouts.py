@@ -15,11 +15,11 @@ import pytest
 import dgemma
 from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import Format, QTensor
 from dgemma.checkpoints.quantized import Quantization
 from dgemma.checkpoints.safetensors import SafetensorsFile
 from dgemma.core.model import denoise, encode, new_cache
-from dgemma.core.ops import dense
 from dgemma.tools.inspect import inspect_folder
 from law import assert_close_f32
 from published import IMAGE, LAYOUTS, floats, published, read_config, suited
