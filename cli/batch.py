@@ -12,6 +12,7 @@ from .options import (
     Command,
     model_options,
     option,
+    raw_option,
     read_file,
     sampling_options,
     specials_option,
@@ -28,7 +29,7 @@ from .options import (
 @option("--force", is_flag=True, group="Output", help="Begin anew, in place of the results in FILE.")
 @option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors.")
 @system_option
-@option("--raw", is_flag=True, group="Prompt", help="Give prompts as they stand, without the chat template.")
+@raw_option
 @specials_option
 @model_options
 @sampling_options

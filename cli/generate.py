@@ -12,6 +12,7 @@ from .options import (
     live_option,
     model_options,
     option,
+    raw_option,
     read_prompt,
     sampling_options,
     shown_options,
@@ -27,10 +28,7 @@ from .options import (
     group="Prompt", help="Read the prompt from a UTF-8 file; - is stdin.",
 )  # fmt: skip
 @system_option
-@option(
-    "--raw", is_flag=True, group="Prompt",
-    help="Give the prompt to the model as it stands, without the chat template, special tokens and all.",
-)  # fmt: skip
+@raw_option
 @specials_option
 @model_options
 @sampling_options

@@ -12,6 +12,7 @@ import click
 
 from ..backends import DTYPES, MODULES
 from ..checkpoints.files import read_bytes
+from ..core.options import DEFAULTS, SAID
 
 Command_ = TypeVar("Command_", bound=Callable[..., Any])
 
@@ -83,73 +84,57 @@ model_options = _together(
     ways_options,
 )  # fmt: skip
 
-budget_options = _together(
-    option(
-        "--max-new-tokens", "-n", type=click.IntRange(min=1), metavar="N", group="Length and seed",
-        show_default="the checkpoint's",
-        help="Write at most N tokens, thinking included; 256 where the checkpoint does not say.",
-    ),
-    option(
-        "--seed", type=click.IntRange(min=0), default=0, show_default=True, metavar="N", group="Length and seed",
-        help="Same seed, same text: run to run and, in float32, on every backend.",
-    ),
-)  # fmt: skip
 
-sampling_options = _together(
-    budget_options,
-    option(
-        "--steps", type=click.IntRange(min=1), metavar="N", group=SAMPLING,
-        help="Cap on the denoising passes of one canvas; most stop long before it.",
-    ),
-    option(
-        "--schedule-steps", type=click.IntRange(min=1), metavar="N", group=SAMPLING,
-        help="Passes over which the temperature falls; apart from --steps, so that a lower cap changes nothing else.",
-    ),
-    option(
-        "--temperature", "-t", type=click.FloatRange(min=0), metavar="T", group=SAMPLING,
-        help="Multiplies the checkpoint's temperature schedule: 1 is as it stands, 0 is --greedy.",
-    ),
-    option(
-        "--greedy", is_flag=True, group=SAMPLING,
-        help="Accept the most probable token everywhere, instead of one that is drawn.",
-    ),
-    option(
-        "--t-max", type=click.FloatRange(min=0), metavar="T", group=SAMPLING,
-        help="Temperature that the schedule starts from.",
-    ),
-    option(
-        "--t-min", type=click.FloatRange(min=0), metavar="T", group=SAMPLING,
-        help="Temperature that it falls towards. One of the two takes the other with it where they would cross.",
-    ),
-    option(
-        "--entropy-bound", type=click.FloatRange(min=0), metavar="NATS", group=SAMPLING,
-        help="How unsure the tokens accepted in one pass may be, taken together. Higher: fewer passes, more mistakes.",
-    ),
-    option(
-        "--confidence", type=click.FloatRange(min=0), metavar="NATS", group=SAMPLING,
-        help="A canvas that no longer changes is finished once its mean entropy is below this; 0 takes every step.",
-    ),
-    option(
-        "--stability", type=click.IntRange(min=0), metavar="N", group=SAMPLING,
-        help="How many passes in a row must leave a canvas as it was before it is finished.",
-    ),
-    option(
-        "--stop", multiple=True, metavar="TEXT", group="Length and seed",
-        help="End the answer where TEXT would begin. May be given several times; in bash $'\\n' is a line break.",
-    ),
-    option(
-        "--thinking/--no-thinking", default=False, show_default=True, group="Prompt",
-        help="Let the model think first. What it thinks is shown apart from the answer.",
-    ),
-)  # fmt: skip
+class CanvasLength(click.ParamType):
+    """A number of positions, or `fit`."""
+
+    name = "integer or fit"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        if value == "fit":
+            return value
+        try:
+            length = int(value)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither a whole number nor fit", param, ctx)
+        return click.IntRange(min=1).convert(length, param, ctx)
+
+
+_GROUPS = {"length": "Length and seed", "sampling": SAMPLING, "prompt": "Prompt"}
+_SHOWN = {"max_new_tokens": "the checkpoint's", "canvas_length": "the checkpoint's", "seed": True}
+
+
+def generate_option(name: str) -> Callable[[Command_], Command_]:
+    """Return the option of a command that one of `GenerateOptions` is."""
+    said, group = SAID[name], _GROUPS[SAID[name].group]
+    long = f"--{name.replace('_', '-')}"
+    names = [long, *([f"-{said.letter}"] if said.letter else [])]
+    valued: dict[str, Any] = {"group": group, "help": said.help, "metavar": said.unit}
+    match said.kind:
+        case "integer":
+            kind = click.IntRange(min=said.least)
+            return option(*names, type=kind, default=DEFAULTS[name], show_default=_SHOWN.get(name, False), **valued)
+        case "canvas":
+            return option(*names, type=CanvasLength(), show_default=_SHOWN[name], **valued)
+        case "number":
+            return option(*names, type=click.FloatRange(min=said.least), **valued)
+        case "texts":
+            return option(*names, multiple=True, **valued)
+        case "flag" if name == "thinking":
+            return option(f"{long}/--no-{name}", default=False, show_default=True, group=group, help=said.help)
+        case "flag":
+            return option(*names, is_flag=True, group=group, help=said.help)
+    raise AssertionError(f"{name}: no option of a command is of kind {said.kind}")
+
+
+budget_options = _together(generate_option("max_new_tokens"), generate_option("seed"))
+
+raw_option, specials_option = generate_option("raw"), generate_option("specials")
+
+sampling_options = _together(*(generate_option(name) for name in SAID if name not in ("eos", "raw", "specials")))
 
 system_option = option(
     "--system", metavar="TEXT", group="Prompt", help="System prompt: what the model is told before everything else.",
-)  # fmt: skip
-
-specials_option = option(
-    "--specials", is_flag=True, group="Prompt",
-    help="Special tokens spelled out in a message are those tokens. Otherwise nobody can type one.",
 )  # fmt: skip
 
 shown_options = _together(

@@ -20,6 +20,7 @@ import numpy as np
 from . import memory
 from .config import ModelConfig
 from .parts import Draws
+from .primitives import DType
 
 Starts = Mapping[int, np.ndarray]
 """By slot, the noise int32 [L] of canvases that begin with this pass."""
@@ -53,7 +54,7 @@ class Passes(ABC):
     name: ClassVar[str]
     config: ModelConfig
     device: str
-    dtype: str
+    dtype: DType
     chunk: int = 512
     """Most tokens of one row that a pass reads: bounds what attention scores take, and how long others wait."""
     lookahead: int = 0

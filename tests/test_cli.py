@@ -154,13 +154,13 @@ def test_options_reach_the_model(scripted: Any, tmp_path: Path) -> None:
     result = run(
         "generate", "x", "-m", tmp_path, "-n", 7, "--seed", 1, "--steps", 2, "--schedule-steps", 3, "--t-min", 0.1,
         "--t-max", 0.9, "--entropy-bound", 0.5, "--confidence", 0.25, "--stop", "a", "--stop", "b", "--thinking",
-        "--raw", "--temperature", 0.5, "--greedy", "--stability", 2,
+        "--raw", "--temperature", 0.5, "--greedy", "--stability", 2, "--canvas-length", 16,
     )  # fmt: skip
     assert result.exit_code == 0
     assert model.asked[0][1] == {
         "max_new_tokens": 7, "seed": 1, "steps": 2, "schedule_steps": 3, "t_min": 0.1, "t_max": 0.9,
         "entropy_bound": 0.5, "confidence": 0.25, "stop": ("a", "b"), "thinking": True, "raw": True,
-        "temperature": 0.5, "greedy": True, "stability": 2, "specials": False,
+        "temperature": 0.5, "greedy": True, "stability": 2, "specials": False, "canvas_length": 16,
     }  # fmt: skip
 
 
@@ -205,6 +205,9 @@ def test_json_events(tiny: Path) -> None:
         (["generate", "--file", "/"], None, 2, "is a directory"),
         (["generate", "x", "--steps", "0"], None, 2, "--steps"),
         (["generate", "x", "--steps", "many"], None, 2, "not a valid integer"),
+        (["generate", "x", "--canvas-length", "some"], None, 2, "neither a whole number nor fit"),
+        (["generate", "x", "--canvas-length", "0"], None, 2, "--canvas-length"),
+        (["generate", "x", "-m", "TINY", "--canvas-length", "513"], None, 1, "the model's context is 512"),
         (["generate", "x", "--seed", "-1"], None, 2, "--seed"),
         (["generate", "x", "--backend", "tpu"], None, 2, "not one of"),
         (["generate", "x", "y"], None, 2, "unexpected extra argument"),

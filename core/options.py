@@ -1,0 +1,174 @@
+"""What a generation can be asked for, declared once: name, type, range, what it does.
+
+`DiffusionGemma.generate` and `stream` take these as keywords; command lines and files of prompts are made of the same
+fields. Every default but the seed's and the flags' is None, the checkpoint's own setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, cast
+
+from .errors import DgemmaError, quoted
+
+Kind = Literal["integer", "number", "flag", "texts", "ids", "canvas"]
+"""`texts` and `ids` are one or several; `canvas` is an integer or `fit`."""
+Group = Literal["length", "sampling", "prompt"]
+
+MOST = 1 << 31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """How an option is described to people, and the range of what is a number. What `help` says is one line."""
+
+    kind: Kind
+    help: str
+    group: Group
+    unit: str = "N"
+    """What stands for the value in a command's help."""
+    least: int = 0
+    most: int = MOST
+    letter: str = ""
+    """Of its short form on a command line."""
+
+
+def _option(help: str, kind: Kind, group: Group, default: Any = None, **more: Any) -> Any:
+    return field(default=default, metadata={"said": Said(kind=kind, help=help, group=group, **more)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of one generation, checked as far as no model is needed for that.
+
+    Raises:
+        DgemmaError: a value of another kind, or out of range. What the sampler is given is checked by `SamplerConfig`.
+    """
+
+    # fmt: off
+    max_new_tokens: int | None = _option(
+        "Write at most N tokens, thinking included; 256 where the checkpoint does not say.",
+        "integer", "length", least=1, letter="n",
+    )
+    seed: int = _option(
+        "Same seed, same text: run to run and, in float32, on every backend.",
+        "integer", "length", 0, most=(1 << 64) - 1,
+    )
+    canvas_length: int | Literal["fit"] | None = _option(
+        "Denoise N tokens at once. fit: the checkpoint's number, and in the last canvas no more than are left.",
+        "canvas", "length", least=1, unit="N|fit",
+    )
+    steps: int | None = _option(
+        "Cap on the denoising passes of one canvas; most stop long before it.",
+        "integer", "sampling", least=1,
+    )
+    schedule_steps: int | None = _option(
+        "Passes over which the temperature falls; apart from --steps, so that a lower cap changes nothing else.",
+        "integer", "sampling", least=1,
+    )
+    temperature: float | None = _option(
+        "Multiplies the checkpoint's temperature schedule: 1 is as it stands, 0 is --greedy.",
+        "number", "sampling", unit="T", letter="t",
+    )
+    greedy: bool | None = _option(
+        "Accept the most probable token everywhere, instead of one that is drawn.",
+        "flag", "sampling",
+    )
+    t_max: float | None = _option(
+        "Temperature that the schedule starts from.",
+        "number", "sampling", unit="T",
+    )
+    t_min: float | None = _option(
+        "Temperature that it falls towards. One of the two takes the other with it where they would cross.",
+        "number", "sampling", unit="T",
+    )
+    entropy_bound: float | None = _option(
+        "How unsure the tokens accepted in one pass may be, taken together. Higher: fewer passes, more mistakes.",
+        "number", "sampling", unit="NATS",
+    )
+    confidence: float | None = _option(
+        "A canvas that no longer changes is finished once its mean entropy is below this; 0 takes every step.",
+        "number", "sampling", unit="NATS",
+    )
+    stability: int | None = _option(
+        "How many passes in a row must leave a canvas as it was before it is finished.",
+        "integer", "sampling",
+    )
+    stop: str | Sequence[str] = _option(
+        "End the answer where TEXT would begin. May be given several times; in bash $'\\n' is a line break.",
+        "texts", "length", (), unit="TEXT",
+    )
+    eos: int | Sequence[int] | None = _option(
+        "Token ids that end the answer.",
+        "ids", "length",
+    )
+    thinking: bool = _option(
+        "Let the model think first. What it thinks is shown apart from the answer.",
+        "flag", "prompt", False,
+    )
+    raw: bool = _option(
+        "Give text to the model as it stands, without the chat template, special tokens and all.",
+        "flag", "prompt", False,
+    )
+    specials: bool = _option(
+        "Special tokens spelled out in a message are those tokens. Otherwise nobody can type one.",
+        "flag", "prompt", False,
+    )
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        from .given import check_flags, integer  # which need NumPy, and this module's readers do not
+
+        if self.max_new_tokens is not None:
+            integer("max_new_tokens", self.max_new_tokens, 1, MOST)
+        integer("seed", self.seed, 0, SAID["seed"].most)
+        match self.canvas_length:
+            case None | "fit":
+                pass
+            case str():
+                raise DgemmaError(f"canvas_length is {quoted(self.canvas_length)}, expected an integer, or 'fit'")
+            case _:
+                integer("canvas_length", self.canvas_length, 1, MOST)
+        check_flags(thinking=self.thinking, raw=self.raw, specials=self.specials)
+        if any(not isinstance(one, str) or not one for one in self.stops):
+            raise DgemmaError("stop: expected non-empty strings")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        several = not isinstance(self.stop, str) and isinstance(self.stop, Sequence)
+        return tuple(self.stop) if several else (cast("str", self.stop),)
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What `core.sampler.settings` takes."""
+        return {name: getattr(self, name) for name, said in SAID.items() if said.group == "sampling"}
+
+
+SAID: Mapping[str, Said] = {one.name: one.metadata["said"] for one in fields(GenerateOptions)}
+"""Every option, in the order of helps."""
+DEFAULTS: Mapping[str, Any] = {one.name: one.default for one in fields(GenerateOptions)}
+
+
+def spread(given: Mapping[str, Any], count: int) -> list[GenerateOptions]:
+    """Return the options of `count` prompts: a list or tuple of values is one for each, another value is for all.
+
+    Where an option's own value is a sequence, as of `stop` and `eos`, one of strings or ids is for all, and one of
+    sequences is one for each.
+
+    Raises:
+        DgemmaError: a list of another length, or a value that an option cannot have.
+    """
+    columns = {name: _column(name, value, count) for name, value in given.items()}
+    return [GenerateOptions(**{name: column[i] for name, column in columns.items()}) for i in range(count)]
+
+
+def _column(name: str, value: Any, count: int) -> Sequence[Any]:
+    if not isinstance(value, list | tuple):
+        return [value] * count
+    if SAID[name].kind in ("texts", "ids") and not any(isinstance(one, list | tuple) for one in value):
+        return [value] * count
+    if len(value) != count:
+        raise DgemmaError(f"{name} has {len(value)} values for {count} prompts; give one for each, or one for all")
+    return value

@@ -1,0 +1,350 @@
+"""A loaded model: what prompts and options become requests of the engine, and its events texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast, overload
+
+import numpy as np
+
+from .checkpoints import weights
+from .core import finite
+from .core.config import GenerationConfig, ModelConfig
+from .core.engine import Engine, Handle
+from .core.errors import DgemmaError, quoted
+from .core.events import Commit, Done, Event, Generation
+from .core.given import figure, ids_of, integer
+from .core.memory import check_canvas
+from .core.options import GenerateOptions, spread
+from .core.row import Request, Share, check_tokens
+from .core.sampler import settings
+from .text.tokens import Message, Tokenizer
+
+Value = TypeVar("Value")
+Prompt = str | Sequence[Message] | Sequence[int]
+Each = Value | list[Value] | tuple[Value, ...]
+"""One for all prompts, or one for each."""
+
+
+class DiffusionGemma:
+    """A loaded model; `load` makes one.
+
+    Any number of threads may call it at once. One thread of the engine's own runs all passes, over the rows of all
+    generations that are under way (`core/engine.py`); who calls waits for events, holds nothing meanwhile, and gets the
+    tokens that the same call gives alone. A row that is cancelled or dropped makes room for the next one that waits.
+    """
+
+    def __init__(self, engine: Engine, generation: GenerationConfig, path: Path) -> None:
+        self.engine = engine
+        self.generation = generation
+        self.path = path
+
+    def __repr__(self) -> str:
+        size = sum(math.prod(shape) for shape in weights.shapes(self.config).values())
+        return (
+            f"<DiffusionGemma {quoted(self.path.name)}: {figure(size)} parameters, {self.backend} on {self.device}, "
+            f"{self.dtype}, context {self.config.max_positions:,}>"
+        )
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.engine.passes.config
+
+    @property
+    def backend(self) -> str:
+        return self.engine.passes.name
+
+    @property
+    def device(self) -> str:
+        return self.engine.passes.device
+
+    @property
+    def dtype(self) -> str:
+        return self.engine.passes.dtype
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            DgemmaError: the checkpoint has none; it then takes and gives token ids only.
+        """
+        if self.engine.tokenizer is None:
+            raise DgemmaError(f"{self.path}: no tokenizer.json; only token ids can be given")
+        return cast("Tokenizer", self.engine.tokenizer)
+
+    @overload
+    def generate(  # pyright: ignore[reportOverlappingOverload] - a str is a sequence of str
+        self, prompt: Prompt, max_new_tokens: int | None = ..., seed: int = ..., steps: int | None = ..., *,
+        n: None = ..., **options: Any,
+    ) -> Generation: ...  # fmt: skip
+
+    @overload
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: Each[int | None] = ..., seed: Each[int] = ...,
+        steps: Each[int | None] = ..., *, n: int | None = ..., **options: Any,
+    ) -> list[Any]: ...  # fmt: skip
+
+    def generate(  # pyright: ignore[reportInconsistentOverload] - the overloads leave the options' names to this one
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        max_new_tokens: Each[int | None] = None,
+        seed: Each[int] = 0,
+        steps: Each[int | None] = None,
+        *,
+        n: int | None = None,
+        canvas_length: Each[int | Literal["fit"] | None] = None,
+        schedule_steps: Each[int | None] = None,
+        entropy_bound: Each[float | None] = None,
+        t_min: Each[float | None] = None,
+        t_max: Each[float | None] = None,
+        confidence: Each[float | None] = None,
+        stability: Each[int | None] = None,
+        temperature: Each[float | None] = None,
+        greedy: Each[bool | None] = None,
+        stop: Each[str | Sequence[str]] = (),
+        eos: Each[int | Sequence[int] | None] = None,
+        thinking: Each[bool] = False,
+        raw: Each[bool] = False,
+        specials: Each[bool] = False,
+    ) -> Any:
+        """Write until an end-of-sequence token, a stop string or the token budget.
+
+        Args:
+            prompt: as `stream`; or a list of prompts, which are answered side by side: a list whose items are texts, or
+                lists (of ids, or of messages). A list of messages is one chat, and a list of integers is one prompt.
+            n: so many samples of each prompt, of seeds that count up from its own; a prompt is read once for all.
+            seed: as every other option, those of `stream`: of a list of prompts each has its own where a list or tuple
+                of as many values is given. (`stop` and `eos`: a list of lists, for one list of strings or ids is for
+                all.)
+
+        Returns:
+            A `Generation`; of several prompts a list of them, in order, and with `n` a list in place of each one.
+
+        Raises:
+            DgemmaError: as `stream`; of several prompts, by its number.
+        """
+        given = {
+            "max_new_tokens": max_new_tokens, "seed": seed, "steps": steps, "canvas_length": canvas_length,
+            "schedule_steps": schedule_steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max,
+            "confidence": confidence, "stability": stability, "temperature": temperature, "greedy": greedy,
+            "stop": stop, "eos": eos, "thinking": thinking, "raw": raw, "specials": specials,
+        }  # fmt: skip
+        if n is not None:
+            integer("n", n, 1, 1 << 20)
+        prompts = _several(prompt)
+        if prompts is None:
+            requests = [self._request(cast("Prompt", prompt), GenerateOptions(**given))]
+        else:
+            requests = []
+            for i, (one, options) in enumerate(zip(prompts, spread(given, len(prompts)), strict=True), 1):
+                try:
+                    requests.append(self._request(one, options))
+                except DgemmaError as error:
+                    raise DgemmaError(f"prompt {i}: {error}") from None
+        results = self._written(requests, n)
+        return results if prompts is not None else results[0]
+
+    def _written(self, requests: Sequence[Request], n: int | None) -> list[Any]:
+        """Return what is generated for each request, or, with `n`, lists of it."""
+        handles: list[list[Handle]] = []
+        try:
+            for request in requests:
+                share, samples = (Share() if n else None), []
+                handles.append(samples)
+                for i in range(n or 1):
+                    one = replace(request, seed=(request.seed + i) % (1 << 64), drafts=False)
+                    samples.append(self.engine.add(one, share))
+            results = [[_collected(handle.events()) for handle in samples] for samples in handles]
+        except BaseException:
+            for handle in chain(*handles):
+                handle.cancel()
+            raise
+        return [made if n else made[0] for made in results]
+
+    def stream(
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        *,
+        canvas_length: int | Literal["fit"] | None = None,
+        schedule_steps: int | None = None,
+        entropy_bound: float | None = None,
+        t_min: float | None = None,
+        t_max: float | None = None,
+        confidence: float | None = None,
+        stability: int | None = None,
+        temperature: float | None = None,
+        greedy: bool | None = None,
+        stop: str | Sequence[str] = (),
+        eos: int | Sequence[int] | None = None,
+        thinking: bool = False,
+        raw: bool = False,
+        specials: bool = False,
+    ) -> Iterator[Event]:
+        """Check the options, then yield `Prefill`, `Draft`, `Commit` and, last, `Done`.
+
+        What is None comes from the checkpoint's `generation_config.json`.
+
+        Streams of one model may be open side by side, in one thread or in many, and each gives what it gives alone.
+        Closing a stream (`close`, from any thread) or dropping it frees all that it held.
+
+        Args:
+            prompt: text (one user message; where `tokenizer.has_template` is False it goes in as it stands), chat
+                messages, or token ids. Line ends stay what they are; the command line makes them all newlines.
+            max_new_tokens: at most so many tokens are emitted; by default `max_new_tokens` of the checkpoint's
+                generation_config.json, or what its `max_length` leaves behind the prompt, or 256.
+            seed: the same seed gives the same tokens, run to run and, in float32, backend to backend.
+            steps: cap on denoising passes per canvas.
+            canvas_length: positions that are denoised at once, from 1 to the model's context; a pass costs what they
+                cost. Another length is another text. `"fit"`: the checkpoint's, but the last canvas of a budget has
+                the smallest of 16, 32, 64, 128 and 256 positions that hold what is left of it.
+            schedule_steps: length of the temperature schedule, apart from the cap.
+            entropy_bound: nats that the accepted tokens of one pass may sum to.
+            t_min: temperature that the schedule ends at.
+            t_max: temperature that it starts from. Either one alone takes the other with it where they would cross.
+            confidence: mean entropy, in nats, below which a stable canvas is finished; 0 always takes every step.
+            stability: how many passes in a row must leave the canvas as it was.
+            temperature: what `t_min` and `t_max` are multiplied by; 0 is `greedy`.
+            greedy: accept the most probable token everywhere, instead of one that is drawn; entropies, and so what is
+                accepted in which pass, stay those of the temperature schedule.
+            stop: strings that end the answer; neither they nor what follows is given out.
+            eos: end-of-sequence token ids; an empty sequence never ends early. By default those of
+                generation_config.json, or of config.json where it names none.
+            thinking: ask the chat template for a thinking channel.
+            raw: take text as it stands, without the chat template; all of it is yours, so special tokens spelled out in
+                it are those tokens.
+            specials: special tokens spelled out in messages, or in text, are those tokens too. Otherwise they are the
+                text that they look like: nobody can type a control token.
+
+        Raises:
+            DgemmaError: a prompt or an option that cannot be, in one line; raised here, before the first event. While
+                events are read: a pass that comes to NaN or infinity (damaged weights, or float16 overflows), with the
+                dtype and what to try; and whatever the device refuses.
+        """
+        options = GenerateOptions(
+            max_new_tokens=max_new_tokens, seed=seed, steps=steps, canvas_length=canvas_length,
+            schedule_steps=schedule_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max,
+            confidence=confidence, stability=stability, temperature=temperature, greedy=greedy, stop=stop, eos=eos,
+            thinking=thinking, raw=raw, specials=specials,
+        )  # fmt: skip
+        return self.engine.add(self._request(prompt, options)).events()
+
+    def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
+        """Return what the engine is asked for; checked, and with every default filled in."""
+        sampler = settings(self.generation.sampler, **options.sampling)
+        if options.stops and self.engine.tokenizer is None:
+            raise DgemmaError("stop: the checkpoint has no tokenizer, so there is no text to search")
+        length, fit = options.canvas_length, options.canvas_length == "fit"
+        if isinstance(length, int):
+            check_canvas(self.config, length)
+        ids = tuple(self.prompt_ids(prompt, thinking=options.thinking, raw=options.raw, specials=options.specials))
+        request = Request(
+            prompt=ids,
+            max_new_tokens=options.max_new_tokens or self.generation.budget(len(ids)),
+            seed=options.seed,
+            sampler=sampler,
+            eos_token_ids=self._ends(options.eos),
+            stop=options.stops,
+            canvas_length=None if fit else cast("int | None", length),
+            fit=fit,
+        )
+        self.engine.check(request)
+        return request
+
+    def logits(
+        self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Run one denoising pass and return its logits.
+
+        Args:
+            prompt_ids: token ids, or text or messages as `stream` takes them.
+            canvas_ids: L token ids, or text that is tokenized as it stands.
+            previous_logits: [L, V] logits of the pass before, already divided by its temperature; None on the first.
+                -inf takes a token out; NaN and +inf are refused.
+
+        Returns:
+            float32 [L, V], soft-capped, before any temperature.
+
+        Raises:
+            DgemmaError: an id that does not exist, a shape that does not fit, or logits that come to NaN or infinity.
+        """
+        prompt = self.prompt_ids(prompt_ids)
+        check_tokens(prompt, self.config.vocab_size, self.config.image_token_ids)
+        canvas = self.tokenizer.encode(canvas_ids) if isinstance(canvas_ids, str) else ids_of(canvas_ids, "the canvas")
+        check_tokens(canvas, self.config.vocab_size, what="the canvas")
+        if len(prompt) + len(canvas) > self.config.max_positions:
+            raise DgemmaError(f"prompt and canvas exceed the model's context of {self.config.max_positions:,} tokens")
+        wanted = (len(canvas), self.config.vocab_size)
+        previous = None if previous_logits is None else finite.scores(previous_logits, wanted)
+        passes = self.engine.passes
+        for check in passes.checks:
+            check()
+
+        def run() -> np.ndarray:
+            slot = passes.open(len(prompt), len(canvas))
+            try:
+                for at in range(0, len(prompt), passes.chunk):
+                    passes.read([(slot, np.asarray(prompt[at : at + passes.chunk], np.int32))])
+                logits = passes.logits(slot, np.asarray(canvas, np.int32), previous)
+            finally:
+                passes.close(slot)
+            finite.check_results(logits, passes.dtype)
+            capped = np.flatnonzero((np.abs(logits) >= self.config.softcap).any(0)).astype(np.int32)
+            if capped.size:  # an infinite row of the table looks like certainty behind the soft cap
+                finite.check_results(passes.embed(capped), passes.dtype)
+            return logits
+
+        return self.engine.run("computing logits", run)
+
+    def prompt_ids(
+        self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False
+    ) -> list[int]:
+        """Return a prompt's token ids as the model would read them; arguments as `stream`."""
+        if isinstance(prompt, str):
+            if raw or not self.tokenizer.has_template:
+                return self.tokenizer.encode(prompt, bos=True, specials=raw or specials)
+            prompt = [{"role": "user", "content": prompt}]
+        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
+            return self.tokenizer.render(cast("Sequence[Message]", prompt), thinking=thinking, specials=specials)
+        return ids_of(prompt, "the prompt")
+
+    def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
+        if eos is None:
+            return self.generation.eos_token_ids or self.config.eos_token_ids
+        ends = tuple(ids_of([eos] if isinstance(eos, int) else eos, "eos"))
+        if ends:
+            check_tokens(ends, self.config.vocab_size, what="eos")
+        return ends
+
+
+def _several(prompt: Any) -> list[Prompt] | None:
+    """Return the prompts of a list of them; None where it is one."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return None
+    return list(prompt) if all(isinstance(one, str | list | tuple) for one in prompt) else None
+
+
+def _collected(events: Iterator[Event]) -> Generation:
+    tokens: list[int] = []
+    text = thought = ""
+    for event in events:
+        if isinstance(event, Commit):
+            tokens += event.tokens
+            text += event.text
+            thought += event.thinking
+        elif isinstance(event, Done):
+            return Generation(
+                text=text,
+                thinking=thought,
+                token_ids=tuple(tokens),
+                finish_reason=event.finish_reason,
+                stats=event.stats,
+            )
+    raise AssertionError("the engine ended without Done")
