@@ -141,6 +141,24 @@ def check_room(config: ModelConfig, tokens: int, scratch: int, width: int) -> No
         )
 
 
+def check_canvas(config: ModelConfig, length: int) -> None:
+    """Refuse a canvas that the context has no room for, or whose acceptance, which weighs all pairs of positions, would
+    take more than this machine has.
+
+    Raises:
+        DgemmaError: with the numbers.
+    """
+    if length > config.max_positions:
+        raise DgemmaError(
+            f"canvas_length is {length:,} and the model's context is {config.max_positions:,} tokens; give fewer"
+        )
+    if (needed := 8 * length * length) > total():
+        raise DgemmaError(
+            f"a canvas of {length:,} positions takes {needed / 1e9:.1f} GB to denoise and this machine has "
+            f"{total() / 1e9:.1f} GB of memory; give a smaller canvas_length"
+        )
+
+
 # ---- Machine and process ----------------------------------------------------------------------------------------
 
 
@@ -174,52 +192,3 @@ def peak_memory() -> int:
         return psutil.Process().memory_info().peak_wset  # pyright: ignore[reportAttributeAccessIssue]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB
-<<<<<<< HEAD
-=======
-
-
-def cache_bytes(config: ModelConfig, tokens: int, width: int, *, slots: int = 1, scratch: int = 0) -> int:
-    """Return what a cache takes: `slots` sequences of so many tokens, elements of `width` bytes.
-
-    Sliding layers hold no more than their window; `scratch` entries more in every layer are for what a pass lays down.
-    """
-    if not slots:
-        return 0
-    entries = 0
-    for layer in config.layers:
-        rows = tokens if layer.window is None else min(tokens, layer.window - 1)
-        entries += 2 * layer.kv_heads * layer.head_dim * (rows + scratch)
-    return entries * width * slots
-
-
-def total() -> int:
-    """Return the bytes of memory that this machine has."""
-    import psutil
-
-    return psutil.virtual_memory().total
-
-
-def available() -> int:
-    """Return the bytes of memory that this machine has free now."""
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
-def check_canvas(config: ModelConfig, length: int) -> None:
-    """Refuse a canvas that the context has no room for, or whose acceptance, which weighs all pairs of positions, would
-    take more than this machine has.
-
-    Raises:
-        DgemmaError: with the numbers.
-    """
-    if length > config.max_positions:
-        raise DgemmaError(
-            f"canvas_length is {length:,} and the model's context is {config.max_positions:,} tokens; give fewer"
-        )
-    if (needed := 8 * length * length) > total():
-        raise DgemmaError(
-            f"a canvas of {length:,} positions takes {needed / 1e9:.1f} GB to denoise and this machine has "
-            f"{total() / 1e9:.1f} GB of memory; give a smaller canvas_length"
-        )
->>>>>>> a15c0b6 (GenerateOptions: each option declared once, for generate, stream and commands; canvas_length; lists of prompts and n samples; load's rows and prefix_bytes)
