@@ -17,6 +17,7 @@ import pytest
 
 import dgemma
 from dgemma import DiffusionGemma
+from dgemma.backends.mlx.compiling import compiled
 from dgemma.backends.mlx.ops import MlxOps
 from dgemma.backends.mlx.packed import QuantizedTensor, mix, project
 from dgemma.backends.numpy.ops import NumpyOps
@@ -25,13 +26,14 @@ from dgemma.checkpoints.checkpoint import Checkpoint, resolve
 from dgemma.checkpoints.quant import Format, QTensor, dequantize, quantize
 from dgemma.convert import convert, recipes
 from dgemma.core.config import SamplerConfig
-from dgemma.core.model import Cache, denoise, step
+from dgemma.core.graph_passes import GraphPasses
+from dgemma.core.model import denoise, encode, new_cache, step
 from dgemma.core.ops import Ops
-from dgemma.core.random import step_noise
-from dgemma.core.sampler import StepState, start
+from dgemma.core.parts import Cache, Model, StepState
+from dgemma.core.sampler import draws_of, start
 from law import assert_close_f32, assert_low_precision
 from published import floats, published
-from under_test import values
+from under_test import on_device, values
 
 NVFP4 = Format(mode="nvfp4", bits=4, group_size=16)
 FORMATS = (
@@ -47,7 +49,7 @@ PROMPT, CANVAS = list(range(20, 45)), list(range(60, 76))
 
 def held(weight: QTensor, dtype: Any = "float32") -> QuantizedTensor:
     """What `pack` makes of a stored tensor; it must not be a dense array."""
-    packed = MlxOps(dtype, compile=False).pack(weight)
+    packed = MlxOps(dtype).pack(weight)
     assert isinstance(packed, QuantizedTensor)
     return packed
 
@@ -143,10 +145,22 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dgemma.backends.mlx.ops.shutil.which", lambda name: None)
 
 
-def passes(model: DiffusionGemma, ops: Ops) -> list[np.ndarray]:
+def graph(model: DiffusionGemma) -> tuple[Ops, Model]:
+    passes = model.engine.passes
+    assert isinstance(passes, GraphPasses)
+    return passes.ops, passes.model
+
+
+def prompted(ops: Ops, model: Model) -> Cache:
+    """The cache behind the prompt."""
+    cache = new_cache(ops, model.config, slots=1, capacity=len(PROMPT), scratch=len(PROMPT))
+    return encode(ops, model, cache, ops.asarray(np.array([PROMPT], np.int32)))
+
+
+def passes(model: DiffusionGemma) -> list[np.ndarray]:
     """Encode, denoise, and the head's four results, twice: the second pass reads the first one's soft embedding."""
-    inner, results = model.engine.model, []
-    cache = model.engine.prefill(PROMPT, len(CANVAS))
+    (ops, inner), results = graph(model), []
+    cache = prompted(ops, inner)
     soft = ops.asarray(np.zeros((1, len(CANVAS), model.config.hidden_size), np.float32), ops.dtype)
     uniforms = ops.asarray(np.linspace(0.01, 0.99, len(CANVAS), dtype=np.float32)[None])
     for _ in range(2):
@@ -171,10 +185,10 @@ def test_a_folder_means_on_mlx_what_it_means_to_the_oracle(
         convert(source, out, recipe, mlx=mlx)
     got, want = (dgemma.load(out, backend=name, dtype="float32") for name in ("mlx", "numpy"))
     names = ("logits", "token", "argmax", "entropy", "soft embedding")
-    results = zip(passes(got, got.ops), passes(want, want.ops), 2 * names, strict=True)
+    results = zip(passes(got), passes(want), 2 * names, strict=True)
     for mine, oracle, name in results:
         assert_close_f32(mine, oracle, name)
-    previous = passes(want, want.ops)[0][0]
+    previous = passes(want)[0][0]
     assert_close_f32(got.logits(PROMPT, CANVAS, previous), want.logits(PROMPT, CANVAS, previous))
     assert_packed(got, out, recipe)
 
@@ -185,7 +199,7 @@ def assert_packed(model: DiffusionGemma, folder: Path, recipe: str) -> None:
     stored = [checkpoint.tensor(name) for name in weights.shapes(checkpoint.config)]
     quantized = [one for one in stored if isinstance(one, QTensor)]
     assert len(quantized) == {"bf16": 0, "4bit-mlx": 33}.get(recipe, 30)
-    words = [np.array(one.words).tobytes() for one in packed_parts(model.engine.model)]
+    words = [np.array(one.words).tobytes() for one in packed_parts(graph(model)[1])]
     assert sorted(words) == sorted(one.words.tobytes() for one in quantized)
 
 
@@ -204,7 +218,7 @@ def packed_parts(part: Any) -> list[QuantizedTensor]:
 def test_nano_writes_the_oracles_tokens(recipe: str, tmp_path: Path) -> None:
     convert(resolve("nano"), tmp_path / recipe, recipe)
     got, want = (dgemma.load(tmp_path / recipe, backend=name, dtype="float32") for name in ("mlx", "numpy"))
-    assert len(packed_parts(got.engine.model)) > 30
+    assert len(packed_parts(graph(got)[1])) > 30
     for seed, board in enumerate((".3.1\n.2..\n....\n...4", "3..2..\n2..5..\n5.216.\n..1.5.\n...63.\n.6.425")):
         mine, oracle = (model.generate(board, seed=seed) for model in (got, want))
         assert (mine.token_ids, mine.stats.steps) == (oracle.token_ids, oracle.stats.steps)
@@ -231,7 +245,7 @@ def test_a_model_holds_its_file_and_the_biases(recipe: str, dtype: str, tmp_path
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     model = dgemma.load(out, backend="mlx", dtype=dtype)
-    assert sum(one.nbytes for one in packed_parts(model.engine.model)) > 0.9 * expected
+    assert sum(one.nbytes for one in packed_parts(graph(model)[1])) > 0.9 * expected
     assert mx.get_active_memory() - before < 1.03 * expected
     assert mx.get_peak_memory() - before < 1.03 * expected + largest
     whole = sum(int(np.prod(shape)) for shape in weights.shapes(checkpoint.config).values()) * 4
@@ -241,7 +255,7 @@ def test_a_model_holds_its_file_and_the_biases(recipe: str, dtype: str, tmp_path
 def test_the_vocabulary_is_never_unpacked_as_a_whole() -> None:
     vocab, width, rows = 1 << 16, 128, 4
     table = held(quantize(values(1, vocab, width), Format(bits=8, symmetric=True)))
-    ops, dense = MlxOps("float32", compile=False), vocab * width * 4
+    ops, dense = MlxOps("float32"), vocab * width * 4
     x, heat, u = mx.ones((1, rows, width)), mx.ones((1, 1)), mx.ones((1, rows)) * 0.5
     shares = mx.full((1, rows, vocab), 1 / vocab)
     mx.eval(x, heat, u, shares)
@@ -263,29 +277,26 @@ def test_the_vocabulary_is_never_unpacked_as_a_whole() -> None:
 def test_the_compiled_pass_over_packed_weights_is_the_plain_one(source: Path, tmp_path: Path) -> None:
     convert(source, tmp_path / "out", "4bit")
     model = dgemma.load(tmp_path / "out", backend="mlx", dtype="float32")
-    ops, inner, traces = model.ops, model.engine.model, 0
+    (ops, inner), traces = graph(model), 0
     assert isinstance(ops, MlxOps) and ops.compiles, "no g++ here: MLX's CPU cannot compile"
 
     def one_pass(*arguments: Any) -> StepState:
         nonlocal traces
         traces += 1
-        return step(ops, inner, SamplerConfig(entropy_bound=1.0), *arguments)
+        return step(ops, inner, *arguments)
 
-    cache = model.engine.prefill(PROMPT, len(CANVAS))
-    cache = Cache(cache.layers, ops.extent(len(PROMPT)))
+    cache = prompted(ops, inner)
+    sampler = SamplerConfig(entropy_bound=1.0, t_max=0.8, t_min=0.5, schedule_steps=3)
 
     def states(run: Any) -> list[StepState]:
         state, found = start(ops, ops.asarray(np.array([CANVAS], np.int32)), model.config.hidden_size), []
         for i in range(3):
-            uniforms, noise = step_noise(
-                seed=3, canvas=0, step=i + 1, length=len(CANVAS), vocab_size=model.config.vocab_size
-            )
-            heat = ops.asarray(np.full((1, 1), 0.8 - 0.1 * i, np.float32))
-            state = run(cache, state, heat, ops.asarray(uniforms[None]), ops.asarray(noise[None]))
+            draws = draws_of(sampler, seed=3, canvas=0, step=i, length=len(CANVAS), vocab_size=model.config.vocab_size)
+            state = run(cache, state, on_device(ops, draws))
             found.append(state)
         return found
 
-    for got, want in zip(states(ops.compile(one_pass)), states(one_pass), strict=True):
+    for got, want in zip(states(compiled(one_pass)), states(one_pass), strict=True):
         for name in ("canvas", "argmax", "accepted", "stable", "stop"):
             np.testing.assert_array_equal(ops.to_numpy(getattr(got, name)), ops.to_numpy(getattr(want, name)), name)
         assert_close_f32(ops.to_numpy(got.entropy), ops.to_numpy(want.entropy), "entropy")

@@ -97,8 +97,10 @@ def visible(ops: Ops, span: Span, first: int, queries: int, length: int, cached:
 def append(context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
     """Return a cache [B, K, S', A] of each row's valid entries and the first `fresh` of k and v [B, K, L, A].
 
-    S' is S + L in the steps of `caches.stepped`, and no more than the window.
+    S' is S + L, or S + fresh where that is one number, in the steps of `caches.stepped`, and no more than the window.
     """
+    if isinstance(fresh, int):
+        k, v = k[:, :, :fresh], v[:, :, :fresh]
     batch, cached, length = len(k), context.keys.shape[2], k.shape[2]
     most, size = cached + length, stepped(cached + length)
     row = mx.arange(batch)

@@ -35,8 +35,8 @@ MLX_DTYPES: dict[str, mx.Dtype] = {
 class MlxOps(Ops):
     """The mlx backend of `dgemma.load`: float32, bfloat16 or float16, on MLX's default device.
 
-    With `compile` element-wise functions, and the passes over these ops, go through `mx.compile`. On the CPU MLX compiles
-    its kernels with the system's `g++`, once per machine; where there is none, they run as they are.
+    With `compile` element-wise functions, and the passes over these ops, go through `mx.compile`. On the CPU MLX
+    compiles its kernels with the system's `g++`, once per machine; where there is none, they run as they are.
     """
 
     name = "mlx"
