@@ -288,10 +288,8 @@ class DiffusionGemma:
             check()
 
         def run() -> np.ndarray:
-            slot = passes.open(len(prompt), len(canvas))
+            slot = passes.open_behind(prompt, len(canvas))
             try:
-                for at in range(0, len(prompt), passes.chunk):
-                    passes.read([(slot, np.asarray(prompt[at : at + passes.chunk], np.int32))])
                 logits = passes.logits(slot, np.asarray(canvas, np.int32), previous)
             finally:
                 passes.close(slot)

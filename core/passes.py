@@ -81,6 +81,22 @@ class Passes(ABC):
     def open(self, tokens: int, canvas: int, after: Snapshot | None = None) -> int:
         """Take a slot with room for so many tokens and a canvas of `canvas`; it begins empty, or after a snapshot."""
 
+    def open_behind(self, prompt: Sequence[int], canvas: int) -> int:
+        """Take a slot with room for a canvas of `canvas` behind a prompt, and read that into it.
+
+        Raises:
+            DgemmaError: as `fits`.
+        """
+        self.fits(len(prompt), canvas)
+        slot = self.open(len(prompt), canvas)
+        try:
+            for at in range(0, len(prompt), self.chunk):
+                self.read([(slot, np.asarray(prompt[at : at + self.chunk], np.int32))])
+        except BaseException:
+            self.close(slot)
+            raise
+        return slot
+
     @abstractmethod
     def close(self, slot: int) -> None:
         """Give a slot back."""

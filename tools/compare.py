@@ -3,8 +3,9 @@
     A ── writes freely ──▶ text, steps      with the same prompts, seeds and settings as      B ── writes freely ──▶
     A ── denoises ──▶ canvases, distributions ──▶ B reads the very same ──▶ logits beside A's
 
-In the second line B follows A's trajectory: every canvas and every distribution that self-conditioning reads is A's,
-and each model embeds them with its own table. Differences are then the weights' alone, and do not pile up on the way.
+In the second line both follow A's trajectory: every canvas is the one that A's engine has denoised, every distribution
+that self-conditioning reads is A's, and each model embeds them with its own table. Differences are then the weights'
+alone, and do not pile up on the way.
 
 Models are loaded one after the other. Of A, only its vocabulary head stays, and the states that its passes ended with,
 from which the head makes the logits again: memory is that of the larger model and one embedding table. States, 4·L·D
@@ -16,22 +17,21 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
 from ..checkpoints import weights
 from ..checkpoints.checkpoint import Checkpoint, resolve
-from ..core import sampler as sampling
 from ..core.config import ModelConfig, SamplerConfig
-from ..core.engine import check_tokens
 from ..core.errors import DgemmaError, quoted, shown
-from ..core.model import denoise
-from ..core.ops import Array, Ops
-from ..core.random import step_noise
+from ..core.events import Commit, Done, Draft
+from ..core.row import check_tokens
+from ..core.sampler import first_canvas
 from ..runtime import DiffusionGemma, Prompt, load
 from .agreement import Agreeing, Agreement, Outcome, Tally, tally
 
@@ -125,21 +125,8 @@ def compare(
         return measure(recording, b, ways=ways, progress=report)
 
 
-class _Head(NamedTuple):
-    """What makes logits of recorded states."""
-
-    ops: Ops
-    table: Array
-    softcap: float
-    width: int
-
-    @classmethod
-    def of(cls, model: DiffusionGemma) -> _Head:
-        return cls(model.ops, model.engine.model.embed_tokens, model.config.softcap, model.config.hidden_size)
-
-    def logits(self, x: Array) -> np.ndarray:
-        """Return float32 [L, V] of states [1, L, D]."""
-        return self.ops.to_numpy(self.ops.logits(x, self.table, self.softcap))[0].astype(np.float32)
+Head = Callable[[np.ndarray], np.ndarray]
+"""What makes logits of states; see `Passes.head`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +146,9 @@ class Recording:
     """For each prompt and canvas: what every pass read, and last what was committed, int32 [passes + 1, L]."""
     states: IO[bytes]
     """What every pass ended with, float32 [L, D], in order."""
-    head: _Head
+    width: int
+    """D."""
+    head: Head
 
     def __enter__(self) -> Recording:
         return self
@@ -183,11 +172,19 @@ def record(
     settings = {"max_new_tokens": budget, "eos": ends, **asdict(sampler)}
     outcomes, canvases = [], []
     states = tempfile.SpooledTemporaryFile(max_size=HELD)  # noqa: SIM115 - the recording owns it
+    head = model.engine.passes.head()
+
+    def keep(ended: np.ndarray, temperature: float) -> np.ndarray:
+        states.write(ended.tobytes())
+        return head(ended)
+
     try:
         for i, (case, one) in enumerate(zip(cases, ids, strict=True)):
             progress(f"A, {name}", i, len(cases))
-            outcomes.append(_write(model, case, one, seed + i, settings))
-            canvases.append(tuple(_trace(model, sampler, one, seed + i, outcomes[-1].canvases, states)))
+            outcome, trace = _write(model, case, one, seed + i, settings)
+            outcomes.append(outcome)
+            canvases.append(trace)
+            _follow(model, sampler, one, trace, keep)
     except OSError as error:
         states.close()
         raise DgemmaError(f"the recording does not fit into {tempfile.gettempdir()}: {error.strerror}") from None
@@ -197,7 +194,7 @@ def record(
     return Recording(
         side=_side(name, model), cases=tuple(cases), ids=tuple(ids), settings=settings, sampler=sampler, seed=seed,
         outcomes=tuple(outcomes), canvases=tuple(canvases), states=states,
-        head=_Head.of(model),
+        width=model.config.hidden_size, head=head,
     )  # fmt: skip
 
 
@@ -209,6 +206,14 @@ def measure(
     model = _open(b, ways or {}, progress)
     name, agreeing, outcomes = _name(b), Agreeing(), []
     recording.states.seek(0)
+    head = model.engine.passes.head()
+
+    def beside(ended: np.ndarray, temperature: float) -> np.ndarray:
+        kept = np.frombuffer(bytearray(recording.states.read(4 * len(ended) * recording.width)), np.float32)
+        want = recording.head(kept.reshape(len(ended), recording.width))
+        agreeing.add(want, head(ended), temperature)
+        return want
+
     for i, (case, ids) in enumerate(zip(recording.cases, recording.ids, strict=True)):
         progress(f"B, {name}", i, len(recording.cases))
         if model.prompt_ids(case.prompt) != ids:
@@ -216,8 +221,9 @@ def measure(
                 f"prompt {i + 1} is {len(ids)} tokens to {recording.side.name}, and others to {name}: "
                 "their tokenizers or chat templates differ"
             )
-        outcomes.append(_write(model, case, ids, recording.seed + i, recording.settings))
-        _follow(model, recording, i, agreeing)
+        outcomes.append(_write(model, case, ids, recording.seed + i, recording.settings)[0])
+        _follow(model, recording.sampler, ids, recording.canvases[i], beside)
+        agreeing.canvases += len(recording.canvases[i])
     groups = list(dict.fromkeys(case.group for case in recording.cases))
 
     def counted(group: str | None) -> Tally:
@@ -233,74 +239,67 @@ def measure(
     )
 
 
-def _write(model: DiffusionGemma, case: Case, ids: list[int], seed: int, settings: Mapping[str, Any]) -> Outcome:
+def _write(
+    model: DiffusionGemma, case: Case, ids: list[int], seed: int, settings: Mapping[str, Any]
+) -> tuple[Outcome, tuple[np.ndarray, ...]]:
+    """Let a model write: what came of it, and for each canvas what its passes read and, last, what was committed."""
     if case.answer is not None:
         model.tokenizer  # noqa: B018 - which says so if there is none
-    made = model.generate(ids, seed=seed % (1 << 64), **settings)
-    solved = None if case.answer is None else made.text.strip() == case.answer.strip()
-    return Outcome(tokens=made.token_ids, steps=made.stats.steps, canvases=made.stats.canvases, solved=solved)
+    seed %= 1 << 64
+    drafts: list[list[Draft]] = []
+    tokens: list[int] = []
+    text, done = "", None
+    for event in model.stream(ids, seed=seed, **settings):
+        match event:
+            case Draft():
+                if event.step == 0:
+                    drafts.append([])
+                drafts[-1].append(event)
+            case Commit():
+                tokens += event.tokens
+                text += event.text
+            case Done():
+                done = event
+    assert done is not None
+    solved = None if case.answer is None else text.strip() == case.answer.strip()
+    outcome = Outcome(tokens=tuple(tokens), steps=done.stats.steps, canvases=done.stats.canvases, solved=solved)
+    return outcome, tuple(_trace(several, seed, model.config.vocab_size) for several in drafts)
 
 
-def _trace(
-    model: DiffusionGemma, sampler: SamplerConfig, ids: list[int], seed: int, canvases: int, states: IO[bytes]
-) -> Iterator[np.ndarray]:
-    """Denoise as the engine does, keeping what each pass reads and ends with; yields int32 [passes + 1, L] a canvas."""
-    ops, graph, config = model.ops, model.engine.model, model.config
-    head = _Head.of(model)
-    length, prefix = config.canvas_length, list(ids)
-
-    def noise(canvas: int, step: int) -> tuple[Array, Array]:
-        drawn = step_noise(seed=seed % (1 << 64), canvas=canvas, step=step, length=length, vocab_size=config.vocab_size)
-        return ops.asarray(drawn[0][None]), ops.asarray(drawn[1][None])
-
-    for canvas in range(canvases):
-        cache = model.engine.prefill(prefix, length)
-        state, read = sampling.start(ops, noise(canvas, 0)[1], config.hidden_size), []
-        for i in range(sampler.steps):
-            read.append(ops.to_numpy(state.canvas)[0])
-            temperature = sampler.temperature(i)
-            x = denoise(ops, graph, cache, state.canvas, state.soft)
-            states.write(ops.to_numpy(x).astype(np.float32).tobytes())
-            uniforms, fresh = noise(canvas, i + 1)
-            hot = ops.asarray(np.full((1, 1), temperature, np.float32), ops.wide)
-            token, argmax, entropy, _ = ops.vocab_head(x, head.table, head.softcap, hot, uniforms)
-            soft = _soft(model, head.logits(x), temperature)
-            state = sampling.advance(ops, sampler, state, token, argmax, entropy, soft, fresh)
-            if ops.to_numpy(state.stop)[0]:
-                break
-        committed = ops.to_numpy(state.argmax)[0]
-        prefix += committed.tolist()
-        yield np.stack([*read, committed]).astype(np.int32)
+def _trace(drafts: Sequence[Draft], seed: int, vocab_size: int) -> np.ndarray:
+    """Return what the passes over a canvas read and, last, what was committed: int32 [passes + 1, L]."""
+    last = drafts[-1].tokens
+    first = first_canvas(seed, drafts[0].canvas, len(last), vocab_size)
+    return np.stack([first, *(one.following for one in drafts[:-1]), last]).astype(np.int32)  # type: ignore[arg-type]
 
 
-def _follow(model: DiffusionGemma, recording: Recording, case: int, agreeing: Agreeing) -> None:
-    """Give a model every input of one recorded generation, and add its logits beside A's."""
-    ops, graph = model.ops, model.engine.model
-    mine, head, prefix = _Head.of(model), recording.head, list(recording.ids[case])
-    for canvases in recording.canvases[case]:
-        *read, committed = canvases
-        cache = model.engine.prefill(prefix, len(committed))
-        soft = sampling.start(ops, ops.asarray(committed[None]), mine.width).soft  # zeros
-        agreeing.canvases += 1
-        for i, canvas in enumerate(read):
-            temperature = recording.sampler.temperature(i)
-            stored = np.frombuffer(bytearray(recording.states.read(4 * len(canvas) * head.width)), np.float32)
-            want = head.logits(head.ops.asarray(stored.reshape(1, len(canvas), head.width), head.ops.dtype))
-            x = denoise(ops, graph, cache, ops.asarray(canvas[None]), soft)
-            agreeing.add(want, mine.logits(x), temperature)
-            soft = _soft(model, want, temperature)
-        prefix += committed.tolist()
+def _follow(
+    model: DiffusionGemma, sampler: SamplerConfig, ids: list[int], canvases: Sequence[np.ndarray],
+    take: Callable[[np.ndarray, float], np.ndarray],
+) -> None:  # fmt: skip
+    """Run a model's pass over every canvas of a trace.
 
-
-def _soft(model: DiffusionGemma, logits: np.ndarray, temperature: float) -> Array:
-    """The mean embedding under logits [L, V] of a pass, in a model's own table: [1, L, D]."""
-    return model.engine.mean_embedding(model.ops.asarray(logits[None] / np.float32(temperature), model.ops.wide))
+    `take` is given what each ends with, float32 [L, D], and its temperature, and returns A's logits [L, V] of it.
+    """
+    passes, prefix = model.engine.passes, list(ids)
+    ask = partial(model.engine.run, "comparing")  # a pass at a time: an interrupt waits for no more
+    for *read, committed in canvases:
+        slot = ask(lambda c=committed: passes.open_behind(prefix, len(c)))
+        try:
+            previous = None
+            for i, canvas in enumerate(read):
+                heat = sampler.temperature(i)
+                logits = ask(lambda c=canvas, p=previous, t=heat: take(passes.states(slot, c, p), t))  # noqa: B023
+                previous = logits / np.float32(heat)
+        finally:
+            ask(lambda: passes.close(slot))  # noqa: B023
+        prefix.extend(committed.tolist())
 
 
 # ---- Models and prompts ---------------------------------------------------------------------------------------
 
 
-def _open(model: str | Path | DiffusionGemma, ways: Mapping[str, str], progress: Progress) -> DiffusionGemma:
+def _open(model: str | Path | DiffusionGemma, ways: Mapping[str, Any], progress: Progress) -> DiffusionGemma:
     if isinstance(model, DiffusionGemma):
         return model
     return load(model, **ways, progress=lambda done, total: progress(f"loading {_name(model)}", done, total))
