@@ -5,9 +5,9 @@
                           └──────────────────────┘
 
 A round is one call of `Engine.step`: rows that wait are given slots while they fit; finished canvases are read, all at
-once; of the prompts that are being read the first in line get `Passes.chunk` tokens in all, so that a long one holds
-nobody up by more; then every canvas takes a denoising pass, all those of one length together. What shares a pass with
-a row never changes its tokens: its cache, canvas, settings and random numbers are its own.
+once; of the prompts that are being read those that have waited longest get `Passes.chunk` tokens in all, so that a long
+one holds nobody up by more; then every canvas takes a denoising pass, all those of one length together. What shares a
+pass with a row never changes its tokens: its cache, canvas, settings and random numbers are its own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from queue import Empty
 from typing import TypeVar
 
 import numpy as np
@@ -115,7 +117,8 @@ class Engine:
         self._lock = threading.Lock()  # of what follows; never held while anything runs
         self._waiting: deque[Row] = deque()
         self._driving = False
-        self._rows: list[Row] = []  # in slots; the owner thread's alone, as all below
+        self._rounds = 0  # the owner thread's alone, as all below
+        self._rows: list[Row] = []  # in slots
         self._pending: deque[tuple[list[tuple[Row, int, int]], Callable[[], StepResult]]] = deque()
         if passes.survives_fork:
             _engines.add(self)
@@ -173,13 +176,14 @@ class Engine:
 
     def wait_for(self, row: Row) -> Event | BaseException | None:
         """Wait for a row's next event, and see to it that rounds are run meanwhile."""
-        if row.events.empty():
-            self._check_process()
-            with self._lock:
-                idle, self._driving = not self._driving, True
-            running = self._owner.post(self._drive) if idle else self._owner.alive()
-            while not running and row.events.empty():  # the process exits, and the thread has ended: here, then
-                self.step()
+        with suppress(Empty):
+            return row.events.get_nowait()
+        self._check_process()
+        with self._lock:
+            idle, self._driving = not self._driving, True
+        running = self._owner.post(self._drive) if idle else self._owner.alive()
+        while not running and row.events.empty():  # the process exits, and the thread has ended: here, then
+            self.step()
         return row.events.get()
 
     def _peak(self) -> int:
@@ -208,6 +212,7 @@ class Engine:
             self._owner.post(self._drive)
 
     def _round(self) -> bool:
+        self._rounds += 1
         self._sweep()
         self._admit()
         self._read_canvases()
@@ -233,26 +238,36 @@ class Engine:
         for row in [row for row in self._rows if row.stage == "over"]:
             self._rows.remove(row)
             self.passes.close(row.slot)
+        live = set(self._rows)
+        self._pending = deque(one for one in self._pending if any(row in live for row, _, _ in one[0]))
 
     def _admit(self) -> None:
-        """Give slots to rows that wait, first come first served."""
-        while len(self._rows) < self.most_rows:
-            with self._lock:
-                if not self._waiting:
-                    return
-                row = self._waiting[0]
-            if any(one.request.prompt == row.request.prompt and not one.prompted for one in self._rows):
-                return  # its prompt is being read: it begins where that ends
+        """Give slots to rows that wait, first come first served but for those whose prompt is being read."""
+        with self._lock:
+            waiting = list(self._waiting)
+        for row in waiting:
+            if len(self._rows) >= self.most_rows:
+                return
+            if self._is_being_read(row):
+                continue
             try:
-                if self._rows and not self.passes.fits(row.capacity, row.length):
-                    return
-                if not self._rows:
-                    self.passes.fits(row.capacity, row.length)
-                self._take(row)
+                with self.passes.guarded("generating"):
+                    if not self.passes.fits(row.capacity, row.length) and self._rows:
+                        return
+                    self._take(row)
             except DgemmaError as error:
                 row.fail(error)
             with self._lock:
-                self._waiting.popleft()
+                self._waiting.remove(row)
+
+    def _is_being_read(self, row: Row) -> bool:
+        """Whether another row reads the same prompt, and leaves its cache for this one to begin with."""
+        return any(
+            one.request.prompt == row.request.prompt
+            and not one.prompted
+            and (self.prefixes.budget > 0 or (one.share is not None and one.share is row.share))
+            for one in self._rows
+        )
 
     def _take(self, row: Row) -> None:
         snapshot = (row.share and row.share.snapshot) or self.prefixes.find(row.request.prompt)
@@ -261,6 +276,7 @@ class Engine:
         slot = self.passes.open(row.capacity, row.length, snapshot)
         self._rows.append(row)
         row.opened(slot, snapshot.length if snapshot else 0)
+        row.served = self._rounds
 
     def _read_canvases(self) -> None:
         rows = [row for row in self._rows if row.stage == "reading" and row.prompted]
@@ -283,12 +299,12 @@ class Engine:
     def _read_prompts(self) -> None:
         left = self.passes.chunk
         pieces: dict[Row, np.ndarray] = {}
-        for row in self._rows:
+        for row in sorted(self._rows, key=lambda row: row.served):  # who has waited longest
             if row.stage == "reading" and not row.prompted and left > 0:
                 pieces[row] = row.coming[: self._piece(row, left)]
                 left -= len(pieces[row])
-        if pieces:
-            self._read(pieces)
+        for row in self._read(pieces):
+            row.served = self._rounds + 1  # behind those that come now
 
     def _piece(self, row: Row, left: int) -> int:
         """Return how many tokens a row reads of a round: whole chunks, so that others do not change where it is cut."""
@@ -296,15 +312,17 @@ class Engine:
         size = min(coming, max(self.passes.chunk, row.length))
         return size if size <= left or left == self.passes.chunk else 0
 
-    def _read(self, pieces: dict[Row, np.ndarray]) -> None:
+    def _read(self, pieces: dict[Row, np.ndarray]) -> list[Row]:
+        """Read rows' tokens, and return those that have read some."""
         pieces = {row: tokens for row, tokens in pieces.items() if len(tokens)}
         rows = list(pieces)
         given = [(row.slot, tokens) for row, tokens in pieces.items()]
         if not rows or self._try(rows, lambda: self.passes.read(given) or True) is None:
-            return
+            return []
         for row in rows:
             row.has_read(len(pieces[row]))
             self._snapshot(row)
+        return rows
 
     def _denoise(self) -> None:
         behind = len(self._pending)
@@ -371,7 +389,8 @@ class Engine:
     def _try(self, rows: list[Row], work: Callable[[], Result]) -> Result | None:
         """Run work for rows; what goes wrong is theirs, and None comes back."""
         try:
-            return work()
+            with self.passes.guarded("generating"):
+                return work()
         except DgemmaError as error:
             self._fail(rows, error)
         return None

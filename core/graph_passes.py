@@ -46,6 +46,7 @@ class GraphPasses(Passes):
         self._lengths: dict[int, int] = {}  # of open slots: tokens read
         self._asked: dict[int, int] = {}  # of open slots: room
         self._states: dict[int, tuple[StepState, int]] = {}  # slot → a batch, and its row there
+        self._spoilt: set[int] = set()  # slots in whose entries NaN or infinity may stand
         self._batch: tuple[int, ...] = ()  # slots of the batch that the last pass left
         self._step = self.compile(lambda *given: model.step(ops, weights, *given))
         self._read = self.compile(lambda *given: model.encode(ops, weights, *given))
@@ -70,6 +71,11 @@ class GraphPasses(Passes):
         self._lengths.pop(slot)
         self._asked.pop(slot)
         self._states.pop(slot, None)
+        if slot in self._spoilt:  # where what a row does not see is masked, it is still multiplied: by zero
+            self._spoilt.remove(slot)
+            self._pool = tuple(
+                KV(*(self.placed(x, self.zeros((1, *x.shape[1:])), slot) for x in layer)) for layer in self._pool
+            )
         if not self._lengths:
             self._batch, self._states = (), {}
             self.idle()
@@ -177,6 +183,7 @@ class GraphPasses(Passes):
 
         def results() -> StepResult:
             canvas, argmax, accepted, entropy, stop = (x[:count] for x in read())
+            self._spoilt |= {slot for slot, row in zip(slots, entropy, strict=True) if not np.isfinite(row).all()}
             return StepResult(canvas=canvas, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
 
         return results

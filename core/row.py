@@ -90,6 +90,8 @@ class Row:
         """All that the cache is to hold: the prompt, and finished canvases."""
         self.index = self.begun = 0
         """The canvas, and how many of its passes were started."""
+        self.served = 0
+        """The engine's round since which it waits to read its prompt."""
         self.left = min(request.max_new_tokens, config.max_positions - len(request.prompt))
         self.decoder = Decoder(tokenizer, request.stop, request.prompt)
         self._usual = request.canvas_length or config.canvas_length

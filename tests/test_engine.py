@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 import dgemma
 from dgemma import Commit, DgemmaError, DiffusionGemma, Done, Draft, Prefill
-from dgemma.core import engine as engine_module
+from dgemma.core.engine import Engine
 from dgemma.core.random import step_noise
+from fake_passes import FakePasses
 from said import says
 from tiny import IDS, VOCAB, tiny_checkpoint
 from under_test import BACKENDS
@@ -35,50 +36,49 @@ def model(folder: Path) -> DiffusionGemma:
 
 
 @pytest.fixture
-def script(model: DiffusionGemma, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let a model "denoise" given text: what the engine does with a canvas, without what is on it."""
+def script(model: DiffusionGemma) -> Callable[..., DiffusionGemma]:
+    """Return a model that "denoises" given text: what the engine does with a canvas, without what is on it."""
 
-    def use(*canvases: str | list[int]) -> list[str]:
+    def use(*canvases: str | list[int]) -> DiffusionGemma:
         rows = []
         for canvas in canvases:
             ids = model.tokenizer.encode(canvas) if isinstance(canvas, str) else canvas
             rows.append(np.asarray(ids + [IDS["<pad>"]] * (CANVAS - len(ids)), np.int32))
-        log: list[str] = []
-
-        def denoise(cache: Any, request: Any, index: int, clock: Any, opened: Any) -> Iterator[Any]:
-            log.append(f"denoise {index}")
-            clock.canvases += 1
-            clock.steps += 3
-            return rows[index]
-            yield
-
-        def encode(ops: Any, graph: Any, cache: Any, tokens: Any) -> Any:
-            log.append(f"encode {tokens.shape[1]}")
-            return cache
-
-        monkeypatch.setattr(model.engine, "_denoise", denoise)
-        monkeypatch.setattr(engine_module, "encode", encode)
-        return log
+        passes = FakePasses(model.config, script=rows)
+        return DiffusionGemma(Engine(passes, model.tokenizer), model.generation, model.path)
 
     return use
+
+
+def log(model: DiffusionGemma) -> list[str]:
+    """What was done since the last time it was asked for, but for the prompt's reading."""
+    passes = model.engine.passes
+    assert isinstance(passes, FakePasses) and not passes.held
+    said, steps = [], 0
+    for what, value in passes.log[:]:
+        steps = steps + 1 if what == "step" else 0
+        if what == "read":
+            said.append(f"read {value[0]}")
+        elif what == "step" and steps == 1:
+            said.append("denoise")
+    passes.log.clear()
+    return said[1:]
 
 
 # ---- Budgets and ends -------------------------------------------------------------------------------------------
 
 
-def test_max_new_tokens_is_exact_and_the_last_canvas_is_never_encoded(model: DiffusionGemma, script: Any) -> None:
-    log = script("abcdefghijklmnop", "qrstuvwxyzABCDEF", "never")
+def test_max_new_tokens_is_exact_and_the_last_canvas_is_never_encoded(script: Any) -> None:
+    model = script("abcdefghijklmnop", "qrstuvwxyzABCDEF", "never")
     result = model.generate("x", max_new_tokens=10)
     assert (result.text, len(result.token_ids), result.finish_reason) == ("abcdefghij", 10, "length")
-    assert log[1:] == ["denoise 0"]
-    log.clear()
+    assert log(model) == ["denoise"]
     result = model.generate("x", max_new_tokens=17)
     assert (result.text, result.finish_reason) == ("abcdefghijklmnopq", "length")
-    assert log[1:] == ["denoise 0", f"encode {CANVAS}", "denoise 1"]
-    log.clear()
+    assert log(model) == ["denoise", f"read {CANVAS}", "denoise"]
+    assert (result.stats.encode_passes, result.stats.canvases, result.stats.steps) == (2, 2, 6)
     assert model.generate("x", max_new_tokens=16).text == "abcdefghijklmnop"
-    assert log[1:] == ["denoise 0"]
-    assert (model.generate("x", max_new_tokens=17).stats.encode_passes, result.stats.canvases) == (2, 2)
+    assert log(model) == ["denoise"]
 
 
 @pytest.mark.parametrize(
@@ -118,21 +118,21 @@ def test_a_cache_beyond_this_machine_is_refused_by_arithmetic(tmp_path: Path) ->
     assert len(model.generate([5, 6, 7], 5, steps=1, eos=()).token_ids) == 5
 
 
-def test_end_of_sequence_cuts_and_nothing_follows(model: DiffusionGemma, script: Any) -> None:
-    log = script("abcdefghijklmnop", "qr<turn|>never", "never")
+def test_end_of_sequence_cuts_and_nothing_follows(script: Any) -> None:
+    model = script("abcdefghijklmnop", "qr<turn|>never", "never")
     result = model.generate("x", max_new_tokens=1000)
     assert (result.text, result.finish_reason, result.stats.emitted_tokens) == ("abcdefghijklmnopqr", "stop", 18)
-    assert log[1:] == ["denoise 0", f"encode {CANVAS}", "denoise 1"]
+    assert log(model) == ["denoise", f"read {CANVAS}", "denoise"]
 
 
-def test_an_end_beyond_the_budget_is_not_the_reason(model: DiffusionGemma, script: Any) -> None:
-    script("abcdef<turn|>")
+def test_an_end_beyond_the_budget_is_not_the_reason(script: Any) -> None:
+    model = script("abcdef<turn|>")
     assert model.generate("x", max_new_tokens=5).finish_reason == "length"
     assert model.generate("x", max_new_tokens=6).finish_reason == "stop"  # the answer is whole
 
 
-def test_eos_can_be_overridden(model: DiffusionGemma, script: Any) -> None:
-    script("ab<turn|>cd<eos>ef")
+def test_eos_can_be_overridden(script: Any) -> None:
+    model = script("ab<turn|>cd<eos>ef")
     z = model.tokenizer.encode("d")
     assert model.generate("x", max_new_tokens=8, eos=z).text == "abc"
     assert model.generate("x", max_new_tokens=8, eos=[]).token_ids == tuple(
@@ -141,21 +141,21 @@ def test_eos_can_be_overridden(model: DiffusionGemma, script: Any) -> None:
     assert model.generate("x", max_new_tokens=8, eos=IDS["<eos>"]).text == "abcd"
 
 
-def test_stop_strings_cut_across_canvases(model: DiffusionGemma, script: Any) -> None:
-    script("abcdefghijklmnST", "OPxyz")
+def test_stop_strings_cut_across_canvases(script: Any) -> None:
+    model = script("abcdefghijklmnST", "OPxyz")
     result = model.generate("x", max_new_tokens=30, stop="STOP")
     assert (result.text, result.finish_reason) == ("abcdefghijklmn", "stop")
     assert model.tokenizer.decode(result.token_ids) == result.text
 
 
-def test_thinking_comes_back_apart(model: DiffusionGemma, script: Any) -> None:
-    script("<|channel>thought\nhmmmmmmm"[:24], "mm<channel|>yes<turn|>")
+def test_thinking_comes_back_apart(script: Any) -> None:
+    model = script("<|channel>thought\nhmmmmmmm"[:24], "mm<channel|>yes<turn|>")
     result = model.generate("x", max_new_tokens=30)
     assert (result.text, set(result.thinking)) == ("yes", {"h", "m"})
 
 
-def test_the_context_limit_ends_the_text(model: DiffusionGemma, script: Any) -> None:
-    script(*["abcdefghijklmnop"] * 3)
+def test_the_context_limit_ends_the_text(script: Any) -> None:
+    model = script(*["abcdefghijklmnop"] * 3)
     result = model.generate([5] * 70, max_new_tokens=1000)
     assert (len(result.token_ids), result.finish_reason) == (30, "length")
     with pytest.raises(DgemmaError, match="100 tokens and the model's context is 100"):
@@ -180,9 +180,11 @@ def test_events_come_in_order_and_agree_with_generate(model: DiffusionGemma) -> 
     assert result.token_ids == tuple(token for commit in commits for token in commit.tokens)
     stats = result.stats
     assert stats.steps == len(drafts) and stats.canvases == 3 and stats.emitted_tokens == 40
-    assert stats.encode_passes == 3  # the prompt and two canvases
+    first = events[-1].stats
+    assert (first.encode_passes, first.cached_tokens) == (3, 0)  # the prompt and two canvases
+    assert (stats.encode_passes, stats.cached_tokens) == (2, stats.prompt_tokens)  # and a prompt that was kept
     assert stats.tokens_per_forward == 40 / len(drafts)
-    assert 0 < stats.prefill_seconds <= (stats.first_draft_seconds or 0) <= (stats.first_text_seconds or 0)
+    assert 0 < first.prefill_seconds <= (first.first_draft_seconds or 0) <= (first.first_text_seconds or 0)
     assert stats.peak_memory_bytes > 1 << 20
 
 
@@ -224,13 +226,16 @@ def test_a_closed_stream_leaves_the_model_usable(model: DiffusionGemma) -> None:
 
 
 def test_a_slow_reader_does_not_slow_the_figures(model: DiffusionGemma) -> None:
-    pause, began, pauses = 0.02, time.perf_counter(), 0
-    for event in model.stream("ab", max_new_tokens=CANVAS):
-        if isinstance(event, Done):
-            break
-        time.sleep(pause)
-        pauses += 1
-    assert event.stats.seconds <= time.perf_counter() - began - pauses * pause
+    """The engine goes on while its reader has an event, and its clock ends with its work."""
+    began = time.perf_counter()
+    stream = model.stream("ab", max_new_tokens=CANVAS)
+    next(stream)
+    while model.engine.busy:
+        time.sleep(0.001)
+    over = time.perf_counter()
+    time.sleep(0.1)
+    done = list(stream)[-1]
+    assert isinstance(done, Done) and done.stats.seconds <= over - began
 
 
 def test_eos_does_not_grow_with_use(model: DiffusionGemma) -> None:
