@@ -66,6 +66,19 @@ class Handle:
         self._over = True
         _drop(self._engine, self._row)
 
+    def ready(self) -> list[Event]:
+        """Return the events that are there, and wait for none.
+
+        Raises:
+            DgemmaError: as `events`.
+        """
+        found: list[Event] = []
+        while not self._over and not self._row.events.empty():
+            if (event := self.next()) is None:
+                break
+            found.append(event)
+        return found
+
     def next(self) -> Event | None:
         """Wait for the next event; None where there is none."""
         if self._over:
