@@ -38,7 +38,7 @@ def cases(model: DiffusionGemma, count: int, seed: int) -> list[Case]:
     """Return so many different requests."""
     draw = np.random.default_rng(seed)
     made = []
-    for i in range(count):
+    for _ in range(count):
         if draw.random() < 0.5:
             prompt = model.prompt_ids(BOARDS[draw.integers(len(BOARDS))])
         else:
@@ -72,7 +72,7 @@ def cases(model: DiffusionGemma, count: int, seed: int) -> list[Case]:
 
 
 def together(engine: Engine, asked: list[Case], seed: int) -> tuple[list[list[Any]], int]:
-    """Run all in random order, arriving and cancelled between rounds; return each one's events, and the most at once."""
+    """Run all in random order, arriving and cancelled between rounds; return each one's events and the most at once."""
     draw = np.random.default_rng(seed)
     order = draw.permutation(len(asked)).tolist()
     seen: list[list[Any]] = [[] for _ in asked]
@@ -105,12 +105,9 @@ def first_difference(alone: list[Any], shared: list[Any]) -> str:
     for one, other in zip(a, b, strict=False):
         where = f"canvas {one.canvas} pass {one.step}"
         worst = float(np.abs(one.entropy - other.entropy).max())
-        if not np.array_equal(one.accepted, other.accepted):
-            return f"{where}: accepted differ at {np.flatnonzero(one.accepted != other.accepted)[:5]}, entropies by {worst:.1e}"
-        if not np.array_equal(one.tokens, other.tokens):
-            return (
-                f"{where}: argmax differs at {np.flatnonzero(one.tokens != other.tokens)[:5]}, entropies by {worst:.1e}"
-            )
+        for what, x, y in (("accepted", one.accepted, other.accepted), ("argmax", one.tokens, other.tokens)):
+            if not np.array_equal(x, y):
+                return f"{where}: {what} differs at {np.flatnonzero(x != y)[:5]}, entropies by {worst:.1e}"
         if worst > 1e-3:
             return f"{where}: entropies differ by {worst:.1e}: the pass before drew another token"
     return f"lengths {len(a)} and {len(b)}"
