@@ -44,7 +44,7 @@ from .quant_bits import (
     unpack,
     widen,
 )
-from .quant_fit import NVFP4_RANGE, WIDEST, Scratch
+from .quant_fit import NVFP4_RANGE, WIDEST, FitScratch
 
 __all__ = [
     "Format", "QTensor", "carry", "dequantize", "from_bf16", "is_symmetric", "nvfp4_global_scale", "pack", "quantize",
@@ -246,7 +246,7 @@ def quantize(w: NDArray[Any], format: Format, *, global_scale: float | None = No
     capacity = max((piece.size for piece in pieces), default=0) // size
 
     def fit(mine: list[NDArray[Any]], starts: list[int]) -> None:
-        scratch = Scratch(size, capacity)
+        scratch = FitScratch(size, capacity)
         for piece, start in zip(mine, starts, strict=True):
             scratch.load(piece.reshape(-1, size))
             low, high = scratch.extent()

@@ -49,7 +49,7 @@ MLX_LEAST_SCALE = 1e-7
 NVFP4_RANGE = 448.0 * 6.0  # the largest E4M3 scale times the largest E2M1 code
 
 
-class Scratch:
+class FitScratch:
     """Buffers for pieces of up to `groups` groups; `weights` holds the current piece, float32 [group_size, n]."""
 
     def __init__(self, group_size: int, groups: int) -> None:

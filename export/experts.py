@@ -25,7 +25,7 @@ from ..checkpoints.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value, function
 from .packed import EXACT, group_sums, plain, scaled
-from .weights import Packed
+from .weights import PackedPlaces
 
 if TYPE_CHECKING:
     from ..core.parts import Experts, Router
@@ -62,9 +62,9 @@ class _Matrix:
     """How many of the function's inputs it takes."""
 
     @classmethod
-    def of(cls, ops: PrimitiveOps, weight: Array | Packed, inputs: list[Value]) -> _Matrix:
+    def of(cls, ops: PrimitiveOps, weight: Array | PackedPlaces, inputs: list[Value]) -> _Matrix:
         """Describe a weight, and append what the function has to be given of it."""
-        if not isinstance(weight, Packed):
+        if not isinstance(weight, PackedPlaces):
             inputs.append(weight.value)
             return cls(weight.shape, None, 1)
         count, out, width = weight.shape

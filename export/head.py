@@ -21,7 +21,7 @@ from ..core.reference import _BELOW_ONE, DRAW_BLOCK
 from . import packed
 from .arrays import Array, product
 from .graph import Builder, Value
-from .weights import Packed
+from .weights import PackedPlaces
 
 if TYPE_CHECKING:
     from .primitives import PrimitiveOps
@@ -37,26 +37,26 @@ _NOTHING = -1e30
 class Table:
     """The embedding in parts [v, D], all of one size but the last, and each a whole number of blocks."""
 
-    def __init__(self, ops: PrimitiveOps, table: Array | Packed) -> None:
+    def __init__(self, ops: PrimitiveOps, table: Array | PackedPlaces) -> None:
         self._ops = ops
         self.rows, self.width = table.shape
         least = max(PART // (4 * self.width), self.rows // MOST_PARTS)
-        self.part_rows = -(-least // DRAW_BLOCK) * DRAW_BLOCK if isinstance(table, Packed) else self.rows
+        self.part_rows = -(-least // DRAW_BLOCK) * DRAW_BLOCK if isinstance(table, PackedPlaces) else self.rows
         self.starts = range(0, self.rows, self.part_rows)
         self._table = table
 
-    def part(self, start: int, after: Value) -> tuple[Array | Packed, Value]:
+    def part(self, start: int, after: Value) -> tuple[Array | PackedPlaces, Value]:
         """A part as it is stored, and its values [v, D], which are made behind `after`."""
-        if not isinstance(self._table, Packed):
+        if not isinstance(self._table, PackedPlaces):
             return self._table, self._table.value
         one = self._table.rows(start, min(self.part_rows, self.rows - start))
         return one, packed.whole(self._ops, one, after).value
 
 
-def _scores(ops: PrimitiveOps, x: Array, part: Array | Packed, values: Value, softcap: float) -> Value:
+def _scores(ops: PrimitiveOps, x: Array, part: Array | PackedPlaces, values: Value, softcap: float) -> Value:
     """Return tanh(x · partᵀ / softcap), wide [rows, v]."""
     b = ops.builder
-    if isinstance(part, Packed) and not ops.unpacks:
+    if isinstance(part, PackedPlaces) and not ops.unpacks:
         made = b.op("Mul", packed.linear(ops, x, part).rows(), b.constant(1.0 / softcap, ops.numpy_type))
     else:
         made = b.op("Gemm", x.rows(), values, transB=1, alpha=1.0 / softcap)
@@ -65,7 +65,7 @@ def _scores(ops: PrimitiveOps, x: Array, part: Array | Packed, values: Value, so
     return b.op("Tanh", made)
 
 
-def scores(ops: PrimitiveOps, x: Array, table: Array | Packed, softcap: float) -> Value:
+def scores(ops: PrimitiveOps, x: Array, table: Array | PackedPlaces, softcap: float) -> Value:
     """Return tanh(x · tableᵀ / softcap), wide [rows, V] <- very big."""
     parts: list[Value] = []
     whole = Table(ops, table)

@@ -22,7 +22,7 @@ from .experts import geglu_moe
 from .graph import Builder
 from .head import scores, vocab_head
 from .primitives import PrimitiveOps
-from .weights import Packed
+from .weights import PackedPlaces
 
 if TYPE_CHECKING:
     from ..core.parts import Attention, Experts, Mlp, Router
@@ -64,14 +64,14 @@ class OnnxOps(PrimitiveOps):
         rows = product(tokens.shape)
         ids = self.reshape(tokens, (rows,)).value
         width = table.shape[1]
-        if isinstance(table, Packed):
+        if isinstance(table, PackedPlaces):
             picked = packed.take(self, table, ids, (rows,)).value
         else:
             picked = self.builder.op("Gather", table.value, ids)
         return self.array(picked, (*tokens.shape, width), self.dtype, (rows, width)) * self.rounded(scale)
 
     def linear(self, x: Array, weight: Any) -> Array:
-        if isinstance(weight, Packed):
+        if isinstance(weight, PackedPlaces):
             return packed.linear(self, x, weight)
         out = weight.shape[0]
         made = self.builder.op("Gemm", x.rows(), weight.value, transB=1)

@@ -20,7 +20,7 @@ import numpy as np
 from ..checkpoints.quant import Format
 from .arrays import Array, product
 from .graph import MICROSOFT, Builder, Value
-from .weights import Dense, Packed, Place
+from .weights import DensePlace, PackedPlaces, Place
 
 if TYPE_CHECKING:
     from .primitives import PrimitiveOps
@@ -29,12 +29,12 @@ EXACT = 1
 """MatMulNBits' accuracy level for float32 arithmetic."""
 
 
-def scales_of(ops: PrimitiveOps, weight: Packed) -> Array:
+def scales_of(ops: PrimitiveOps, weight: PackedPlaces) -> Array:
     """Return scales [..., K/g] in the compute dtype."""
     return _cast(ops, weight.scales)
 
 
-def rest_of(ops: PrimitiveOps, weight: Packed) -> Array | None:
+def rest_of(ops: PrimitiveOps, weight: PackedPlaces) -> Array | None:
     """Return bias + z·scale [..., K/g], or None where that is 0 throughout."""
     if weight.biases is None:
         return None
@@ -43,10 +43,10 @@ def rest_of(ops: PrimitiveOps, weight: Packed) -> Array | None:
 
 
 def _cast(ops: PrimitiveOps, place: Place, shape: tuple[int, ...] | None = None) -> Array:
-    return Dense(where=place).pack(ops, shape)
+    return DensePlace(where=place).pack(ops, shape)
 
 
-def linear(ops: PrimitiveOps, x: Array, weight: Packed) -> Array:
+def linear(ops: PrimitiveOps, x: Array, weight: PackedPlaces) -> Array:
     """x [..., K] · weightᵀ, weight [F, K]."""
     kind, (out, width) = weight.format, weight.shape
     rows, b = x.rows(), ops.builder
@@ -81,7 +81,7 @@ def scaled(b: Builder, codes: Value, scales: Value, zeros: Value | None = None) 
     return b.op("DequantizeLinear", codes, scales, zeros, axis=0)
 
 
-def whole(ops: PrimitiveOps, weight: Packed, after: Value) -> Array:
+def whole(ops: PrimitiveOps, weight: PackedPlaces, after: Value) -> Array:
     """Return a matrix's values [F, K], made anew in every run, once `after` is computed: see `ops.zero_behind`."""
     b, kind, (count, width) = ops.builder, weight.format, weight.shape
     if kind.bits != 8 or ops.portable:
@@ -96,7 +96,7 @@ def whole(ops: PrimitiveOps, weight: Packed, after: Value) -> Array:
     return ops.reshape(result, (count, width))
 
 
-def take(ops: PrimitiveOps, weight: Packed, ids: Value, shape: tuple) -> Array:
+def take(ops: PrimitiveOps, weight: PackedPlaces, ids: Value, shape: tuple) -> Array:
     """Return rows by number, dequantized: weight [V, K], ids of `shape` → [*shape, K]."""
     b, kind, (count, width) = ops.builder, weight.format, weight.shape
     words = weight.words.value(ops, (count, width * kind.bits // 8))

@@ -64,7 +64,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
+class DensePlace:
     """A weight that is stored as numbers."""
 
     where: Place
@@ -76,7 +76,7 @@ class Dense:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedPlaces:
     """A weight that is stored as codes and scales, and, not symmetric, biases; see `checkpoints/quant.py`."""
 
     format: Format
@@ -85,17 +85,17 @@ class Packed:
     scales: Place
     biases: Place | None
 
-    def pack(self, ops: PrimitiveOps) -> Packed:
+    def pack(self, ops: PrimitiveOps) -> PackedPlaces:
         """Ops take it as it is: which bytes they want depends on what they do."""
         return self
 
-    def rows(self, first: int, count: int) -> Packed:
+    def rows(self, first: int, count: int) -> PackedPlaces:
         cut = {part: getattr(self, part).rows(first, count) for part in ("words", "scales")}
         biases = None if self.biases is None else self.biases.rows(first, count)
         return replace(self, shape=(count, *self.shape[1:]), biases=biases, **cut)
 
 
-Weight = Dense | Packed
+PlacedWeight = DensePlace | PackedPlaces
 
 
 def check(name: str, kind: Format) -> None:
@@ -111,7 +111,7 @@ def check(name: str, kind: Format) -> None:
         )
 
 
-def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Callable[[str], Weight]:
+def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Callable[[str], PlacedWeight]:
     """Return what `checkpoints.weights.build` asks for each weight: its place in the checkpoint's files.
 
     A graph that stays in memory is lent its weights: files have the names that links in the folder lead to, as in a
@@ -122,7 +122,7 @@ def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Calla
         DgemmaError: a format that `check` refuses, or numbers that do not lie at a multiple of their width.
     """
 
-    def get(name: str) -> Weight:
+    def get(name: str) -> PlacedWeight:
         places = {}
         for part, (file, stored) in checkpoint.parts(name).items():
             entry = file.entries[stored]
@@ -143,24 +143,26 @@ def from_checkpoint(checkpoint: Checkpoint, *, in_memory: bool = False) -> Calla
     return get
 
 
-def assemble(name: str, kind: Format | None, places: dict[str, Place]) -> Weight:
+def assemble(name: str, kind: Format | None, places: dict[str, Place]) -> PlacedWeight:
     if kind is None:
-        return Dense(where=places["weight"])
+        return DensePlace(where=places["weight"])
     check(name, kind)
     words = places["weight"]
-    return Packed(
+    return PackedPlaces(
         format=kind, shape=(*words.shape[:-1], words.shape[-1] * 32 // kind.bits), words=words,
         scales=places["scales"], biases=places.get("biases"),
     )  # fmt: skip
 
 
-def imagined(shapes: dict[str, tuple[int, ...]], formats: Callable[[str], Format | None]) -> Callable[[str], Weight]:
+def imagined(
+    shapes: dict[str, tuple[int, ...]], formats: Callable[[str], Format | None]
+) -> Callable[[str], PlacedWeight]:
     """Weights of a checkpoint that is not there, for a graph's structure alone: one file, all in bf16 or packed."""
 
-    def get(name: str) -> Weight:
+    def get(name: str) -> PlacedWeight:
         shape, kind = shapes[name], formats(name.removesuffix(".weight"))
         if kind is None:
-            return Dense(where=Place(name=name, file="model.safetensors", start=0, dtype="BF16", shape=shape))
+            return DensePlace(where=Place(name=name, file="model.safetensors", start=0, dtype="BF16", shape=shape))
         module = name.removesuffix(".weight")
         words, groups = kind.words_per_row(shape[-1]), kind.groups_per_row(shape[-1])
         parts = {

@@ -23,7 +23,7 @@ from dgemma.checkpoints.files import read_json
 from dgemma.core import model as definition
 from dgemma.core import sampler
 from dgemma.export.manifest import NAME
-from dgemma.tools.verify_onnx import Graphs
+from dgemma.tools.verify_onnx import Exported
 from law import assert_close_f32
 from onnx_primitives import draws_of, plain_step
 from tiny import tiny_checkpoint
@@ -81,9 +81,9 @@ def session_options() -> Any:
     return options
 
 
-def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Graphs | None = None) -> None:
+def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Exported | None = None) -> None:
     """Read a prompt and committed canvases, and take a first step and a later one behind each."""
-    graphs, loaded = graphs or Graphs(folder, session_options()), torch_model(folder)
+    graphs, loaded = graphs or Exported(folder, session_options()), torch_model(folder)
     passes, config = loaded.engine.passes, loaded.config
     ops, weights = passes.ops, passes.model
     draw = np.random.default_rng([batch, prompt, canvases])
@@ -144,7 +144,7 @@ def test_quantized_graphs_agree_with_torch(root: Path, recipe: str, form: str) -
     check(folder, 1, 1, 1)
 
 
-class Elsewhere(Graphs):
+class Elsewhere(Exported):
     """Graphs in another runtime: `opened` turns a file into something with `run(names, feeds)`."""
 
     def __init__(self, folder: Path, opened: Callable[[Path], Any]) -> None:
@@ -222,7 +222,7 @@ def test_parts_of_a_vocabulary_follow_the_highest_score(
     from dgemma.export import head
     from dgemma.export.graph import TYPES, Builder
     from dgemma.export.ops import OnnxOps
-    from dgemma.export.weights import Packed, Place
+    from dgemma.export.weights import PackedPlaces, Place
 
     monkeypatch.setattr(head, "PART", 512)
     vocab, width, rows = 3 * 512 + 70, 64, 12
@@ -249,7 +249,7 @@ def test_parts_of_a_vocabulary_follow_the_highest_score(
 
     ops = OnnxOps(Builder(), cpu=True)
     given = [ops.input(name, "float32", one.shape) for name, one in (("x", x), ("u", u))]
-    stored = Packed(
+    stored = PackedPlaces(
         format=table.format, shape=(vocab, width), words=place("words", "U32"), scales=place("scales", "BF16"),
         biases=None,
     )  # fmt: skip

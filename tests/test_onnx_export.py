@@ -25,7 +25,7 @@ from dgemma.export import graphs, probe
 from dgemma.export.graph import OWN
 from dgemma.export.weights import imagined
 from dgemma.tools.bench import SIZES
-from dgemma.tools.verify_onnx import Graphs
+from dgemma.tools.verify_onnx import Exported
 from said import says
 from tiny import edit_json, tiny_checkpoint
 
@@ -75,7 +75,7 @@ def test_graphs_pass_the_checker_and_hold_no_weights(source: Path, tmp_path: Pat
         assert not large, [one.name for one in large]
         levels = [one.i for node in every_node(model) for one in node.attribute if one.name == "accuracy_level"]
         assert set(levels) <= {1} and bool(levels) == bool(recipe and not options.get("cpu"))
-    Graphs(source)  # whose sessions open
+    Exported(source)  # whose sessions open
 
 
 def every_node(model: Any) -> list[Any]:
@@ -268,18 +268,18 @@ def test_verify_notices_a_wrong_cache(source: Path, monkeypatch: pytest.MonkeyPa
     from dgemma.tools import verify_onnx
 
     dgemma.export(source, logits=True)
-    encode, denoise = Graphs.encode, Graphs.denoise
+    encode, denoise = Exported.encode, Exported.denoise
 
-    def shifted(self: Graphs, cache: Any, *rest: Any) -> Any:
+    def shifted(self: Exported, cache: Any, *rest: Any) -> Any:
         made = encode(self, cache, *rest)
         return made | {"past_key_values.1.value": made["past_key_values.1.value"] * 1.01}
 
-    def unknown(self: Graphs, *arguments: Any, **step: Any) -> Any:
+    def unknown(self: Exported, *arguments: Any, **step: Any) -> Any:
         made = denoise(self, *arguments, **step)
         return made | {"logits": made["logits"] * np.float32(np.nan)}
 
-    monkeypatch.setattr(Graphs, "encode", shifted)
-    monkeypatch.setattr(Graphs, "denoise", unknown)
+    monkeypatch.setattr(Exported, "encode", shifted)
+    monkeypatch.setattr(Exported, "denoise", unknown)
     errors = verify_onnx.verify(source, source)
     assert errors["present.0.value"] < 1e-10 < errors["present.1.value"] and errors["logits"] == np.inf
 

@@ -35,7 +35,7 @@ SETTINGS = ("config.json", "generation_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Part:
+class PartSize:
     """One part of the text model."""
 
     name: str
@@ -56,7 +56,7 @@ class Inspection:
     """float, mlx, gguf, modelopt, compressed-tensors or fp8; or "planned", from a config alone."""
     recipe: str
     """The recipe that was asked about, or nothing."""
-    parts: tuple[Part, ...]
+    parts: tuple[PartSize, ...]
     image_bytes: int
     weights: StoredWeights
 
@@ -167,7 +167,7 @@ def _inspection(config: ModelConfig, layout: str, recipe: str, sized: _Sized, im
             said = spell(kind) if kind else "fp8" if dtype == "quantized" else dtype.lower()
             counted[said] = counted.get(said, 0) + math.prod(shapes[name])
         parts.append(
-            Part(
+            PartSize(
                 name=part,
                 parameters=sum(math.prod(shapes[name]) for name in names),
                 bytes=sum(sized[name][1] for name in names),

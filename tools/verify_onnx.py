@@ -33,7 +33,7 @@ def verify(folder: Path, source: Path) -> dict[str, float]:
     """
     name = "torch" if backends.available()["torch"] is None else "numpy"
     passes = backends.open(name, Checkpoint.open(source), device="cpu", dtype="float32")
-    graphs, config = Graphs(folder), passes.config
+    graphs, config = Exported(folder), passes.config
     windows = [layer.window for layer in config.layers if layer.window is not None]
     window = max(windows, default=64)
     errors: dict[str, float] = {}
@@ -45,7 +45,7 @@ def verify(folder: Path, source: Path) -> dict[str, float]:
     return errors
 
 
-class Graphs:
+class Exported:
     """The graphs of an exported folder, two or a unified one, in plain onnxruntime."""
 
     def __init__(self, folder: Path, options: Any = None) -> None:
@@ -109,7 +109,7 @@ def _tokens(ids: np.ndarray, at: int) -> dict[str, np.ndarray]:
     return {"input_ids": ids.astype(np.int64), "position_ids": positions.astype(np.int64)}
 
 
-def _compare(graphs: Graphs, passes: Passes, length: int) -> dict[str, float]:
+def _compare(graphs: Exported, passes: Passes, length: int) -> dict[str, float]:
     """Compare every output, behind a prompt of a length and behind a canvas that follows it."""
     config, draw = passes.config, np.random.default_rng([SEED, length])
     canvas_length, vocab = config.canvas_length, config.vocab_size
@@ -166,7 +166,7 @@ def _draws(draw: np.random.Generator, length: int, vocab: int, bound: float) -> 
     )
 
 
-def _cache_errors(graphs: Graphs, cache: dict[str, np.ndarray], snapshot: Snapshot) -> dict[str, float]:
+def _cache_errors(graphs: Exported, cache: dict[str, np.ndarray], snapshot: Snapshot) -> dict[str, float]:
     """Compare the caches: of the source's, a snapshot has the valid entries of each layer."""
     found = {}
     for one, kept in zip(graphs.about["layers"], snapshot.data, strict=True):
