@@ -32,28 +32,21 @@ from quant_step import CANVAS, write
 
 from dgemma.convert import convert
 from dgemma.core.config import SamplerConfig
+from dgemma.core.sampler import draws_of, first_canvas
 from dgemma.tools.bench import Shape, settings
 
 
 def one_pass(folder: Path, backend: str, context: int) -> Callable[[], object]:
     """Return what runs one denoising pass behind a prompt, and waits for it."""
     import dgemma
-    from dgemma.core.model import step
-    from dgemma.core.sampler import start
 
-    engine = dgemma.load(folder, backend=backend, device="cpu", dtype="float32").engine
-    ops, model, draw = engine.ops, engine.model, np.random.default_rng(0)
-    vocab = model.config.vocab_size
-    cache = engine.prefill(draw.integers(6, vocab, context).tolist(), CANVAS)
-    noise = ops.asarray(draw.integers(6, vocab, (1, CANVAS)), "int32")
-    uniforms = ops.asarray(draw.random((1, CANVAS)).astype(np.float32))
-    heat = ops.asarray(np.full((1, 1), 0.6, np.float32))
-    state = start(ops, noise, model.config.hidden_size)
-
-    def run() -> object:
-        return ops.to_numpy(step(ops, model, SamplerConfig(), cache, state, heat, uniforms, noise).argmax)
-
-    return run
+    passes = dgemma.load(folder, backend=backend, device="cpu", dtype="float32").engine.passes
+    vocab = passes.config.vocab_size
+    slot = passes.open_behind(np.random.default_rng(0).integers(6, vocab, context).tolist(), CANVAS)
+    sampler = SamplerConfig(t_min=0.6, t_max=0.6)
+    draws = draws_of(sampler, seed=0, canvas=0, step=0, length=CANVAS, vocab_size=vocab)
+    starts = {slot: first_canvas(0, 0, CANVAS, vocab)}
+    return lambda: passes.step([slot], draws, starts)()
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -96,7 +89,7 @@ if sys.argv[2] == "prepacked":
         if key != "session.disable_prepacking":
             inner(self, key, value)
     onnxruntime.SessionOptions.add_session_config_entry = kept
-from dgemma.backends.cuda import ort_session
+from dgemma.backends.onnx import passes
 empty = peak_memory()
 model = dgemma.load(sys.argv[1], backend="onnx", device="cpu", dtype="float32")
 out = model.generate(list(range(6, 134)), max_new_tokens=256, steps=2, schedule_steps=2, confidence=0.0)

@@ -5,9 +5,11 @@ file is made. Either way the weights stay in the checkpoint's files, which the s
 embedding are values of the runtime's own device and go from pass to pass without the host; what comes back of each pass
 are the few hundred numbers that `Draft` shows.
 
-A graph takes a cache in which every entry is valid, so rows of different lengths cannot share a pass: here each row is
-a run of its own. Its cache is what its last run of `encode` returned, and a value that was returned is never written to
-again, so that a snapshot is the values themselves.
+A graph takes a cache in which every entry is valid, and one entropy bound. So on a CPU those rows share a denoising run
+that are equally long and have the same bound, such as samples of one prompt: 8 of them take 0.76 of the time that they
+take one after another with 110 M parameters in float32, 0.93 in 4 bits, 0.55 with nano. All others are runs of their
+own, and so is what a row reads. A row's cache is what its last run of `encode` returned, and a value that was returned
+is never written to again, so that a snapshot is the values themselves.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from .session import Session, Weights, open_session
 
 WIDTHS = {"float32": np.float32, "float16": np.float16}
 """What the graphs compute in."""
+HEAD = 256 << 20
+"""Bytes that a batch may hold of what is as large as the vocabulary for each position: more rows are another run."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +49,7 @@ class _Canvas:
     soft: Any  # [1, L, D], a NumPy array or a value of the runtime
     argmax: np.ndarray  # int32 [1, L]
     stable: int
+    """Passes in a row that left the argmax as it was."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -89,7 +94,7 @@ class OrtPasses(Passes):
         """Return a graph's session: `encode` and `denoise`, and when something asks for them `states` and `logits`."""
         if name not in self._sessions:
             self._sessions[name] = open_session(
-                name, self._checkpoint, self._graphs.get(name), self._host.dtype, self.device, self._weights
+                name, self._checkpoint, self._graphs.get(name), self.dtype, self.device, self._weights
             )
         return self._sessions[name]
 
@@ -99,11 +104,11 @@ class OrtPasses(Passes):
     # ---- Slots ------------------------------------------------------------------------------------------------
 
     def fits(self, tokens: int, canvas: int, rows: int = 1) -> bool:
-        """See `Passes.fits`. A run holds the cache that it reads beside the one that it returns."""
+        """See `Passes.fits`. A run holds the caches that it reads beside those that it returns, or beside the rows'."""
         width = np.dtype(self._width).itemsize
         memory.check_room(self.config, tokens, max(min(self.chunk, tokens), canvas), width)
         asked = [slot.asked for slot in self._slots.values()] + [tokens] * rows
-        needed = sum(memory.cache_bytes(self.config, one, width) for one in (*asked, max(asked)))
+        needed = 2 * sum(memory.cache_bytes(self.config, one, width) for one in asked)
         have = sum(memory.cache_bytes(self.config, slot.length, width) for slot in self._slots.values())
         return needed <= have + memory.available() // 2
 
@@ -140,40 +145,62 @@ class OrtPasses(Passes):
         session = self._session("encode")
         for slot, tokens in rows:
             one = self._slots[slot]
-            feeds = {"input_ids": tokens[None].astype(np.int64), **self._context(one, len(tokens))}
+            ids = tokens[None].astype(np.int64)
+            feeds = {"input_ids": ids, "position_ids": self._positions(one, ids.shape), **one.cache}
             wanted = {name.replace("past_key_values", "present"): name for name in one.cache}
             made = session.run(feeds, dict.fromkeys(wanted, session.device))
             one.cache = {wanted[name]: value for name, value in made.items()}
             one.length += len(tokens)
 
     def step(self, slots: Sequence[int], draws: Draws, starts: Starts) -> Callable[[], StepResult]:
-        rows = [
-            self._step(self._slots[slot], Draws(*(x[i : i + 1] for x in draws)), starts.get(slot))
-            for i, slot in enumerate(slots)
-        ]
+        groups = self._groups(slots, draws)
+        parts = []
+        for group in groups:
+            rows = [self._slots[slots[i]] for i in group]
+            for i, row in zip(group, rows, strict=True):
+                if (noise := starts.get(slots[i])) is not None:
+                    row.canvas = self._start(noise)
+            parts.append(self._step(rows, Draws(*(x[group] for x in draws))))
+        place = np.argsort(np.concatenate(groups))  # of each row among the groups'
         names = ("canvas", "argmax", "accepted", "entropy", "stop")
-        result = StepResult(**{name: np.concatenate([getattr(row, name) for row in rows]) for name in names})
+        result = StepResult(**{name: np.concatenate([getattr(part, name) for part in parts])[place] for name in names})
         return lambda: result
 
-    def _step(self, slot: _Slot, draws: Draws, noise: np.ndarray | None) -> StepResult:
-        """Run a row's pass."""
-        canvas = slot.canvas if noise is None else self._start(noise)
-        assert canvas is not None, "a canvas begins with its noise"
-        session = self._session("denoise")
+    def _groups(self, slots: Sequence[int], draws: Draws) -> list[list[int]]:
+        """Return which rows share a run; on a card, where caches would have to come to the host for it, none do."""
+        if self.device != "cpu":
+            return [[i] for i in range(len(slots))]
+        most = max(1, HEAD // (4 * draws.noise.shape[1] * self.config.vocab_size))
+        alike: dict[tuple[int, float], list[int]] = {}
+        for i, slot in enumerate(slots):
+            alike.setdefault((self._slots[slot].length, float(draws.entropy_bound[i, 0])), []).append(i)
+        return [rows[at : at + most] for rows in alike.values() for at in range(0, len(rows), most)]
+
+    def _step(self, rows: Sequence[_Slot], draws: Draws) -> StepResult:
+        """Run a pass of rows that are equally long and have one entropy bound."""
+        canvases = [row.canvas for row in rows if row.canvas is not None]
+        assert len(canvases) == len(rows), "a canvas begins with its noise"
+        session, (first, *_) = self._session("denoise"), rows
         feeds = {
-            "input_ids": canvas.tokens.astype(np.int64), "soft_embedding": canvas.soft,
+            "input_ids": np.concatenate([canvas.tokens for canvas in canvases]).astype(np.int64),
+            "soft_embedding": _joined([canvas.soft for canvas in canvases]),
             "temperature": draws.temperature, "uniform": draws.uniforms, "noise": draws.noise.astype(np.int64),
             "entropy_bound": draws.entropy_bound[0].astype(np.float32),
-            **self._context(slot, draws.noise.shape[1]),
+            "position_ids": self._positions(first, draws.noise.shape),
+            **{name: _joined([row.cache[name] for row in rows]) for name in first.cache},
         }  # fmt: skip
         places: dict[str, Any] = dict.fromkeys(("argmax", "entropy", "accepted", "next_canvas"), session.host())
         made = session.run(feeds, places | {"next_soft_embedding": session.device})
         argmax, entropy, accepted, tokens = (made[name].numpy() for name in places)
-        argmax = argmax.astype(np.int32)
-        stable = (canvas.stable + 1) * bool((argmax == canvas.argmax).all())
+        argmax, soft = argmax.astype(np.int32), made["next_soft_embedding"]
         # The graphs know the draw only: where greedy, what it chose gives way to the likeliest.
         tokens = np.where(draws.greedy & accepted, argmax, tokens).astype(np.int32)
-        slot.canvas = _Canvas(tokens=tokens, soft=made["next_soft_embedding"], argmax=argmax, stable=stable)
+        softs = [soft] if len(rows) == 1 else np.split(soft.numpy(), len(rows))
+        for i, (row, before) in enumerate(zip(rows, canvases, strict=True)):
+            own = slice(i, i + 1)
+            stable = before.stable + 1 if (argmax[own] == before.argmax).all() else 0
+            row.canvas = _Canvas(tokens=tokens[own], soft=softs[i], argmax=argmax[own], stable=stable)
+        stable = np.asarray([row.canvas.stable for row in rows if row.canvas is not None])
         stop = (entropy.mean(-1) < draws.confidence.astype(np.float32)) & (stable >= draws.stability)
         return StepResult(canvas=tokens, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
 
@@ -191,17 +218,16 @@ class OrtPasses(Passes):
         self.read(rows)
         return self.step([slot for slot, _ in rows], draws, starts)
 
-    def _context(self, slot: _Slot, length: int) -> dict[str, Any]:
-        """Return a slot's cache, and the positions of so many tokens behind it."""
-        positions = np.arange(slot.length, slot.length + length, dtype=np.int64)
-        return {"position_ids": positions[None], **slot.cache}
+    def _positions(self, slot: _Slot, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the positions of tokens [B, L] behind a slot's cache."""
+        return np.broadcast_to(np.arange(slot.length, slot.length + shape[1], dtype=np.int64), shape)
 
     # ---- One pass by itself -----------------------------------------------------------------------------------
 
     def soft(self, slot: int) -> np.ndarray:
         canvas = self._slots[slot].canvas
         assert canvas is not None, "a pass comes before"
-        return (canvas.soft if isinstance(canvas.soft, np.ndarray) else canvas.soft.numpy())[0]
+        return _array(canvas.soft)[0]
 
     def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         return _logits(self._session("logits"), self._states(slot, canvas, previous))
@@ -211,7 +237,7 @@ class OrtPasses(Passes):
 
     def head(self) -> Callable[[np.ndarray], np.ndarray]:
         session = open_session(
-            "logits", self._checkpoint, self._graphs.get("logits"), self._host.dtype, self.device, Weights()
+            "logits", self._checkpoint, self._graphs.get("logits"), self.dtype, self.device, Weights()
         )  # one of its own, which was lent the table alone
         width = self._width
         return lambda states: _logits(session, states[None].astype(width))
@@ -224,7 +250,9 @@ class OrtPasses(Passes):
             probabilities = reference.softmax(host, previous[None].astype(np.float32))
             soft = host.mean_embedding(probabilities, host.pack(self._table))
         session, one = self._session("states"), self._slots[slot]
-        feeds = {"input_ids": canvas[None].astype(np.int64), "soft_embedding": soft, **self._context(one, len(canvas))}
+        ids = canvas[None].astype(np.int64)
+        positions = self._positions(one, ids.shape)
+        feeds = {"input_ids": ids, "position_ids": positions, "soft_embedding": soft, **one.cache}
         return session.run(feeds, {"states": session.device})["states"]
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
@@ -239,3 +267,12 @@ class OrtPasses(Passes):
 def _logits(session: Session, states: Any) -> np.ndarray:
     """States [1, L, D] → float32 [L, V]."""
     return session.run({"states": states}, {"logits": session.host()})["logits"].numpy()[0]
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Return rows [1, …] as one batch; one alone stays where it is."""
+    return values[0] if len(values) == 1 else np.concatenate([_array(x) for x in values])
+
+
+def _array(x: Any) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else x.numpy()
