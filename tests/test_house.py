@@ -22,7 +22,8 @@ ORDER = (
     ("text",),
     ("convert", "export"),  # neither knows the other
     ("backends",),  # ONNX Runtime's runs the graphs that `export` writes
-    ("runtime.py",),
+    ("diffusion.py",),  # a loaded model
+    ("runtime.py",),  # which loads it
     ("tools",),
     ("cli",),
     ("__init__.py", "__main__.py"),
