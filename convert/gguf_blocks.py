@@ -21,7 +21,7 @@ from ..checkpoints.gguf import Tensor
 from ..checkpoints.quant import Format, QTensor, carry, pack
 from ..checkpoints.safetensors import Entry
 from ..core.errors import DgemmaError, quoted, shown
-from .stored import Part, Rows, Stored
+from .stored import Rows, SourcePart, Stored
 
 FLOATS = ("F32", "F16", "BF16")
 FORMATS = {
@@ -70,7 +70,7 @@ class GgufPart:
 class Run:
     """Some consecutive rows of another part: an expert of a stack."""
 
-    part: Part
+    part: SourcePart
     first: int
     rows: int
 
@@ -156,7 +156,7 @@ def part_of(path: Path, name: str, tensor: Tensor) -> Stored | GgufPart:
 
 
 def form_of(part: Any) -> dict[str, Any]:
-    """Return what a `Weight` says of a part's dtype, format and scales."""
+    """Return what a `SourceWeight` says of a part's dtype, format and scales."""
     if isinstance(part, Stored):
         return {"dtype": part.entry.dtype, "format": None}
     kind = part.tensor.kind

@@ -28,7 +28,7 @@ from .gguf_blocks import GgufPart, Run, form_of, part_of
 from .gguf_config import make_config
 from .gguf_tokenizer import companions, copied
 from .layouts import Source, check
-from .stored import Stored, Weight
+from .stored import SourceWeight, Stored
 
 OUTER: dict[str, tuple[str, ...]] = {
     "embed_tokens.weight": ("token_embd",),
@@ -152,7 +152,7 @@ def _spellings(name: str) -> list[str]:
 
 def _weights(stored: Mapping[str, tuple[Path, Tensor]], config: ModelConfig, where: str) -> Source:
     needed = weights.shapes(config)
-    found: dict[str, Weight] = {}
+    found: dict[str, SourceWeight] = {}
     used = {ROPE}
     for name in needed:
         spelled = next((one for one in _spellings(name) if one in stored), None)
@@ -163,7 +163,7 @@ def _weights(stored: Mapping[str, tuple[Path, Tensor]], config: ModelConfig, whe
         used.add(spelled)
         path, tensor = stored[spelled]
         part = part_of(path, spelled, tensor)
-        found[name] = Weight(name=name, shape=tensor.shape, parts=(part,), **form_of(part))
+        found[name] = SourceWeight(name=name, shape=tensor.shape, parts=(part,), **form_of(part))
     if HEAD in stored:
         _check_tied(*stored[HEAD], found.get(f"{weights.DECODER}.embed_tokens.weight"))
         used.add(HEAD)
@@ -182,7 +182,7 @@ def _weights(stored: Mapping[str, tuple[Path, Tensor]], config: ModelConfig, whe
 
 def _halves(
     name: str, stored: Mapping[str, tuple[Path, Tensor]], used: set[str], where: str
-) -> Weight | None:  # fmt: skip
+) -> SourceWeight | None:  # fmt: skip
     """Join gate and up of all experts where they stand apart: expert by expert, gate rows first."""
     prefix = _spellings(name)[0].rpartition(".ffn_")[0]
     names = [f"{prefix}.{half}.weight" for half in (GATE, UP)]
@@ -196,7 +196,7 @@ def _halves(
     experts, rows, width = first.shape
     whole = [part_of(*_pair(stored, one)) for one in names]
     parts = tuple(Run(part=part, first=i * rows, rows=rows) for i in range(experts) for part in whole)
-    return Weight(name=name, shape=(experts, 2 * rows, width), parts=parts, **form_of(whole[0]))
+    return SourceWeight(name=name, shape=(experts, 2 * rows, width), parts=parts, **form_of(whole[0]))
 
 
 def _pair(stored: Mapping[str, tuple[Path, Tensor]], name: str) -> tuple[Path, str, Tensor]:
@@ -204,7 +204,7 @@ def _pair(stored: Mapping[str, tuple[Path, Tensor]], name: str) -> tuple[Path, s
     return path, name, tensor
 
 
-def _check_tied(path: Path, head: Tensor, embedding: Weight | None) -> None:
+def _check_tied(path: Path, head: Tensor, embedding: SourceWeight | None) -> None:
     """Compare an output matrix with the embedding, which it has to be."""
     if embedding is not None and head.shape == embedding.shape:
         one, other = part_of(path, HEAD, head), embedding.parts[0]

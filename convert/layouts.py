@@ -42,7 +42,7 @@ from ..core.errors import DgemmaError, quoted, shown
 from . import declared
 from .declared import Declared
 from .integers import FLOATS, float8_block_part, integer_part
-from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, Part, Stored, Weight
+from .stored import NVFP4, Float8Part, MlxPart, Nvfp4Part, SourcePart, SourceWeight, Stored
 
 METHODS = quantized.CONVERTED
 
@@ -64,10 +64,10 @@ class Source:
 
     layout: str
     """float, mlx, gguf, or what quantized it: modelopt, compressed-tensors, fp8."""
-    text: tuple[Weight, ...]
+    text: tuple[SourceWeight, ...]
     """Exactly the tensors of `weights.shapes`, in its order."""
-    image: tuple[Weight, ...]
-    copies: tuple[tuple[Weight, Weight], ...]
+    image: tuple[SourceWeight, ...]
+    copies: tuple[tuple[SourceWeight, SourceWeight], ...]
     """Copies of tied weights and what each is a copy of: the same numbers, as far as a sample shows."""
     dropped: tuple[str, ...]
     """Stored names that are not carried: tied copies, constants, and scales of activations."""
@@ -97,7 +97,7 @@ def read_source(
         raise DgemmaError(f"{where}: quantized by {quoted(method, 40)}, which is not read; take {foreign.READABLE}")
     scheme = None if method else Quantization.from_config(data, shown(folder / "config.json"))
     needed = weights.shapes(config)
-    found: dict[str, Weight] = {}
+    found: dict[str, SourceWeight] = {}
     dropped: list[str] = []
     if scheme is not None:
         packed = quantized.find(entries, scheme, where)
@@ -120,7 +120,7 @@ def read_source(
 
 
 def _sort_out(
-    found: Mapping[str, Weight], needed: Mapping[str, tuple[int, ...]], dropped: Sequence[str], *, layout: str,
+    found: Mapping[str, SourceWeight], needed: Mapping[str, tuple[int, ...]], dropped: Sequence[str], *, layout: str,
     folder: Path,
 ) -> Source:  # fmt: skip
     """Say which of a folder's weights is what; `found` has them by the names they have there."""
@@ -139,17 +139,17 @@ def _sort_out(
     )
 
 
-def _plain_weight(name: str, stored: Stored) -> Weight:
+def _plain_weight(name: str, stored: Stored) -> SourceWeight:
     entry = stored.entry
     if not entry.shape and name.endswith(".layer_scalar"):  # which some write without a dimension
         stored = Stored(path=stored.path, entry=replace(entry, shape=(1,)))
-    return Weight(name=name, shape=stored.entry.shape, dtype=entry.dtype, format=None, parts=(stored,))
+    return SourceWeight(name=name, shape=stored.entry.shape, dtype=entry.dtype, format=None, parts=(stored,))
 
 
-def _mlx_weight(name: str, packed: Packed, stored: Mapping[str, Stored]) -> Weight:
+def _mlx_weight(name: str, packed: Packed, stored: Mapping[str, Stored]) -> SourceWeight:
     factor = packed.parts.get("global_scale")
     rows = factor is not None and math.prod(stored[factor].entry.shape) > 1
-    return Weight(
+    return SourceWeight(
         name=name,
         shape=packed.shape,
         dtype="quantized",
@@ -173,12 +173,12 @@ def _split(name: str) -> tuple[str, str]:
 
 def _by_module(
     modules: Mapping[str, dict[str, Stored]], where: str, config: ModelConfig, data: Mapping[str, Any]
-) -> dict[str, Weight]:
+) -> dict[str, SourceWeight]:
     """Put together what quantizers keep apart, and experts that stand one by one."""
-    found: dict[str, Weight] = {}
+    found: dict[str, SourceWeight] = {}
     said = declared.read(data)
     widths = {module_of(name): shape[-1] for name, shape in weights.shapes(config).items()}
-    experts: dict[str, dict[tuple[int, str], Weight]] = {}
+    experts: dict[str, dict[tuple[int, str], SourceWeight]] = {}
     for module, parts in modules.items():
         try:
             one = _module_weight(module, parts, said, _width(module, widths, config))
@@ -196,8 +196,8 @@ def _by_module(
 
 
 def _fused(
-    name: str, table: Mapping[tuple[int, str], Weight], kinds: tuple[str, ...], experts: int, where: str
-) -> Weight:
+    name: str, table: Mapping[tuple[int, str], SourceWeight], kinds: tuple[str, ...], experts: int, where: str
+) -> SourceWeight:
     """Join experts, gate rows before up rows: [E, 2F, D] or [E, D, F]."""
     pieces = []
     for index in range(experts):
@@ -211,7 +211,7 @@ def _fused(
     for one in pieces:
         if (one.shape, one.dtype, one.format, one.scales) != (first.shape, first.dtype, first.format, first.scales):
             raise DgemmaError(f"{where}: {quoted(name)}: {quoted(one.name)} differs in shape or format from its like")
-    return Weight(
+    return SourceWeight(
         name=name,
         shape=(experts, len(kinds) * first.shape[0], first.width),
         dtype=first.dtype,
@@ -229,7 +229,7 @@ def _width(module: str, widths: Mapping[str, int], config: ModelConfig) -> int:
     return widths.get(module) or widths.get(module_of(names.tied_to(f"{module}.weight")), 0)
 
 
-def _module_weight(module: str, parts: Mapping[str, Stored], said: Declared, width: int) -> Weight:
+def _module_weight(module: str, parts: Mapping[str, Stored], said: Declared, width: int) -> SourceWeight:
     name = module if _STACK.fullmatch(module) else f"{module}.weight"
     if "weight_g_idx" in parts:
         raise DgemmaError(
@@ -247,7 +247,7 @@ def _module_weight(module: str, parts: Mapping[str, Stored], said: Declared, wid
     if not extra:
         if dtype in ("F8_E4M3", "I8") or packed:
             raise DgemmaError("has no weight_scale")
-        return Weight(name=name, shape=shape, dtype=dtype, format=None, parts=(codes,))
+        return SourceWeight(name=name, shape=shape, dtype=dtype, format=None, parts=(codes,))
     factor = "weight_global_scale" if packed else "weight_scale_2"
     if dtype == "F8_E4M3" and not packed:
         return _float8_weight(name, codes, parts, extra, said.block)
@@ -258,7 +258,7 @@ def _module_weight(module: str, parts: Mapping[str, Stored], said: Declared, wid
         if made.zeros is None and made.bits in said.asymmetric:
             raise DgemmaError("has no weight_zero_point, and config.json says that it is asymmetric")
         scales = "F16" if scale.entry.dtype == "F16" else "BF16"
-        return Weight(name=name, shape=shape, dtype="quantized", format=made.format, parts=(made,), scales=scales)
+        return SourceWeight(name=name, shape=shape, dtype="quantized", format=made.format, parts=(made,), scales=scales)
     if dtype == "U8":
         _only(extra, {"weight_scale", factor})
     if dtype != "U8" or len(shape) != 2 or shape[-1] % 8:
@@ -270,23 +270,23 @@ def _module_weight(module: str, parts: Mapping[str, Stored], said: Declared, wid
     if parts[factor].entry.dtype != "F32" or math.prod(parts[factor].entry.shape) != 1:
         raise DgemmaError(f"{factor} should be one F32")
     part = Nvfp4Part(module=module, codes=codes, scales=parts["weight_scale"], factor=parts[factor], divides=packed)
-    return Weight(
+    return SourceWeight(
         name=name, shape=(shape[0], 2 * shape[1]), dtype="quantized", format=NVFP4, parts=(part,), factor="one"
     )
 
 
 def _float8_weight(
     name: str, codes: Stored, parts: Mapping[str, Stored], extra: set[str], block: tuple[int, int]
-) -> Weight:
+) -> SourceWeight:
     kind = "weight_scale_inv" if "weight_scale_inv" in parts else "weight_scale"
     _only(extra, {kind})
     shape, scales = codes.entry.shape, parts[kind]
     rows = scales.entry.shape in ((), (1,), shape[:1], (*shape[:1], 1)) and scales.entry.dtype in FLOATS
     if len(shape) == 2 and rows and 0 not in shape:
-        part: Part = Float8Part(codes=codes, scales=scales)
+        part: SourcePart = Float8Part(codes=codes, scales=scales)
     else:
         part = float8_block_part(codes, scales, block)
-    return Weight(name=name, shape=shape, dtype="quantized", format=None, parts=(part,))
+    return SourceWeight(name=name, shape=shape, dtype="quantized", format=None, parts=(part,))
 
 
 def _only(extra: set[str], wanted: set[str]) -> None:
@@ -297,7 +297,7 @@ def _only(extra: set[str], wanted: set[str]) -> None:
 
 
 def check(
-    found: Mapping[str, Weight], unknown: Sequence[str], needed: Mapping[str, tuple[int, ...]], where: str
+    found: Mapping[str, SourceWeight], unknown: Sequence[str], needed: Mapping[str, tuple[int, ...]], where: str
 ) -> None:
     """Refuse weights that are missing, unknown, misshapen or of no readable type, by name."""
     missing = [name for name in needed if name not in found]

@@ -14,7 +14,7 @@ from ..checkpoints.safetensors import DTYPES
 from ..core.errors import DgemmaError, quoted
 from .layouts import Source
 from .recipes import Recipe, spell
-from .stored import Factor, MlxPart, Weight
+from .stored import Factor, MlxPart, SourceWeight
 
 How = Literal["stored", "cast", "quantized", "carried", "requantized", "dequantized"]
 """stored: byte for byte; cast: another float width; carried: somebody's codes, not rounded again."""
@@ -48,7 +48,7 @@ class Component:
 class Item:
     """One weight, and what becomes of it."""
 
-    weight: Weight
+    weight: SourceWeight
     how: How
     format: Format | None
     """What its codes are of; None for a float tensor."""
@@ -96,7 +96,7 @@ def decide(source: Source, recipe: Recipe, *, mlx: bool, requantize: bool) -> tu
     return tuple(items)
 
 
-def wanted(weight: Weight, recipe: Recipe) -> bool:
+def wanted(weight: SourceWeight, recipe: Recipe) -> bool:
     """Whether a recipe asks to quantize a weight, groups that divide or not."""
     if recipe.keep and (not weight.quantized or weight.format is not None):
         return weight.quantized
@@ -112,7 +112,7 @@ def wanted_format(module: str, shape: tuple[int, ...], recipe: Recipe) -> Format
     return target if isinstance(target, Format) and fits else None
 
 
-def _item(weight: Weight, recipe: Recipe, *, mlx: bool, image: bool) -> Item:
+def _item(weight: SourceWeight, recipe: Recipe, *, mlx: bool, image: bool) -> Item:
     kept_as_it_is = recipe.keep and (not weight.quantized or (weight.format and _holds(weight.format, weight, mlx)))
     target = "stored" if image or kept_as_it_is else recipe.target(weight.module)
     fallback = ""
@@ -150,7 +150,7 @@ def _item(weight: Weight, recipe: Recipe, *, mlx: bool, image: bool) -> Item:
     )
 
 
-def _holds(target: Format, weight: Weight, mlx: bool) -> bool:
+def _holds(target: Format, weight: SourceWeight, mlx: bool) -> bool:
     """Whether a format has the very codes and scales that a weight is stored in."""
     kept = weight.format
     if kept is None or (mlx and weight.factor != "none"):  # MLX's layers know no global scale
@@ -167,7 +167,9 @@ def written(kind: Format, mlx: bool) -> Format:
     return Format(bits=kind.bits, group_size=kind.group_size) if mlx and kind.symmetric else kind
 
 
-def _components(weight: Weight, kind: Format | None, dtype: str, factor: Factor, scales: str) -> tuple[Component, ...]:
+def _components(
+    weight: SourceWeight, kind: Format | None, dtype: str, factor: Factor, scales: str
+) -> tuple[Component, ...]:
     if kind is None:
         row = weight.width * DTYPES[dtype].itemsize
         return (Component(name=weight.name, kind="weight", dtype=dtype, shape=weight.shape, row_bytes=row),)

@@ -31,7 +31,7 @@ def blocks(rows: int, width: int, size: int = 1 << 22) -> Iterator[tuple[int, in
     return ((start, min(start + step, rows)) for start in range(0, rows, step))
 
 
-class Part(Protocol):
+class SourcePart(Protocol):
     """Consecutive rows of a weight, [rows, N]."""
 
     @property
@@ -46,7 +46,7 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Weight:
+class SourceWeight:
     """One weight of a source, under the name that `weights.shapes` knows."""
 
     name: str
@@ -55,7 +55,7 @@ class Weight:
     """Of a float tensor: the file's code, which for the image tower can be any. Of a quantized one: "quantized"."""
     format: Format | None
     """What it is quantized in, if a QTensor can hold it."""
-    parts: tuple[Part, ...]
+    parts: tuple[SourcePart, ...]
     factor: Factor = "none"
     """Global scales: none, one number, or one for each row."""
     kind: str = ""
@@ -235,7 +235,7 @@ def reshaped(stored: Stored, shape: tuple[int, ...]) -> Stored:
     return Stored(path=stored.path, entry=Entry(dtype=entry.dtype, shape=shape, start=entry.start, nbytes=entry.nbytes))
 
 
-def source_bytes(weight: Weight, rows: int | None = None) -> int:
+def source_bytes(weight: SourceWeight, rows: int | None = None) -> int:
     """Return about the bytes that rows take in the source, all by default."""
     width = weight.format.bits_per_weight / 8 if weight.format else {"F32": 4, "quantized": 1}.get(weight.dtype, 2)
     return int((weight.rows if rows is None else rows) * weight.width * width)

@@ -21,7 +21,7 @@ from .layouts import read_source
 from .meter import Meter
 from .partial import MANIFEST
 from .plan import Item
-from .stored import Rows, Weight, source_bytes
+from .stored import Rows, SourceWeight, source_bytes
 
 SLACK = 3.0
 """A weight's error over all of it, in units of that over the part measured before: more is a part gone wrong."""
@@ -80,7 +80,7 @@ def verify_job(job: Job, folder: Path, *, threads: int, meter: Meter) -> None:
     there = {one.name: one for one in (*found.text, *found.image)}
     meter.start("verifying", sum(source_bytes(item.weight) for item in job.items))
 
-    def compare(work: tuple[Item, Weight, int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
+    def compare(work: tuple[Item, SourceWeight, int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
         item, made, start, stop = work
         sums = _compare(item, item.weight.read(start, stop), made.read(start, stop), start)
         meter.advance(source_bytes(item.weight, stop - start))
