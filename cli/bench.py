@@ -18,8 +18,7 @@ from .options import ways_options
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..core.model import Model
-    from ..core.ops import Ops
+    from ..core.graph_passes import GraphPasses
     from ..tools.bench import Plan, Result, Shape
     from .output import Wait
 
@@ -36,7 +35,10 @@ SHOWN, LISTED = 20, 60
 @click.option("--recipe", "-r", default="4bit", show_default=True, metavar="NAME", help="What the weights are held in.")
 @click.option("--steps", type=click.IntRange(min=1), default=16, show_default=True, help="Passes over each canvas.")
 @click.option("--context", type=click.IntRange(min=1), default=1024, show_default=True, help="Tokens of the prompt.")
-@click.option("--batch", type=click.IntRange(min=1), default=1, show_default=True, help="Canvases side by side.")
+@click.option(
+    "--batch", type=click.IntRange(min=1), default=1, show_default=True,
+    help="Canvases side by side, in a plain batch; and so many requests that arrive at once.",
+)  # fmt: skip
 @click.option(
     "--canvases", type=click.IntRange(min=1), metavar="N",
     help="Canvases that are timed.  [default: 4, or, without --random, what a minute allows of them]",
@@ -64,45 +66,43 @@ def bench(
     dgemma bench --random 26b --recipe 4bit --steps 16
     dgemma bench --random 110m --recipe bf16 --device cpu
     """
-    from ..backends import choose
-    from ..tools.bench import Plan, config_of, measure
+    from ..backends import choose, device_of
+    from ..tools.bench import Plan, measure
     from ..tools.bench_size import CARD_SHAPES, HOST_SHAPES, passes
     from .output import Wait, consoles
 
     chosen = choose(backend)
     if chosen == "onnx":
         raise click.UsageError("--backend onnx runs graphs written out of a checkpoint, and here there is none")
-    plan = Plan(shape=shape or HOST_SHAPES[-1], canvases=canvases or Plan.canvases, **options)
-    ops = _ops(chosen, device, dtype, plan)
-    if check and not ops.lookahead:
-        raise click.UsageError("--check compares captured passes, and this backend and device capture none")
-    if plain and not ops.lookahead:
-        raise click.UsageError("--plain leaves captures out, and this backend and device capture none")
     if check and plain:
         raise click.UsageError("--check compares captured passes with plain ones: leave --plain out")
-    if profile and not _on_torch(ops):
+    if profile and chosen != "torch":
         raise click.UsageError("--profile reads torch's profiler; choose --backend torch")
+    where = device_of(chosen, device)
+    plan = Plan(shape=shape or HOST_SHAPES[-1], canvases=canvases or Plan.canvases, **options)
     out, errors = consoles()
     if shape is None:
-        shapes = CARD_SHAPES if _on_torch(ops) and ops.device.type == "cuda" else HOST_SHAPES
-        ops, model, plan = _picked(errors, shapes, chosen, device, dtype, plan, fixed=canvases is not None)
+        shapes = CARD_SHAPES if where.startswith("cuda") else HOST_SHAPES
+        made, plan = _picked(errors, shapes, chosen, where, dtype, plan, fixed=canvases is not None)
     else:
-        with Wait(errors, f"making {plan.shape} in {plan.recipe}"), ops.guarded("making random weights"):
-            model = _model(ops, config_of(plan.shape), plan)
-    ops = _uncaptured(ops) if plain else ops
-    total = passes(plan, model.config.canvas_length)
-    with Wait(errors, "measuring") as wait, ops.guarded("measuring"):
-        result = measure(ops, model, plan, _progress(wait, total))
-    with Wait(errors, "measuring a copy"), ops.guarded("measuring a copy"):
-        row = report(ops, plan, result, backend=chosen)
+        made = _made(errors, chosen, where, dtype, plan)
+    for option, asked in {"--check compares captured passes": check, "--plain leaves captures out": plain}.items():
+        if asked and not made.lookahead:
+            raise click.UsageError(f"{option}, and this backend and device capture none")
+    made = _uncaptured(made) if plain else made
+    total = passes(plan, made.config.canvas_length)
+    with Wait(errors, "measuring") as wait:
+        result = measure(made, plan, _progress(wait, total))
+    with Wait(errors, "measuring a copy"), made.guarded("measuring a copy"):
+        row = report(made, plan, result)
     same = True
     try:
         if check:
-            with Wait(errors, "comparing with the plain loop"), ops.guarded("comparing with the plain loop"):
-                same = row["captured_equals_plain"] = _captured_equals_plain(ops, model, plan)
+            with Wait(errors, "comparing with the plain loop"), made.guarded("comparing with the plain loop"):
+                same = row["captured_equals_plain"] = _captured_equals_plain(made, plan)
         if profile:
-            with Wait(errors, "profiling"), ops.guarded("profiling"):
-                row["profile"] = _profile(ops, model, plan)[:LISTED]
+            with Wait(errors, "profiling"):
+                row["profile"] = _profile(made, plan)[:LISTED]
     finally:  # what has been measured is said, whatever comes after it
         if as_json or not out.is_terminal:
             click.echo(json.dumps(row))
@@ -112,15 +112,16 @@ def bench(
         ctx.exit(1)
 
 
-def report(ops: Ops, plan: Plan, result: Result, *, backend: str) -> dict[str, Any]:
+def report(made: GraphPasses, plan: Plan, result: Result) -> dict[str, Any]:
     """Return the JSON row: milliseconds, gigabytes of 10^9 bytes, and where it was measured."""
-    bandwidth, where = _machine(ops)
-    rate = result.forward_bytes / result.denoise
+    bandwidth, where = _machine(made)
+    rate, arriving = result.forward_bytes / result.denoise, result.arriving_tokens_per_second
     return {
-        "benchmark": "bench", **asdict(plan), "backend": backend, "dtype": ops.dtype,
-        "captured": ops.lookahead > 0,
+        "benchmark": "bench", **asdict(plan), "backend": made.name, "dtype": made.dtype,
+        "captured": made.lookahead > 0,
         "tokens_per_second": round(result.tokens_per_second, 1),
         "engine_tokens_per_second": round(result.engine_tokens_per_second, 1),
+        "arriving_tokens_per_second": None if arriving is None else round(arriving, 1),
         **{
             f"{name}_ms": round(1e3 * getattr(result, name), 3)
             for name in ("forward", "denoise", "commit", "canvas", "prefill", "first_draft")
@@ -146,19 +147,46 @@ def commit() -> str:
     return f"{head.stdout.strip()}{'+' if changed.stdout.strip() else ''}" if head.stdout.strip() else "unknown"
 
 
-def _ops(backend: str, device: str, dtype: str, plan: Plan) -> Ops:
-    from ..backends import make, native
-    from ..runtime import auto_dtype
-    from ..tools.bench import config_of
+def _made(errors: Console, backend: str, where: str, dtype: str, plan: Plan) -> GraphPasses:
+    """Make the weights.
 
+    Raises:
+        DgemmaError: there is no room for them.
+    """
+    from ..backends import native, passes_of
+    from ..convert import recipes
+    from ..core.errors import DgemmaError
+    from ..runtime import auto_dtype
+    from ..tools.bench import config_of, weights_of
+    from ..tools.inspect import inspect_config
+    from . import machine
+    from .output import Wait
+
+    config, maker = config_of(plan.shape), None
     if dtype == "auto":
-        dtype = auto_dtype(config_of(plan.shape), "bfloat16", backend, partial(native, backend, device))
-    return make(backend, device=device, dtype=dtype)  # type: ignore[arg-type]
+        dtype = auto_dtype(config, "bfloat16", backend, partial(native, backend, where))
+    on_card = where.startswith("cuda")
+    recipe = recipes.find(plan.recipe)
+    held = int(inspect_config(config, recipe).held(backend, dtype, gpu=on_card))  # type: ignore[arg-type]
+    if on_card:
+        import torch
+
+        from ..tools.bench_card import maker as on
+
+        maker = on(torch.device(where))
+    elif held > (free := machine.system()["free_memory_bytes"]):
+        raise DgemmaError(
+            f"{plan.shape} in {plan.recipe} takes {held / 1e9:.2f} GB of weights, and {free / 1e9:.2f} GB of memory "
+            "are free; take a smaller recipe, or --random 110m"
+        )
+    weight = weights_of(config, plan.recipe, maker)
+    with Wait(errors, f"making {plan.shape} in {plan.recipe}"):
+        return passes_of(backend, config, weight, device=where, dtype=dtype, nbytes=held)  # type: ignore[arg-type]
 
 
 def _picked(
-    errors: Console, shapes: Sequence[Shape], backend: str, device: str, dtype: str, plan: Plan, *, fixed: bool
-) -> tuple[Ops, Model, Plan]:
+    errors: Console, shapes: Sequence[Shape], backend: str, where: str, dtype: str, plan: Plan, *, fixed: bool
+) -> tuple[GraphPasses, Plan]:
     """Take the first shape that one timed pass says can be measured in a minute, else the last; say how long.
 
     Of canvases as many as that allows, unless their number is `fixed`.
@@ -166,23 +194,20 @@ def _picked(
     from dataclasses import replace
 
     from ..core.errors import DgemmaError
-    from ..tools.bench import config_of
     from ..tools.bench_size import passes, time_a_pass, within
     from .output import Wait
 
     for shape in shapes:
-        plan = replace(plan, shape=shape)
-        config, ops = config_of(shape), _ops(backend, device, dtype, plan)
-        length, last = config.canvas_length, shape == shapes[-1]
+        plan, last = replace(plan, shape=shape), shape == shapes[-1]
         try:
-            with Wait(errors, f"making {shape} in {plan.recipe}"), ops.guarded("making random weights"):
-                model = _model(ops, config, plan)
-            with Wait(errors, f"timing a pass of {shape}"), ops.guarded("timing a pass"):
-                seconds = time_a_pass(ops, model, plan)
+            made = _made(errors, backend, where, dtype, plan)
+            with Wait(errors, f"timing a pass of {shape}"):
+                seconds = time_a_pass(made, plan)
         except DgemmaError:  # there is no room for it
             if last:
                 raise
             continue
+        length = made.config.canvas_length
         fewest = plan if fixed else replace(plan, canvases=1)
         taken = within(plan, length, seconds)
         taken = None if fixed and taken != plan else taken
@@ -190,7 +215,7 @@ def _picked(
             plan = taken or fewest
             total = passes(plan, length)
             click.echo(f"{shape}: {total} passes of about {seconds:.3g} s, {total * seconds:.0f} s in all", err=True)
-            return ops, model, plan
+            return made, plan
         click.echo(f"{shape}: a pass takes about {seconds:.3g} s, too long for a minute", err=True)
     raise AssertionError("the last shape is always taken")
 
@@ -207,87 +232,57 @@ def _progress(wait: Wait, total: int) -> Callable[[], None]:
     return passed
 
 
-def _on_torch(ops: Ops) -> bool:
-    return ops.name == "torch"
-
-
-def _model(ops: Ops, config: Any, plan: Plan) -> Model:
-    """Make the weights.
-
-    Raises:
-        DgemmaError: there is no room for them.
-    """
-    from ..convert import recipes
-    from ..core.errors import DgemmaError
-    from ..tools.bench import random_model
-    from ..tools.inspect import inspect_config
-
-    held = inspect_config(config, recipes.find(plan.recipe)).held(
-        ops.name, ops.dtype, gpu=ops.name == "torch" and ops.device.type == "cuda"
-    )
-    if _on_torch(ops) and ops.device.type == "cuda":
-        from ..tools.bench_card import maker
-
-        ops.admit(config, lambda: int(held))
-        return random_model(ops, config, plan.recipe, maker(ops.device))
-    from . import machine
-
-    free = machine.system()["free_memory_bytes"]
-    if held > free:
-        raise DgemmaError(
-            f"{plan.shape} in {plan.recipe} takes {held / 1e9:.2f} GB of weights, and {free / 1e9:.2f} GB of memory "
-            "are free; take a smaller recipe, or --random 110m"
-        )
-    return random_model(ops, config, plan.recipe)
-
-
-def _machine(ops: Ops) -> tuple[float | None, dict[str, Any]]:
+def _machine(made: GraphPasses) -> tuple[float | None, dict[str, Any]]:
     """Bytes per second of a copy in the device's memory, and what the device is; torch's alone is measured."""
-    if not _on_torch(ops):
+    if made.name != "torch":
         from . import machine
 
         return None, {"device": machine.system()["cpu"]}
+    import torch
+
     from ..tools.bench_card import copy_bandwidth, describe
 
-    on_card = ops.device.type == "cuda"
-    return copy_bandwidth(ops.device, size=1 << 30 if on_card else 1 << 26), describe(ops.device)
+    device = torch.device(made.device)
+    return copy_bandwidth(device, size=1 << 26 if made.device == "cpu" else 1 << 30), describe(device)
 
 
-def _uncaptured(ops: Ops) -> Ops:
-    from ..backends.cuda.card import CardOps
+def _uncaptured(made: GraphPasses) -> GraphPasses:
+    from ..backends import cuda  # which alone captures
 
-    assert isinstance(ops, CardOps)  # which alone captures
-    return ops.plain()
+    return cuda.plain(made)
 
 
-def _captured_equals_plain(ops: Ops, model: Model, plan: Plan) -> bool:
+def _captured_equals_plain(made: GraphPasses, plan: Plan) -> bool:
     """Whether two canvases' drafts are the same, token for token, through graphs and launched one by one."""
     from dataclasses import replace
 
     from ..tools.bench import drafts
 
     short = replace(plan, canvases=2)
-    captured, plain = (drafts(one, model, short) for one in (ops, _uncaptured(ops)))
+    captured, plain = (drafts(one, short) for one in (made, _uncaptured(made)))
     return all((a == b).all() for a, b in zip(captured, plain, strict=True))
 
 
-def _profile(ops: Ops, model: Model, plan: Plan) -> list[dict[str, Any]]:
-    from ..core.model import Cache
-    from ..tools.bench import Loop
+def _profile(made: GraphPasses, plan: Plan) -> list[dict[str, Any]]:
+    import torch
+
+    from ..core.engine import Engine
+    from ..tools.bench import Batch
     from ..tools.bench_card import profile
 
-    passes = Loop(ops, model, plan)
-    cache = passes.prompt(room=model.config.canvas_length)
-    inside = Cache(cache.layers, ops.extent(int(cache.length)))
-    state = passes.step(inside, passes.state(0), 0, 0)
+    def work() -> list[dict[str, Any]]:
+        batch = Batch(made, plan, room=made.config.canvas_length)
+        batch.step(0, 0)()
 
-    def run() -> None:
-        nonlocal state
-        for i in range(4):
-            state = passes.step(inside, state, i, 0)
-        passes.wait(inside)
+        def run() -> None:
+            for i in range(1, 5):
+                batch.step(i, 0)()
 
-    return profile(run, ops.device, passes=4)
+        found = profile(run, torch.device(made.device), passes=4)
+        batch.close()
+        return found
+
+    return Engine(made, None, prefix_bytes=0).run("profiling", work)
 
 
 def _show(out: Console, row: dict[str, Any]) -> None:
@@ -297,10 +292,11 @@ def _show(out: Console, row: dict[str, Any]) -> None:
     table = Table(title=f"{row['shape']}, {row['recipe']}, {row['device']}", show_header=False, title_justify="left")
     table.add_column(style="dim")
     table.add_column(justify="right")
-    share = row["share_of_copy"]
+    share, arriving = row["share_of_copy"], row["arriving_tokens_per_second"]
     lines = [
         ("tokens per second", f"{row['tokens_per_second']:,.0f}"),
-        ("through the engine", f"{row['engine_tokens_per_second']:,.0f}"),
+        ("through the engine, one request", f"{row['engine_tokens_per_second']:,.0f}"),
+        *([("through the engine, all at once", f"{arriving:,.0f}")] if arriving is not None else []),
         ("a forward, of " + f"{row['steps']} + 1", f"{row['forward_ms']:.2f} ms"),
         ("denoising pass, commit", f"{row['denoise_ms']:.2f} ms, {row['commit_ms']:.2f} ms"),
         (f"prompt of {row['context']:,} read", f"{row['prefill_ms']:.1f} ms"),

@@ -1,7 +1,8 @@
 """How fast a model of a given shape runs here: random weights of the real sizes and formats, no file, real passes.
 
-A canvas is a fixed number of denoising passes and the pass that reads it into the cache, as the engine runs them; its
-256 tokens over that time are the emitted tokens per second. Random weights route to nearly every expert, as the real
+A canvas is a fixed number of denoising passes and the pass that reads it into the cache; its 256 tokens over that time
+are the emitted tokens per second. Two ways of running them are timed: passes over a plain batch, in which no row joins
+or leaves, and the engine with requests that arrive at once. Random weights route to nearly every expert, as the real
 ones do, so speed needs no others. What they cannot show is what depends on the text: how many passes a canvas takes
 where stopping is adaptive, and how peaked the vocabulary's distribution is.
 """
@@ -23,29 +24,16 @@ from ..checkpoints.quantized import module_of
 from ..checkpoints.weights import build, shapes
 from ..convert import recipes
 from ..convert.plan import wanted_format
-from ..core import sampler as sampling
 from ..core.config import ModelConfig, SamplerConfig
-from ..core.engine import Engine, Request
+from ..core.engine import Engine
 from ..core.errors import DgemmaError
-from ..core.events import Done, Draft
+from ..core.events import Done, Draft, Stats
+from ..core.graph_passes import GraphPasses
 from ..core.memory import WIDTH, cache_bytes
-from ..core.model import (
-    Attention,
-    Cache,
-    Experts,
-    Layer,
-    Mlp,
-    Model,
-    RmsNorm,
-    Router,
-    SelfConditioning,
-    encode,
-    encode_and_step,
-    new_cache,
-    step,
-)  # fmt: skip
-from ..core.ops import Array, Ops
-from ..core.random import step_noise
+from ..core.parts import Attention, Experts, Layer, Mlp, Model, RmsNorm, Router, SelfConditioning
+from ..core.passes import Passes, StepResult
+from ..core.row import Request
+from ..core.sampler import draws_of, first_canvas, stacked
 
 Shape = Literal["26b", "110m", "nano-like"]
 
@@ -106,7 +94,10 @@ class Result:
     """From the prompt to the first canvas on the host, everything compiled already; one sequence."""
     tokens_per_second: float
     engine_tokens_per_second: float
-    """Through the whole engine, drafts and text handling included; one sequence."""
+    """Through the whole engine, drafts included; one sequence."""
+    arriving_tokens_per_second: float | None
+    """The same of as many requests as the batch has rows, added at once, without the time that a batch's prompts take;
+    None for a batch of one."""
     weights: int
     """As held."""
     forward_bytes: int
@@ -144,13 +135,21 @@ def formats(config: ModelConfig, recipe: str) -> dict[str, Format | None]:
     return {name: wanted_format(module_of(name), shape, found) for name, shape in shapes(config).items()}
 
 
-def random_model(
-    ops: Ops, config: ModelConfig, recipe: str, make: Callable[[tuple[int, ...], Format | None, int], Any] | None = None
-) -> Model:
-    """Return a model of random weights; `make` takes a shape, a format and a seed, by default `random_weight`."""
+Make = Callable[[tuple[int, ...], Format | None, int], Any]
+"""Makes a weight of a shape, a format and a seed."""
+
+
+def weights_of(config: ModelConfig, recipe: str, make: Make | None = None) -> Callable[[str], Any]:
+    """Return what makes a random weight by its name; `make` is `random_weight` where nothing else is given."""
     kinds, sizes = formats(config, recipe), shapes(config)
     seeds = {name: i for i, name in enumerate(sizes)}
-    return build(ops, config, lambda name: (make or random_weight)(sizes[name], kinds[name], seeds[name]))
+    return lambda name: (make or random_weight)(sizes[name], kinds[name], seeds[name])
+
+
+def random_model(ops: Any, config: ModelConfig, recipe: str, make: Make | None = None) -> Model:
+    """Return a model of random weights for some ops."""
+    weight = weights_of(config, recipe, make)
+    return build(config, lambda name: ops.pack(weight(name)))
 
 
 def random_weight(shape: tuple[int, ...], kind: Format | None, seed: int) -> QTensor | np.ndarray:
@@ -189,185 +188,179 @@ def float_scale(mode: str) -> int:
     return {"nvfp4": 3, "mxfp4": 127 - 7, "mxfp8": 127 - 5}[mode]
 
 
-# ---- The loop -----------------------------------------------------------------------------------------------------
+# ---- A plain batch ------------------------------------------------------------------------------------------------
 
 
-class Loop:
-    """The compiled passes over one batch, as the engine compiles them."""
+class Batch:
+    """A plan's rows in slots of their own, denoised side by side; what has read a random prompt begins it."""
 
-    def __init__(self, ops: Ops, model: Model, plan: Plan, passed: Callable[[], None] = lambda: None) -> None:
-        """`passed` is called after each pass that has been started."""
-        self.ops, self.model, self.plan, self._passed = ops, model, plan, passed
-        baked = SamplerConfig(steps=plan.steps, schedule_steps=plan.steps, confidence=0.0)
-        self._step = ops.compile(lambda *arrays: step(ops, model, baked, *arrays))
-        self._encode = ops.compile(lambda cache, tokens, fresh: encode(ops, model, cache, tokens, fresh))
-        self._joined = ops.compile(lambda *arrays: encode_and_step(ops, model, baked, *arrays))
-        self._sampler = baked
+    def __init__(
+        self, passes: Passes, plan: Plan, *, room: int, passed: Callable[[], None] = lambda: None
+    ) -> None:  # fmt: skip
+        """`room` is of tokens behind the prompts; `passed` is called after each pass that has been started."""
+        self.passes, self.plan, self._passed = passes, plan, passed
+        self.length, self._vocab = passes.config.canvas_length, passes.config.vocab_size
+        self._sampler = _sampler(plan)
+        tokens = np.random.default_rng(1).integers(3, self._vocab, (plan.batch, plan.context), np.int32)
+        self.slots = [passes.open(plan.context + room, self.length) for _ in range(plan.batch)]
+        for at in range(0, plan.context, passes.chunk):
+            self.read(tokens[:, at : at + passes.chunk])
 
-    def encode(self, cache: Cache, tokens: Array) -> Cache:
-        """Read tokens int32 [B, L], all of them."""
-        length = tokens.shape[1]
+    def read(self, tokens: np.ndarray) -> None:
+        """Read tokens int32 [B, C]."""
+        self.passes.read(list(zip(self.slots, tokens, strict=True)))
         self._passed()
-        if length not in self.ops.encode_sizes:
-            return encode(self.ops, self.model, cache, tokens)
-        before = int(cache.length)
-        after = self._encode(Cache(cache.layers, self.ops.extent(before)), tokens, self.ops.extent(length))
-        return Cache(after.layers, before + length)
 
-    def prompt(self, *, room: int) -> Cache:
-        """Read a random prompt into a cache with room for so many tokens more."""
-        ops, config, plan = self.ops, self.model.config, self.plan
-        chunk = max(ops.prefill_chunk, config.canvas_length, *ops.encode_sizes)
-        scratch = max(chunk, 2 * config.canvas_length)  # two canvases are what a joined pass lays down
-        cache = new_cache(ops, config, batch=plan.batch, capacity=plan.context + room, chunk=scratch)
-        generator = np.random.default_rng(1)
-        for at in range(0, plan.context, chunk):
-            size = min(chunk, plan.context - at)
-            tokens = generator.integers(3, config.vocab_size, (plan.batch, size), np.int32)
-            cache = self.encode(cache, ops.asarray(tokens))
-        return cache
-
-    def state(self, seed: int) -> sampling.StepState:
-        return sampling.start(self.ops, self._noise(seed, 0)[1], self.model.config.hidden_size)
-
-    def step(self, cache: Cache, state: sampling.StepState, index: int, seed: int) -> sampling.StepState:
-        """One denoising pass; `cache.length` is what `ops.extent` returned."""
+    def step(self, index: int, seed: int) -> Callable[[], StepResult]:
+        """Run one denoising pass; with the first a canvas begins."""
+        given = {"seed": seed, "length": self.length, "vocab_size": self._vocab}
+        draws = [draws_of(self._sampler, canvas=row, step=index, **given) for row in range(self.plan.batch)]
+        starts = {}
+        if index == 0:
+            starts = {slot: first_canvas(seed, row, self.length, self._vocab) for row, slot in enumerate(self.slots)}
+        results = self.passes.step(self.slots, stacked(draws), starts)
         self._passed()
-        return self._step(cache, state, *self._draws(index, seed))
+        return results
 
-    def join(self, cache: Cache, tokens: Array, seed: int) -> tuple[Cache, sampling.StepState]:
-        """Read a canvas in the next one's first pass; return that one's state with the cache."""
-        before = int(cache.length)
-        inside = Cache(cache.layers, self.ops.extent(before))
-        after, state = self._joined(inside, tokens, self.state(seed), *self._draws(0, seed))
-        return Cache(after.layers, before + tokens.shape[1]), state
+    def steps(self, seed: int, see: Callable[[np.ndarray], None] = lambda tokens: None) -> np.ndarray:
+        """Denoise a canvas and hand every draft to `see`; return the last, int32 [B, L]."""
+        pending: list[Callable[[], StepResult]] = []
+        last = np.zeros(0, np.int32)
+        for index in range(self.plan.steps + self.passes.lookahead):
+            if index < self.plan.steps:
+                pending.append(self.step(index, seed))
+            if index >= self.passes.lookahead:
+                see(last := pending.pop(0)().argmax)
+        return last
 
-    def canvas(self, cache: Cache, seed: int, read: Callable[[np.ndarray], None] = lambda tokens: None) -> Cache:
-        """Denoise a canvas, hand the host every draft, as the engine does, and read the last into the cache."""
-        ops, pending = self.ops, []
-        inside = Cache(cache.layers, ops.extent(int(cache.length)))
-        state = self.state(seed)
-        for i in range(self.plan.steps):
-            state = self.step(inside, state, i, seed)
-            pending.append(ops.fetch(state.argmax, state.accepted, state.entropy, state.stop))
-            if len(pending) > ops.lookahead:
-                read(pending.pop(0)()[0])
-        after = self.encode(cache, state.argmax)
-        for rest in pending:
-            read(rest()[0])
-        return after
-
-    def wait(self, cache: Cache) -> None:
-        self.ops.synchronize(*(array for layer in cache.layers for array in layer))
-
-    def _draws(self, index: int, seed: int) -> tuple[Array, Array, Array]:
-        heat = self.ops.asarray(np.full((1, 1), self._sampler.temperature(index), np.float32))
-        return heat, *self._noise(seed, index + 1)
-
-    def _noise(self, seed: int, index: int) -> tuple[Array, Array]:
-        config = self.model.config
-        draws = [
-            step_noise(seed=seed, canvas=row, step=index, length=config.canvas_length, vocab_size=config.vocab_size)
-            for row in range(self.plan.batch)
-        ]
-        return self.ops.asarray(np.stack([u for u, _ in draws])), self.ops.asarray(np.stack([t for _, t in draws]))
+    def close(self) -> None:
+        for slot in self.slots:
+            self.passes.close(slot)
 
 
-def measure(ops: Ops, model: Model, plan: Plan, passed: Callable[[], None] = lambda: None) -> Result:
+def _sampler(plan: Plan) -> SamplerConfig:
+    return SamplerConfig(steps=plan.steps, schedule_steps=plan.steps, confidence=0.0)
+
+
+def measure(passes: GraphPasses, plan: Plan, passed: Callable[[], None] = lambda: None) -> Result:
     """Time a plan. What comes first, and compiles, does not count; `passed` is called with every pass.
 
     Raises:
         DgemmaError: a context that the model does not have room for.
     """
-    config = model.config
+    config = passes.config
     if plan.context + _room(plan, config) > config.max_positions:
         raise DgemmaError(f"a context of {plan.context:,} and {plan.canvases} canvases exceed the model's")
-    passes = Loop(ops, model, plan, passed)
-    canvas, denoise, commit = _times(passes)
-    engine_rate, first_draft = _through_the_engine(ops, model, plan, passed)
-    prefill = min(_timed(passes, lambda: passes.prompt(room=_room(plan, config)))[1] for _ in range(2))
-    held = weight_bytes(model)
+    engine = Engine(passes, None, most_rows=plan.batch, prefix_bytes=0)  # nothing is read that was read before
+    canvas, denoise, commit = _times(engine, plan, passed)
+    _, alone = arriving(engine, plan, 1, passed)
+    rows = arriving(engine, plan, plan.batch, passed)[0] if plan.batch > 1 else None
+    prefill = min(_prompt_time(engine, plan, passed) for _ in range(2))
+    held, count = weight_bytes(passes.model), plan.batch * plan.canvases * config.canvas_length
     return Result(
         canvas=canvas,
         forward=canvas / (plan.steps + 1),
         denoise=denoise,
         commit=commit,
         prefill=prefill,
-        first_draft=first_draft,
+        first_draft=alone.first_draft_seconds or math.nan,
         tokens_per_second=plan.batch * config.canvas_length / canvas,
-        engine_tokens_per_second=engine_rate,
+        engine_tokens_per_second=alone.tokens_per_second or math.nan,
+        arriving_tokens_per_second=None if rows is None else count / max(rows - prefill, 1e-9),
         weights=held,
-        forward_bytes=held + cache_bytes(config, plan.context, WIDTH[ops.dtype], slots=plan.batch),
-        peak=ops.memory(),
+        forward_bytes=held + cache_bytes(config, plan.context, WIDTH[passes.dtype], slots=plan.batch),
+        peak=passes.peak(),
     )
 
 
+COMMITS = 5
+"""Passes that read a canvas, timed by themselves."""
+
+
 def _room(plan: Plan, config: ModelConfig) -> int:
-    return (plan.canvases + 1) * config.canvas_length
+    return (plan.canvases + 1 + COMMITS) * config.canvas_length
 
 
-def _timed(passes: Loop, run: Callable[[], Cache]) -> tuple[Cache, float]:
-    began = time.perf_counter()
-    cache = run()
-    passes.wait(cache)
-    return cache, time.perf_counter() - began
+def timed(engine: Engine, run: Callable[[], Any]) -> float:
+    """Return the seconds of work in the engine's thread."""
+
+    def work() -> float:
+        began = time.perf_counter()
+        run()
+        engine.passes.wait()
+        return time.perf_counter() - began
+
+    return engine.run("measuring", work)
 
 
-def _times(passes: Loop) -> tuple[float, float, float]:
+def _times(engine: Engine, plan: Plan, passed: Callable[[], None]) -> tuple[float, float, float]:
     """Seconds of a canvas, of a denoising pass and of a commit, medians."""
-    ops, plan, length = passes.ops, passes.plan, passes.model.config.canvas_length
-    cache = passes.prompt(room=_room(plan, passes.model.config))
-    cache, _ = _timed(passes, lambda: passes.canvas(cache, 0))
-    canvases = []
-    for seed in range(plan.canvases):
-        cache, seconds = _timed(passes, lambda c=cache, s=seed: passes.canvas(c, s + 1))
-        canvases.append(seconds)
-    before = Cache(cache.layers, int(cache.length) - length)
-    inside = Cache(cache.layers, ops.extent(int(before.length)))
-
-    def several() -> Cache:
-        state = passes.state(0)
-        for i in range(plan.steps):
-            state = passes.step(inside, state, i, 0)
-        ops.fetch(state.stop)()
-        return inside
-
-    tokens = passes.state(0).canvas
-    denoise = [_timed(passes, several)[1] / plan.steps for _ in range(3)]
-    commit = [_timed(passes, lambda: passes.encode(before, tokens))[1] for _ in range(5)]
+    passes, length = engine.passes, engine.passes.config.canvas_length
+    batch = engine.run("measuring", lambda: Batch(passes, plan, room=_room(plan, passes.config), passed=passed))
+    canvases = [timed(engine, lambda s=seed: batch.read(batch.steps(s))) for seed in range(plan.canvases + 1)][1:]
+    denoise = [timed(engine, lambda: batch.steps(0)) / plan.steps for _ in range(3)]
+    tokens = np.stack([first_canvas(0, row, length, passes.config.vocab_size) for row in range(plan.batch)])
+    commit = [timed(engine, lambda: batch.read(tokens)) for _ in range(COMMITS)]
+    engine.run("measuring", batch.close)
     return statistics.median(canvases), statistics.median(denoise), statistics.median(commit)
 
 
-def drafts(ops: Ops, model: Model, plan: Plan) -> list[np.ndarray]:
-    """Return every draft of `plan.canvases` canvases: what a compiled loop and a plain one must agree on."""
-    passes = Loop(ops, model, plan)
-    cache = passes.prompt(room=plan.canvases * model.config.canvas_length)
+def _prompt_time(engine: Engine, plan: Plan, passed: Callable[[], None]) -> float:
+    room, made = _room(plan, engine.passes.config), []
+    seconds = timed(engine, lambda: made.append(Batch(engine.passes, plan, room=room, passed=passed)))
+    engine.run("measuring", made[0].close)
+    return seconds
+
+
+def drafts(passes: Passes, plan: Plan) -> list[np.ndarray]:
+    """Return every draft of `plan.canvases` canvases: what captured passes and plain ones must agree on."""
     found: list[np.ndarray] = []
-    for seed in range(plan.canvases):
-        cache = passes.canvas(cache, seed, found.append)
+    engine = Engine(passes, None, prefix_bytes=0)
+
+    def run() -> None:
+        batch = Batch(passes, plan, room=plan.canvases * passes.config.canvas_length)
+        for seed in range(plan.canvases):
+            batch.read(batch.steps(seed, found.append))
+        batch.close()
+
+    engine.run("comparing", run)
     return found
 
 
-def _through_the_engine(ops: Ops, model: Model, plan: Plan, passed: Callable[[], None]) -> tuple[float, float]:
-    """Tokens per second after the prefill, and seconds to the first draft, of one sequence; the second run counts."""
-    config = model.config
-    generator = np.random.default_rng(2)
-    request = Request(
-        prompt=tuple(generator.integers(3, config.vocab_size, plan.context).tolist()),
-        max_new_tokens=plan.canvases * config.canvas_length, seed=0, eos_token_ids=(),
-        sampler=SamplerConfig(steps=plan.steps, schedule_steps=plan.steps, confidence=0.0),
-    )  # fmt: skip
-    engine = Engine(ops, model, None)
-    stats = None
+# ---- The engine ---------------------------------------------------------------------------------------------------
+
+
+def arriving(
+    engine: Engine, plan: Plan, rows: int, passed: Callable[[], None] = lambda: None
+) -> tuple[float, Stats]:  # fmt: skip
+    """Add so many requests at once and read what comes: the seconds until all are done, and the first one's figures.
+
+    The second of two runs counts.
+    """
+    config = engine.passes.config
+    prompts = np.random.default_rng(2).integers(3, config.vocab_size, (rows, plan.context))
+    requests = [
+        Request(
+            prompt=tuple(prompt.tolist()), max_new_tokens=plan.canvases * config.canvas_length, seed=i,
+            eos_token_ids=(), sampler=_sampler(plan),
+        )
+        for i, prompt in enumerate(prompts)
+    ]  # fmt: skip
+    stats, seconds = None, math.nan
     for _ in range(2):
-        for event in engine.generate(request):
+        began = time.perf_counter()
+        handles = [engine.add(request) for request in requests]
+        for event in handles[0].events():
             passed()
             if isinstance(event, Draft):
                 assert event.tokens.shape == (config.canvas_length,)
             if isinstance(event, Done):
                 stats = event.stats
+        for handle in handles[1:]:
+            assert isinstance([*handle.events()][-1], Done)
+        seconds = time.perf_counter() - began
     assert stats is not None and stats.steps == plan.steps * plan.canvases
-    return stats.tokens_per_second or math.nan, stats.first_draft_seconds or math.nan
+    return seconds, stats
 
 
 def weight_bytes(model: Any) -> int:
@@ -375,8 +368,13 @@ def weight_bytes(model: Any) -> int:
     if isinstance(model, tuple):
         return sum(map(weight_bytes, model))
     if isinstance(model, _PARTS):
-        return sum(weight_bytes(getattr(model, field.name)) for field in fields(model) if field.name != "config")
+        names = {field.name for field in fields(model)} - {"config"}
+        for whole, parts in _STACKED.items():
+            if getattr(model, whole, None) is not None:
+                names -= set(parts)  # which are views of it
+        return sum(weight_bytes(getattr(model, name)) for name in names)
     return 0 if model is None or isinstance(model, int | float) else int(model.nbytes)
 
 
 _PARTS = (Model, Layer, Attention, Mlp, Router, Experts, RmsNorm, SelfConditioning)
+_STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}

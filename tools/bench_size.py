@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from ..core.model import Cache
-from .bench import Loop, Plan, Shape
-
-if TYPE_CHECKING:
-    from ..core.model import Model
-    from ..core.ops import Ops
+from ..core.engine import Engine
+from ..core.passes import Passes
+from .bench import COMMITS, Batch, Plan, Shape, timed
 
 MINUTE = 60.0
 """Seconds that a benchmark without a shape may take."""
@@ -24,20 +19,19 @@ HOST_SHAPES: tuple[Shape, ...] = ("110m", "nano-like")
 def passes(plan: Plan, canvas_length: int) -> int:
     """Return how many passes `bench.measure` runs, a prompt counted as canvases of rows."""
     canvas = plan.steps + 1
-    prompts = 5 * -(-plan.context // canvas_length)
-    return (plan.canvases + 1) * canvas + 3 * plan.steps + 5 + 2 * plan.canvases * canvas + prompts
+    runs = 2 * plan.canvases * canvas * (2 if plan.batch > 1 else 1)  # through the engine
+    prompts = (5 + (2 * plan.batch if plan.batch > 1 else 0)) * -(-plan.context // canvas_length)
+    return (plan.canvases + 1) * canvas + 3 * plan.steps + COMMITS + runs + prompts
 
 
-def time_a_pass(ops: Ops, model: Model, plan: Plan) -> float:
+def time_a_pass(passes: Passes, plan: Plan) -> float:
     """Return the seconds of one denoising pass behind the plan's prompt; one before it may compile."""
-    loop = Loop(ops, model, plan)
-    cache = loop.prompt(room=model.config.canvas_length)
-    inside = Cache(cache.layers, ops.extent(int(cache.length)))
-    state = loop.step(inside, loop.state(0), 0, 0)
-    ops.fetch(state.stop)()
-    began = time.perf_counter()
-    ops.fetch(loop.step(inside, state, 1, 0).stop)()
-    return time.perf_counter() - began
+    engine = Engine(passes, None, prefix_bytes=0)
+    room = passes.config.canvas_length
+    batch = engine.run("timing a pass", lambda: Batch(passes, plan, room=room))
+    seconds = [timed(engine, lambda i=index: batch.step(i, 0)()) for index in range(2)]
+    engine.run("timing a pass", batch.close)
+    return seconds[1]
 
 
 def within(plan: Plan, canvas_length: int, seconds: float, limit: float = MINUTE) -> Plan | None:
