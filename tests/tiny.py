@@ -52,6 +52,11 @@ TEXT_CONFIG: dict[str, Any] = dict(
 )  # fmt: skip
 
 
+ADDED = tuple(
+    f"{one}.weight" for one in ("post_attention_layernorm", "post_feedforward_layernorm", "conditioning.down_proj")
+)
+
+
 def tiny_checkpoint(
     tmp_path: Path,
     *,
@@ -59,13 +64,16 @@ def tiny_checkpoint(
     seed: int = 0,
     dtype: str = "float32",
     canvas_length: int = 16,
+    gain: float = 1.0,
     generation: dict[str, Any] | None = None,
     **overrides: Any,
 ) -> Path:
     """Write a checkpoint folder `tmp_path / name` and return its path.
 
     `overrides` are keys of config.json's text_config, `generation` keys of generation_config.json; `dtype` is what the
-    weights are stored in. The weights are large enough that outputs are far from uniform and differ by position.
+    weights are stored in. The weights are large enough that outputs are far from uniform and differ by position. A
+    `gain` below one weakens what layers and self-conditioning add, so that rounding does not grow from pass to pass: as
+    it does in a random model at full strength, and in no trained one.
     """
     folder = tmp_path / name
     folder.mkdir(parents=True)
@@ -89,7 +97,7 @@ def tiny_checkpoint(
         "unk_token": "<unk>", "padding_side": "left",
     }))  # fmt: skip
     tokenizer().save(str(folder / "tokenizer.json"))
-    tensors = tiny_weights(ModelConfig.from_hf(config), seed=seed)
+    tensors = tiny_weights(ModelConfig.from_hf(config), seed=seed, gain=gain)
     stored = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
     safetensors.write(
         folder / "model.safetensors", {key: value.astype(stored) for key, value in tensors.items()}, {"format": "pt"}
@@ -110,7 +118,7 @@ def tokenizer() -> Tokenizer:
     return result
 
 
-def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, np.ndarray]:
+def tiny_weights(config: ModelConfig, *, seed: int = 0, gain: float = 1.0) -> dict[str, np.ndarray]:
     """Return float32 weights by name; every one, norms and scalars included, is random."""
     generator = np.random.default_rng(seed)
     result = {}
@@ -120,6 +128,13 @@ def tiny_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, np.ndarray]
             value = 1.0 + 0.3 * noise
         else:
             value = noise if "embed" in name else 1.5 * shape[-1] ** -0.5 * noise
+        added = (
+            "post_attention_layernorm.weight",
+            "post_feedforward_layernorm.weight",
+            "conditioning.down_proj.weight",
+        )
+        if name.endswith(added):
+            value = gain * value
         result[name] = value.astype(np.float32)
     return result
 
