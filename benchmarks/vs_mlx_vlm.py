@@ -39,13 +39,18 @@ from safetensors.numpy import save_file
 
 import dgemma
 from dgemma.backends.mlx import packed
+from dgemma.backends.mlx.caches import RowCaches
+from dgemma.backends.mlx.compiling import compiled
+from dgemma.backends.mlx.ops import MLX_DTYPES, MlxOps
+from dgemma.backends.mlx.passes import MlxPasses
 from dgemma.checkpoints import weights
 from dgemma.convert import recipes
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine, Request
 from dgemma.core.events import Done
-from dgemma.core.model import Cache, step
-from dgemma.core.sampler import start
+from dgemma.core.model import encode, step
+from dgemma.core.parts import Cache, Draws
+from dgemma.core.sampler import draws_of, start
 
 HERE = Path(__file__).parent
 LAYERS = 6
@@ -91,26 +96,29 @@ def our_side(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def our_run(engine: Engine, prompt: list[int], steps: int) -> None:
-    canvas = engine.model.config.canvas_length
+    canvas = engine.passes.config.canvas_length
     request = Request(
         prompt=tuple(prompt), max_new_tokens=canvas, seed=0, eos_token_ids=(),
         sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
     )  # fmt: skip
-    done = [event for event in engine.generate(request) if isinstance(event, Done)]
+    done = [event for event in engine.add(request).events() if isinstance(event, Done)]
     assert done[0].stats.steps == steps and done[0].stats.emitted_tokens == canvas, done
 
 
 def our_count(engine: Engine, prompt: list[int]) -> dict[str, Any]:
     """Count the pass that the engine runs: every array of the next state, from an evaluated one."""
-    ops, read = engine.ops, engine.model.config
-    held = engine.prefill(prompt, read.canvas_length)
-    noise = mx.zeros((1, read.canvas_length), mx.int32)
-    state = start(ops, noise, read.hidden_size)
-    heat, uniforms = mx.full((1, 1), 0.6), mx.zeros((1, read.canvas_length))
-    cache = Cache(held.layers, ops.extent(len(prompt)))
-    mx.eval(*state, noise, heat, uniforms, cache.length)
-    run = ops.compile(lambda *arrays: step(ops, engine.model, SamplerConfig(), *arrays))
-    return count(*run(cache, state, heat, uniforms, noise))
+    passes = engine.passes
+    assert isinstance(passes, MlxPasses) and isinstance(passes.ops, MlxOps)
+    ops, weights, config, size = passes.ops, passes.model, passes.config, len(prompt)
+    length = config.canvas_length
+    caches, none = RowCaches(config, MLX_DTYPES[ops.dtype]), mx.zeros((1,), mx.int32)
+    caches.put(0, encode(ops, weights, Cache(caches[0], none), mx.array([prompt])).layers, 0, size)
+    cache = Cache(caches.batch([0], size), none + size)
+    state = start(ops, mx.zeros((1, length), mx.int32), config.hidden_size)
+    rows = draws_of(SamplerConfig(), seed=0, canvas=0, step=1, length=length, vocab_size=config.vocab_size)
+    draws = Draws(*(mx.array(x.astype(np.float32) if x.dtype == np.float64 else x) for x in rows))
+    mx.eval(cache, state, draws)
+    return count(*compiled(lambda *given: step(ops, weights, *given))(cache, state, draws))
 
 
 def ask(python: str, script: str, job: dict[str, Any]) -> dict[str, Any]:
