@@ -13,30 +13,27 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import Format, QTensor
 from dgemma.checkpoints.quantized import Quantization
 from dgemma.checkpoints.safetensors import SafetensorsFile
-from dgemma.core.model import denoise, encode, new_cache
 from dgemma.tools.inspect import inspect_folder
 from law import assert_close_f32
 from published import IMAGE, LAYOUTS, floats, published, read_config, suited
 from said import says
 from tiny import rewrite, shard, tiny_weights
-from under_test import make_ops
+from under_test import build, make_ops, passes_of
 
 
 def logits(config: Any, get: Callable[[str], Any], backend: str) -> np.ndarray:
     ops = make_ops(backend, "float32")
-    model = weights.build(ops, config, get)
+    passes = passes_of(ops, build(ops, config, get))
     draw = np.random.default_rng(0)
-    prompt, canvas = draw.integers(16, config.vocab_size, (2, 1, 13), np.int32)
-    cache = encode(ops, model, new_cache(ops, config, batch=1, capacity=32, chunk=32), ops.asarray(prompt))
-    soft = ops.asarray(draw.standard_normal((1, 13, config.hidden_size)), "float32")
-    x = denoise(ops, model, cache, ops.asarray(canvas), soft)
-    return ops.to_numpy(ops.logits(x, model.embed_tokens, config.softcap))
+    prompt, canvas = draw.integers(16, config.vocab_size, (2, 13), np.int32)
+    slot = passes.open(32, 13)
+    passes.read([(slot, prompt)])
+    return passes.logits(slot, canvas, draw.standard_normal((13, config.vocab_size)).astype(np.float32))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
