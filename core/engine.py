@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from queue import Empty
 from typing import TypeVar
 
@@ -300,14 +300,13 @@ class Engine:
             return
         for group in _by_length(rows):
             given = [(row.slot, row.coming) for row in group]
-            starts = {row.slot: row.start() for row in group}
+            starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
             marks = [(row, row.index, row.begun) for row in group]
             draws = sampler.stacked([row.draws() for row in group])
-            results = self._try(group, lambda: self.passes.read_and_step(given, draws, starts))  # noqa: B023
-            if results is not None:
+            with self._for(group):
+                self._pending.append((marks, self.passes.read_and_step(given, draws, starts)))
                 for row, (_, tokens) in zip(group, given, strict=True):
                     row.has_read(len(tokens))
-                self._pending.append((marks, results))
 
     def _read_prompts(self) -> None:
         left = self.passes.chunk
@@ -316,8 +315,8 @@ class Engine:
             if row.stage == "reading" and not row.prompted and left > 0:
                 pieces[row] = row.coming[: self._piece(row, left)]
                 left -= len(pieces[row])
-        for row in self._read(pieces):
-            row.served = self._rounds + 1  # behind those that come now
+                row.served = self._rounds + 1  # behind those that come now
+        self._read(pieces)
 
     def _piece(self, row: Row, left: int) -> int:
         """Return how many tokens a row reads of a round: whole chunks, so that others do not change where it is cut."""
@@ -325,17 +324,18 @@ class Engine:
         size = min(coming, max(self.passes.chunk, row.length))
         return size if size <= left or left == self.passes.chunk else 0
 
-    def _read(self, pieces: dict[Row, np.ndarray]) -> list[Row]:
-        """Read rows' tokens, and return those that have read some."""
+    def _read(self, pieces: dict[Row, np.ndarray]) -> None:
+        """Read some of rows' tokens."""
         pieces = {row: tokens for row, tokens in pieces.items() if len(tokens)}
         rows = list(pieces)
         given = [(row.slot, tokens) for row, tokens in pieces.items()]
-        if not rows or self._try(rows, lambda: self.passes.read(given) or True) is None:
-            return []
-        for row in rows:
-            row.has_read(len(pieces[row]))
-            self._snapshot(row)
-        return rows
+        if not rows:
+            return
+        with self._for(rows):
+            self.passes.read(given)
+            for row in rows:
+                row.has_read(len(pieces[row]))
+                self._snapshot(row)
 
     def _denoise(self) -> None:
         behind = len(self._pending)
@@ -345,17 +345,16 @@ class Engine:
             marks = [(row, row.index, row.begun) for row in group]
             draws = sampler.stacked([row.draws() for row in group])
             slots = [row.slot for row in group]
-            results = self._try(group, lambda: self.passes.step(slots, draws, starts))  # noqa: B023
-            if results is not None:
-                self._pending.append((marks, results))
+            with self._for(group):
+                self._pending.append((marks, self.passes.step(slots, draws, starts)))
         ready = behind if self.passes.lookahead and rows else len(self._pending)
         for _ in range(ready):
-            self._take_results(*self._pending.popleft())
+            marks, results = self._pending.popleft()
+            with self._for([row for row, _, _ in marks]):
+                self._look_at(marks, results())
 
-    def _take_results(self, marks: list[tuple[Row, int, int]], results: Callable[[], StepResult]) -> None:
-        result = self._try([row for row, _, _ in marks], results)
-        if result is None:
-            return
+    def _look_at(self, marks: list[tuple[Row, int, int]], result: StepResult) -> None:
+        """Tell rows what a pass came to: each with the canvas and the step that it was of."""
         finished: dict[Row, np.ndarray] = {}
         for i, (row, index, step) in enumerate(marks):
             if row.stage != "denoising" or row.index != index or row.cancelled:
@@ -376,9 +375,12 @@ class Engine:
             # On its way before the text is looked at, and in vain where that ends it.
             early = {row: argmax for row, argmax in finished.items() if not row.ends_with(argmax)}
             given = [(row.slot, argmax) for row, argmax in early.items()]
-            if given and self._try(list(early), lambda: self.passes.read(given) or True) is None:
-                return
+            if given:
+                with self._for(list(early)):
+                    self.passes.read(given)
         for row, argmax in finished.items():
+            if row.stage != "denoising":
+                continue
             row.commit(argmax)
             if row in early and row.stage == "reading":
                 row.has_read(len(argmax))
@@ -399,14 +401,14 @@ class Engine:
 
     # ---- Errors and ends --------------------------------------------------------------------------------------
 
-    def _try(self, rows: list[Row], work: Callable[[], Result]) -> Result | None:
-        """Run work for rows; what goes wrong is theirs, and None comes back."""
+    @contextmanager
+    def _for(self, rows: list[Row]) -> Iterator[None]:
+        """Within, what goes wrong is some rows' own; others go on."""
         try:
             with self.passes.guarded("generating"):
-                return work()
+                yield
         except DgemmaError as error:
             self._fail(rows, error)
-        return None
 
     def _fail(self, rows: list[Row], error: BaseException) -> None:
         for row in rows:

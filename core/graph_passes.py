@@ -12,7 +12,8 @@ What a backend does otherwise it overrides: the methods without an underscore an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,9 @@ class GraphPasses(Passes):
         self._states: dict[int, tuple[StepState, int]] = {}  # slot → a batch, and its row there
         self._spoilt: set[int] = set()  # slots in whose entries NaN or infinity may stand
         self._batch: tuple[int, ...] = ()  # slots of the batch that the last pass left
-        self._step = self.compile(lambda *given: model.step(ops, weights, *given))
-        self._read = self.compile(lambda *given: model.encode(ops, weights, *given))
-        self._both = self.compile(lambda *given: model.encode_and_step(ops, weights, *given))
+        self._step = self.compile(partial(model.step, ops, weights))
+        self._encode = self.compile(partial(model.encode, ops, weights))
+        self._both = self.compile(partial(model.encode_and_step, ops, weights))
 
     # ---- Slots ------------------------------------------------------------------------------------------------
 
@@ -130,27 +131,28 @@ class GraphPasses(Passes):
     # ---- Passes -----------------------------------------------------------------------------------------------
 
     def read(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
+        for slots, counts, padded in self._groups(rows):
+            index, length = self._filled(len(slots)), padded.shape[1]
+            cache = self._cache([slots[i] for i in index], length)
+            given = [self.ops.asarray(padded[index])]
+            if self.read_sizes or min(counts) < length:
+                given.append(self.ops.asarray(np.asarray(counts, np.int32)[index]))
+            self._keep(self._encode(cache, *given))
+            for slot, count in zip(slots, counts, strict=True):
+                self._lengths[slot] += count
+        self.wait()
+
+    def _groups(self, rows: Sequence[tuple[int, np.ndarray]]) -> Iterator[tuple[list[int], list[int], np.ndarray]]:
+        """Sort what is to be read into passes: slots, how many tokens each, and these, padded, int32 [B, L]."""
         rest = sorted(rows, key=lambda row: -len(row[1]))
         while rest:
             longest = len(rest[0][1])
             group = [row for row in rest if len(row[1]) >= ALIKE * longest]
             rest = rest[len(group) :]
-            self._read_group(group, longest)
-        self.wait()
-
-    def _read_group(self, rows: Sequence[tuple[int, np.ndarray]], longest: int) -> None:
-        slots, counts = [slot for slot, _ in rows], [len(tokens) for _, tokens in rows]
-        length = next((size for size in self.read_sizes if size >= longest), longest)
-        padded = np.zeros((len(rows), length), np.int32)
-        for row, (_, tokens) in zip(padded, rows, strict=True):
-            row[: len(tokens)] = tokens
-        fresh = None if min(counts) == length and not self.read_sizes else np.asarray(counts, np.int32)
-        index = self._filled(len(rows))
-        cache = self._cache([slots[i] for i in index], length)
-        given = [self.ops.asarray(padded[index])] + ([] if fresh is None else [self.ops.asarray(fresh[index])])
-        self._keep(self._read(cache, *given))
-        for slot, count in zip(slots, counts, strict=True):
-            self._lengths[slot] += count
+            padded = np.zeros((len(group), next((n for n in self.read_sizes if n >= longest), longest)), np.int32)
+            for row, (_, tokens) in zip(padded, group, strict=True):
+                row[: len(tokens)] = tokens
+            yield [slot for slot, _ in group], [len(tokens) for _, tokens in group], padded
 
     def step(self, slots: Sequence[int], draws: Draws, starts: Starts) -> Callable[[], StepResult]:
         index = self._filled(len(slots))

@@ -69,32 +69,32 @@ def new_cache(ops: Ops, config: ModelConfig, *, slots: int, capacity: int, scrat
 
 def encode(ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: Array | None = None) -> Cache:
     """Read tokens int32 [B, L] into the cache; with `fresh`, int32 [B], only so many of each row count."""
-    return _read(ops, model, cache, tokens, fresh, states=False)[0]
+    count = tokens.shape[1] if fresh is None else fresh
+    x, ropes, spans = _reading(ops, model, cache, tokens)
+    x, caches = ops.layers(layer, model.layers[:-1], x, ropes, cache.layers[:-1], spans, count)
+    # Of the last layer nobody reads more than the cache.
+    last = model.layers[-1]
+    kind = last.self_attn.config.kind
+    _, k, v = ops.qkv_norm_rope(norm(ops, x, last.input_layernorm), last.self_attn, ropes[kind])
+    written = ops.cache_write(cache.layers[-1], k, v, spans[kind], count)
+    return Cache((*caches, written), cache.length + count, cache.slots)
 
 
 def encode_hidden(
     ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: Array | None = None
 ) -> tuple[Cache, Array]:
     """`encode`, and the normed states [B, L, D] that predict each next token (training and scoring read them)."""
-    cache, x = _read(ops, model, cache, tokens, fresh, states=True)
-    return cache, norm(ops, x, model.norm)
-
-
-def _read(
-    ops: Ops, model: Model, cache: Cache, tokens: Array, fresh: Array | None, *, states: bool
-) -> tuple[Cache, Array]:
     count = tokens.shape[1] if fresh is None else fresh
+    x, ropes, spans = _reading(ops, model, cache, tokens)
+    x, caches = ops.layers(layer, model.layers, x, ropes, cache.layers, spans, count)
+    return Cache(caches, cache.length + count, cache.slots), norm(ops, x, model.norm)
+
+
+def _reading(ops: Ops, model: Model, cache: Cache, tokens: Array) -> tuple[Array, dict[str, Rope], dict[str, Span]]:
+    """Return what a causal pass over tokens begins with: their embeddings, their places, what they see."""
     ropes = _ropes(ops, model.config, cache.length, tokens.shape[1])
     spans = _spans(ops, model.config, cache, causal=True)
-    x = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
-    whole = len(model.layers) if states else len(model.layers) - 1
-    x, caches = ops.layers(layer, model.layers[:whole], x, ropes, cache.layers[:whole], spans, count)
-    for weights, context in zip(model.layers[whole:], cache.layers[whole:], strict=True):
-        # Of the last layer nobody reads more than the cache.
-        kind = weights.self_attn.config.kind
-        _, k, v = ops.qkv_norm_rope(norm(ops, x, weights.input_layernorm), weights.self_attn, ropes[kind])
-        caches += (ops.cache_write(context, k, v, spans[kind], count),)
-    return Cache(caches, cache.length + count, cache.slots), x
+    return ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5), ropes, spans
 
 
 def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) -> Array:

@@ -76,18 +76,16 @@ class MlxPasses(GraphPasses):
 
     # ---- Passes -----------------------------------------------------------------------------------------------
 
-    def _read_group(self, rows: Sequence[tuple[int, np.ndarray]], longest: int) -> None:
-        slots, counts = [slot for slot, _ in rows], [len(tokens) for _, tokens in rows]
-        padded = np.zeros((len(rows), longest), np.int32)
-        for row, (_, tokens) in zip(padded, rows, strict=True):
-            row[: len(tokens)] = tokens
-        fresh = None if min(counts) == longest else mx.array(counts, mx.int32)
-        lengths = [self._lengths[slot] for slot in slots]
-        cache = Cache(self._caches.valid(slots, max(lengths)), mx.array(lengths, mx.int32))
-        after = model.encode(self.ops, self.model, cache, mx.array(padded), fresh).layers
-        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
-            self._lengths[slot] += count
-            self._caches.put(slot, after, row, self._lengths[slot])
+    def read(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
+        for slots, counts, padded in self._groups(rows):
+            fresh = None if min(counts) == padded.shape[1] else mx.array(counts, mx.int32)
+            lengths = [self._lengths[slot] for slot in slots]
+            cache = Cache(self._caches.valid(slots, max(lengths)), mx.array(lengths, mx.int32))
+            after = model.encode(self.ops, self.model, cache, mx.array(padded), fresh).layers
+            for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+                self._lengths[slot] += count
+                self._caches.put(slot, after, row, self._lengths[slot])
+        self.wait()
 
     def _cache(self, slots: Sequence[int], coming: int) -> Cache:
         lengths = [self._lengths[slot] for slot in slots]

@@ -69,12 +69,10 @@ class InferenceOps(TorchOps):
         return F.embedding(tokens, table).to(TORCH_DTYPES[self.dtype]) * self.rounded(scale)
 
     def linear(self, x: Array, weight: Weight) -> Array:
-        return self._multiply(x.to(self._product), weight).to(x.dtype)
-
-    def _multiply(self, x: Array, weight: Weight) -> Array:
-        if blocks.ready(weight, x.dtype):
-            return F.linear(x, weight)  # type: ignore[arg-type]
-        return blocks.linear(x, weight, self._scratch)
+        wide = x.to(self._product)
+        if blocks.ready(weight, wide.dtype):
+            return F.linear(wide, weight).to(x.dtype)  # type: ignore[arg-type]
+        return blocks.linear(wide, weight, self._scratch).to(x.dtype)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
         wide = x.float()
@@ -166,8 +164,10 @@ class InferenceOps(TorchOps):
     # ---- Head -------------------------------------------------------------------------------------------------
 
     def logits(self, x: Array, table: Weight, softcap: float) -> Array:
-        scores = self._multiply(x.to(self._product), table).to(TORCH_DTYPES[self.wide])
-        return scores.div_(softcap).tanh_().mul_(softcap)
+        wide = x.to(self._product)
+        ready = blocks.ready(table, wide.dtype)
+        raw = F.linear(wide, table) if ready else blocks.linear(wide, table, self._scratch)  # type: ignore[arg-type]
+        return raw.to(TORCH_DTYPES[self.wide]).div_(softcap).tanh_().mul_(softcap)
 
     def mean_embedding(self, probabilities: Array, table: Weight) -> Array:
         shares = probabilities.to(self._product)
