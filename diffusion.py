@@ -14,10 +14,11 @@ import numpy as np
 from .checkpoints import weights
 from .core import finite
 from .core.config import GenerationConfig, ModelConfig
-from .core.engine import Engine, Handle
+from .core.engine import Engine
 from .core.errors import DgemmaError, quoted
 from .core.events import Commit, Done, Event, Generation
 from .core.given import figure, ids_of, integer
+from .core.handle import Handle
 from .core.memory import check_canvas
 from .core.options import GenerateOptions, spread
 from .core.row import Request, Share, check_tokens

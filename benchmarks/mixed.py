@@ -20,7 +20,8 @@ import numpy as np
 import dgemma
 from dgemma import Commit, DiffusionGemma, Draft
 from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Handle
+from dgemma.core.engine import Engine
+from dgemma.core.handle import Handle
 from dgemma.core.row import Request
 
 BOARDS = ("3..2.. 2..5.. 5.216. ..1.5. ...63. .6.425", ".3.1 .2.. .... ...4", "12.. ..1. .1.. ..2.", "hello", "1 + 1 =")

@@ -25,8 +25,9 @@ import numpy as np
 
 from . import sampler
 from .errors import DgemmaError
-from .events import Done, Event
+from .events import Event
 from .finite import check_results
+from .handle import Handle
 from .memory import peak_memory
 from .owner import Owner
 from .passes import Passes, StepResult
@@ -40,74 +41,6 @@ MOST_ROWS = 32
 """Rows at once, where nothing else is asked for: more of them bring a CPU nothing, and each waits for all."""
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()  # for forks alone: see `_before_fork`
-
-
-class Handle:
-    """A request that was added to an engine."""
-
-    def __init__(self, engine: Engine, row: Row) -> None:
-        self._engine, self._row = engine, row
-        self._over = False
-        # Dropped, it frees its slot as if it were cancelled.
-        weakref.finalize(self, _drop, engine, row).atexit = False
-
-    def events(self) -> Iterator[Event]:
-        """Return the request's events until `Done`, each once, however many iterators and threads ask.
-
-        While somebody reads events, the engine's thread runs rounds until no request is left.
-
-        Raises:
-            DgemmaError: what went wrong with this request; others go on.
-        """
-        return Events(self)
-
-    def cancel(self) -> None:
-        """End the request, from any thread; nothing follows, and its slot is free after the pass that is running."""
-        self._over = True
-        _drop(self._engine, self._row)
-
-    def ready(self) -> list[Event]:
-        """Return the events that are there, and wait for none.
-
-        Raises:
-            DgemmaError: as `events`.
-        """
-        found: list[Event] = []
-        while not self._over and not self._row.events.empty():
-            if (event := self.next()) is None:
-                break
-            found.append(event)
-        return found
-
-    def next(self) -> Event | None:
-        """Wait for the next event; None where there is none."""
-        if self._over:
-            return None
-        item = self._engine.wait_for(self._row)
-        if item is None or isinstance(item, Done | BaseException):
-            self._row.events.put(None)  # nothing follows; for the other threads that wait
-        if self._over:
-            return None
-        if isinstance(item, BaseException):
-            self._over = True
-            raise item
-        return item
-
-
-class Events(Iterator[Event]):
-    """The events of one request. `close` ends it; so does dropping the last reference to it and its handle."""
-
-    def __init__(self, handle: Handle) -> None:
-        self._handle = handle
-
-    def __next__(self) -> Event:
-        if (event := self._handle.next()) is None:
-            raise StopIteration
-        return event
-
-    def close(self) -> None:
-        """End the generation; nothing follows."""
-        self._handle.cancel()
 
 
 class Engine:
@@ -167,7 +100,7 @@ class Engine:
         row = Row(request, self.passes.config, self.tokenizer, self._peak, share)
         with self._lock:
             self._waiting.append(row)
-        return Handle(self, row)
+        return Handle(row, self.wait_for, self._drop)
 
     def step(self) -> bool:
         """Run one round, and return whether anything is left to do."""
@@ -410,6 +343,13 @@ class Engine:
         except DgemmaError as error:
             self._fail(rows, error)
 
+    def _drop(self, row: Row) -> None:
+        """Cancel a row; see `Handle`."""
+        if row.stage != "over":
+            row.cancelled = True
+            row.events.put(None)
+            self._owner.nudge(self._sweep)
+
     def _fail(self, rows: list[Row], error: BaseException) -> None:
         for row in rows:
             if row.stage != "over":
@@ -431,14 +371,6 @@ def _by_length(rows: list[Row]) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(row.length, []).append(row)
     return list(groups.values())
-
-
-def _drop(engine: Engine, row: Row) -> None:
-    """Cancel a row. Called by whoever collects garbage too, in the middle of anything: it takes no lock."""
-    if row.stage != "over":
-        row.cancelled = True
-        row.events.put(None)
-        engine._owner.nudge(engine._sweep)
 
 
 # A fork waits for the pass that is running, where the backend survives one at all: the child has caches that are whole.

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from dgemma.core.config import ModelConfig, SamplerConfig
-from dgemma.core.engine import Engine, Handle
+from dgemma.core.engine import Engine
 from dgemma.core.errors import DgemmaError
 from dgemma.core.events import Commit, Done, Draft
+from dgemma.core.handle import Handle
 from dgemma.core.parts import Draws
 from dgemma.core.passes import Passes, Snapshot, Starts, StepResult
 from dgemma.core.row import Request

@@ -123,10 +123,7 @@ def test_core_needs_little() -> None:
     assert not wrong, "\n".join(wrong)
 
 
-_LONG = pytest.mark.xfail(strict=True, reason="core/engine.py still holds its own thread beside the loop over rows")
-
-
-@pytest.mark.parametrize("name", [pytest.param(one, marks=[_LONG] if one == "core" else []) for one in HEIGHT])
+@pytest.mark.parametrize("name", list(HEIGHT))
 def test_files_hold_one_idea(name: str) -> None:
     lines = {path: text.count("\n") for path, text in FILES.items() if room(path) == name}
     long = [f"{path}: {count} lines" for path, count in lines.items() if count > LONGEST]

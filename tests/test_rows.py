@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 import dgemma
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import ModelConfig
-from dgemma.core.engine import Engine, Handle
+from dgemma.core.engine import Engine
 from dgemma.core.errors import DgemmaError
 from dgemma.core.events import Commit, Draft, Prefill
 from dgemma.core.graph_passes import GraphPasses
+from dgemma.core.handle import Handle
 from dgemma.core.parts import KV
 from dgemma.core.row import Share
 from fake_passes import CHUNK, FakePasses, alone, answer, finish, reads, request
