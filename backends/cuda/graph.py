@@ -7,12 +7,10 @@ A denoising pass of the 26B model is some hundreds of kernels of a few microseco
 take longer than they run; in a graph the host starts them all at once and is free until their results are read.
 
 What a captured function may rely on, and what it must not do:
-    a `KV`      is read and written where it lies: its address is part of what is captured, and a function may return it
-                only as it came. `new_cache` therefore hands out the same buffers again (`Buffers`).
-    all else    is copied in: arrays, and integers, which become int32 [1], so that a new length is not a new graph.
-    results     stand in buffers that the next call overwrites: read them (`CudaOps.fetch`), or hand them on, before it.
-                A result of the same type as an argument (the state of a canvas) is written into that argument's
-                buffers, and handing it to the next call then copies nothing.
+    pools       a `KV` and a `Canvases` are read and written where they lie: their addresses are part of what is captured,
+                and a function may return a `KV` only as it came. A row's place in them is data (`Cache.slots`).
+    all else    is copied in.
+    results     stand in buffers that the next call overwrites: read them (`CardPasses.fetch`) before it.
     inside      nothing may be read back to the host, and shapes may not depend on values.
 
 Capturing and replaying are one object, so that tests on a CPU can put "run it again" in their place.
@@ -25,19 +23,32 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 
-from ...core.ops import KV
+from ...core.parts import KV
 from .. import trees
 
 Tensor = torch.Tensor
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes what is to be captured and returns what replays it."""
 
-KEPT = 8
-"""Graphs of one function that are kept; the one unused for longest goes first."""
+KEPT = 32
+"""Graphs of one function that are kept, one for each batch size and length; the one unused for longest goes first."""
+
+
+class Canvases(NamedTuple):
+    """What denoising passes leave for the next ones, of canvases of one length: a pool, a place for each slot.
+
+    The last place is written for rows that only fill a batch up, and never read.
+    """
+
+    canvas: Tensor  # int32 [N + 1, L]
+    soft: Tensor  # [N + 1, L, D]
+    argmax: Tensor  # int32 [N + 1, L]
+    stable: Tensor  # int32 [N + 1]
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -46,7 +57,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class CudaCapture:
-    """Captures on a device. All graphs share one pool of memory: only one of them runs at a time.
+    """Captures on a device. All graphs share one pool of memory (not the rows' pools, which stand outside): only one of them runs at a time.
 
     The stream is its own, not torch's for all captures, which belongs to the first card that anybody captured on and
     whose cuBLAS workspace stands in whatever pool was used first. Pool and stream are new once no graph is left that
@@ -99,14 +110,14 @@ def rerun(run: Callable[[], None]) -> Callable[[], None]:
 @dataclass(frozen=True, kw_only=True)
 class _Graph:
     inputs: tuple[Tensor, ...]
-    places: tuple[Tensor, ...]  # of the results
-    shape: Any  # of the results
-    order: tuple[int, ...]  # which of the arguments' cache arrays each one of the results' is
+    results: tuple[Tensor, ...]
+    pattern: Any  # of the results
+    order: tuple[int, ...]  # which of the arguments' pools each one of the results' is
     replay: Callable[[], None]
 
 
-class Graphs:
-    """A function of trees (arrays, integers, tuples and named tuples of them) that runs as captured graphs."""
+class CapturedFunction:
+    """A function of trees (arrays, tuples and named tuples of them) that runs as captured graphs."""
 
     def __init__(self, function: Callable[..., Any], capture: Capture, device: torch.device) -> None:
         self._function = function
@@ -115,107 +126,64 @@ class Graphs:
         self._kept: OrderedDict[Any, _Graph] = OrderedDict()
 
     def __call__(self, *arguments: Any) -> Any:
-        given: list[Tensor | int] = []
-        caches: list[Tensor] = []
-        pattern = _flatten(arguments, given, caches)
-        key = (pattern, *(_kind(x) for x in given), *((x.data_ptr(), _kind(x)) for x in caches))
+        given: list[Tensor] = []
+        pools: list[Tensor] = []
+        pattern = _flatten(arguments, given, pools)
+        key = (pattern, *map(_kind, given), *((x.data_ptr(), _kind(x)) for x in pools))
         with on(self._device):
             graph = self._kept.get(key)
             if graph is None:
-                graph = self._kept[key] = self._make(pattern, given, caches)
+                graph = self._kept[key] = self._make(pattern, given, pools)
                 while len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             else:
                 self._kept.move_to_end(key)
                 _copy_in(graph.inputs, given)
                 graph.replay()
-        return _rebuild(graph.shape, graph.places, [caches[i] for i in graph.order])
+        return _rebuild(graph.pattern, graph.results, [pools[i] for i in graph.order])
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def _make(self, pattern: Any, given: Sequence[Tensor | int], caches: Sequence[Tensor]) -> _Graph:
+    def clear(self) -> None:
+        """Let all graphs go."""
+        self._kept.clear()
+
+    def _make(self, pattern: Any, given: Sequence[Tensor], pools: Sequence[Tensor]) -> _Graph:
         """Run the function once as it is, so that kernels are compiled and workspaces exist; then capture it."""
-        inputs = tuple(
-            torch.empty_like(x, memory_format=torch.contiguous_format)
-            if isinstance(x, Tensor)
-            else torch.empty(1, dtype=torch.int32, device=self._device)
-            for x in given
-        )
+        inputs = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in given)
         _copy_in(inputs, given)
-        # Aliases: the graph needs the caches' addresses, and must not keep them lent.
-        arguments = _rebuild(pattern, inputs, [_alias(x) for x in caches])
-        addresses = [x.data_ptr() for x in caches]
-        shape: Any = None
-        places: tuple[Tensor, ...] = ()
+        arguments = _rebuild(pattern, inputs, pools)
+        addresses = [x.data_ptr() for x in pools]
+        returned: Any = None
+        results: tuple[Tensor, ...] = ()
         order: tuple[int, ...] = ()
 
         def run() -> None:
-            nonlocal shape, places, order
-            out = self._function(*arguments)
+            nonlocal returned, results, order
             leaves: list[Tensor] = []
             written: list[Tensor] = []
-            new = _flatten(out, leaves, written)
-            if shape is None:
+            new = _flatten(self._function(*arguments), leaves, written)
+            if returned is None:
                 if any(x.data_ptr() not in addresses for x in written):
                     raise TypeError("a captured function returned a cache that is not its argument's")
-                shape, order = new, tuple(addresses.index(x.data_ptr()) for x in written)
-                places = _places(out, arguments, leaves)
-            _write(places, leaves, inputs)
+                returned, order = new, tuple(addresses.index(x.data_ptr()) for x in written)
+                results = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in leaves)
+            for place, x in zip(results, leaves, strict=True):
+                place.copy_(x)
 
         run()
-        return _Graph(inputs=inputs, places=places, shape=shape, order=order, replay=self._capture(run))
+        return _Graph(inputs=inputs, results=results, pattern=returned, order=order, replay=self._capture(run))
 
 
-class Buffers:
-    """Cache buffers that are handed out again at the same address once nothing uses them.
-
-    Each is lent as an alias, and is free when that is gone. The lowest free one goes first, so that a cache that
-    follows another of its size has the same layers at the same addresses, and the graphs captured there serve it.
-    """
-
-    def __init__(self) -> None:
-        self._all: dict[
-            tuple[Any, ...], list[list[Any]]
-        ] = {}  # shape and dtype → [buffer, weak reference to its alias]
-
-    def lend(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a buffer; its contents are whatever was there, and finite."""
-        slots = self._all.setdefault((shape, dtype), [])
-        slot = next((one for one in slots if one[1]() is None), None)
-        if slot is None:
-            self._drop_others(shape)
-            slot = [torch.zeros(shape, dtype=dtype, device=device), None]
-            slots.append(slot)
-        lent = _alias(slot[0])
-        slot[1] = weakref.ref(lent)
-        return lent
-
-    def _drop_others(self, shape: tuple[int, ...]) -> None:
-        """Give back the free buffers of other lengths, or every length once asked for would stay for good."""
-        for (known, _), slots in self._all.items():
-            if known != shape and (known[:2], known[3:]) == (shape[:2], shape[3:]):
-                slots[:] = [one for one in slots if one[1]() is not None]
-
-    def release(self) -> None:
-        """Give back all that is free."""
-        for slots in self._all.values():
-            slots[:] = [one for one in slots if one[1]() is not None]
-
-
-def _alias(x: Tensor) -> Tensor:
-    """Return the same memory as another tensor object; a view would keep the first one alive."""
-    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.size(), x.stride())
-
-
-def _flatten(tree: Any, leaves: list[Any], caches: list[Tensor]) -> Any:
-    """Append a tree's arrays and integers to `leaves`, its caches to `caches`; return the pattern of the rest."""
+def _flatten(tree: Any, leaves: list[Tensor], pools: list[Tensor]) -> Any:
+    """Append a tree's arrays to `leaves`, those that stay where they are to `pools`; return the pattern of the rest."""
 
     def take(x: Any) -> str | None:
-        if isinstance(x, KV):
-            caches.extend(x)
-            return "kv"
-        if isinstance(x, Tensor) or (isinstance(x, int) and not isinstance(x, bool)):
+        if isinstance(x, KV | Canvases):
+            pools.extend(x)
+            return "kv" if isinstance(x, KV) else "canvases"
+        if isinstance(x, Tensor):
             leaves.append(x)
             return "array"
         return None
@@ -223,42 +191,21 @@ def _flatten(tree: Any, leaves: list[Any], caches: list[Tensor]) -> Any:
     return trees.flatten(tree, take)
 
 
-def _rebuild(pattern: Any, leaves: Sequence[Any], caches: Sequence[Tensor]) -> Any:
+def _rebuild(pattern: Any, leaves: Sequence[Tensor], pools: Sequence[Tensor]) -> Any:
     """Undo `_flatten`."""
-    kept = iter(caches)
-    return trees.rebuild(pattern, {"array": iter(leaves), "kv": map(KV, kept, kept)})
+    kept = iter(pools)  # of both kinds, in the order of the tree
+
+    def canvases() -> Any:
+        while True:
+            yield Canvases(*islice(kept, len(Canvases._fields)))
+
+    return trees.rebuild(pattern, {"array": iter(leaves), "kv": map(KV, kept, kept), "canvases": canvases()})
 
 
-def _kind(x: Tensor | int) -> tuple[Any, ...]:
-    return (tuple(x.shape), x.dtype) if isinstance(x, Tensor) else ((1,), torch.int32)
+def _kind(x: Tensor) -> tuple[Any, ...]:
+    return tuple(x.shape), x.dtype
 
 
-def _copy_in(inputs: Sequence[Tensor], given: Sequence[Tensor | int]) -> None:
+def _copy_in(inputs: Sequence[Tensor], given: Sequence[Tensor]) -> None:
     for buffer, x in zip(inputs, given, strict=True):
-        if isinstance(x, int):
-            buffer.fill_(x)
-        elif buffer.data_ptr() != x.data_ptr():
-            buffer.copy_(x, non_blocking=True)
-
-
-def _places(out: Any, arguments: tuple[Any, ...], leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Where results go: into the argument of the same type, where there is one and it fits, or memory of their own."""
-    for argument in arguments:
-        if type(argument) is type(out) and not isinstance(out, Tensor) and type(out) is not tuple:
-            own: list[Tensor] = []
-            _flatten(argument, own, [])
-            if [_kind(x) for x in own] == [_kind(x) for x in leaves]:
-                return tuple(own)
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in leaves)
-
-
-def _write(places: Sequence[Tensor], leaves: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
-    starts = {x.untyped_storage().data_ptr() for x in inputs}
-    # A result that is a view of an argument must not change while its neighbours are written over that argument.
-    fresh = [
-        x.clone() if x.data_ptr() != place.data_ptr() and x.untyped_storage().data_ptr() in starts else x
-        for place, x in zip(places, leaves, strict=True)
-    ]
-    for place, x in zip(places, fresh, strict=True):
-        if place.data_ptr() != x.data_ptr():
-            place.copy_(x)
+        buffer.copy_(x, non_blocking=True)

@@ -24,7 +24,7 @@ import torch
 
 from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
-from ...core.memory import cache_growth
+from ...core.memory import cache_bytes
 
 Tensor = torch.Tensor
 
@@ -33,9 +33,6 @@ CHUNK = 32 << 20
 
 LANES = 4
 THREADS = 4
-
-BUCKET = 1024
-"""Rows that a captured pass's cache has at least; see `buckets`."""
 
 RESERVE = 512 << 20
 """Bytes left to the libraries' workspaces, graphs and the allocator's rounding."""
@@ -127,38 +124,54 @@ class Stager:
 
 # ---- Room ---------------------------------------------------------------------------------------------------------
 
+BUCKET = 1024
+"""Tokens that a slot has room for at least; see `buckets`."""
+
 
 def buckets() -> Iterator[int]:
-    """Yield the lengths of captured passes' caches, 2¹⁰, 1½·2¹⁰, 2¹¹, …: few buffers, few graphs, a third unused."""
-    rows = BUCKET
+    """Yield the capacities of a pool's slots, 2¹⁰, 1½·2¹⁰, 2¹¹, …: few pools, few graphs, a third unused at most."""
+    tokens = BUCKET
     while True:
-        yield rows
-        yield rows * 3 // 2
-        rows *= 2
+        yield tokens
+        yield tokens * 3 // 2
+        tokens *= 2
 
 
-def bucketed(rows: int) -> int:
-    """Return the shortest length that has so many rows."""
-    return next(length for length in buckets() if length >= rows)
+def bucketed(tokens: int) -> int:
+    """Return the smallest capacity that holds so many tokens."""
+    return next(capacity for capacity in buckets() if capacity >= tokens)
+
+
+def working_bytes(config: ModelConfig, width: int, *, rows: int) -> int:
+    """Return about what a pass over so many positions, of all its rows, works in; `width` is of an activation."""
+    masses = min(256, rows) * config.vocab_size * width  # what the vocabulary head keeps between its two products
+    pairs = rows * config.experts_per_token * (config.expert_size + config.hidden_size) * width
+    widest = max(layer.heads * layer.head_dim for layer in config.layers)
+    dense = rows * (8 * config.hidden_size + 3 * widest + 2 * config.intermediate_size) * 4
+    return masses + pairs + dense + RESERVE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Room:
-    """Bytes that a model takes on a card, and what is there. Weights and cache are exact, `working` is about."""
+    """What one row on a card takes beside the weights, and what is there. Bytes."""
 
+    config: ModelConfig
     weights: int
-    fixed_cache: int
-    cache_per_token: int
-    working: int
+    """As they are held; 0 where they are on the card already."""
+    width: int
+    """Of an activation and of the cache's elements."""
+    scratch: int
+    """Entries of a slot for what a pass lays down."""
     free: int
     total: int
-    most_tokens: int
-    scratch: int = 0
-    """Rows behind a context's in a cache whose length is one of `buckets`; 0 where caches are as long as asked for."""
+
+    @property
+    def working(self) -> int:
+        """About."""
+        return working_bytes(self.config, self.width, rows=self.scratch)
 
     def cache(self, context: int) -> int:
-        rows = bucketed(context + self.scratch) - self.scratch if self.scratch else context
-        return self.fixed_cache + self.cache_per_token * rows
+        return cache_bytes(self.config, bucketed(context), self.width, scratch=self.scratch)
 
     def needed(self, context: int) -> int:
         return self.weights + self.cache(context) + self.working
@@ -166,41 +179,9 @@ class Room:
     @property
     def largest_context(self) -> int:
         """Tokens of prompt and answer that there is room for, 0 where not even the weights fit."""
-        rows = (self.free - self.weights - self.fixed_cache - self.working) // max(1, self.cache_per_token)
-        if self.scratch and rows > 0:
-            lengths = takewhile(lambda length: length <= min(rows, self.most_tokens * 2) + self.scratch, buckets())
-            rows = max(lengths, default=0) - self.scratch
-        return max(0, min(self.most_tokens, rows))
-
-
-def room(
-    config: ModelConfig, weight_bytes: int, *, width: int, free: int, total: int, chunk: int = 1024, batch: int = 1,
-    buckets: bool = False,
-) -> Room:  # fmt: skip
-    """Count what a model takes when it runs through the kernels.
-
-    Args:
-        config: the model's sizes.
-        weight_bytes: what its weights take as they are held.
-        width: bytes of an activation and of the cache's elements.
-        free: bytes that the card has for it.
-        total: bytes of the card.
-        chunk: the longest encode pass.
-        batch: sequences side by side.
-        buckets: whether caches are rounded up, as captured passes' are.
-    """
-    scratch = max(chunk, config.canvas_length)
-    rows = batch * scratch
-    cache = cache_growth(config, width, slots=batch, scratch=scratch, bucket=bucketed if buckets else int)
-    masses = min(256, rows) * config.vocab_size * width  # what the vocabulary head keeps between its two products
-    pairs = rows * config.experts_per_token * (config.expert_size + config.hidden_size) * width
-    widest = max(layer.heads * layer.head_dim for layer in config.layers)
-    dense = rows * (8 * config.hidden_size + 3 * widest + 2 * config.intermediate_size) * 4
-    return Room(
-        weights=weight_bytes, fixed_cache=cache.fixed, cache_per_token=cache.per_token,
-        working=masses + pairs + dense + RESERVE, free=free, total=total, most_tokens=config.max_positions,
-        scratch=scratch if buckets else 0,
-    )  # fmt: skip
+        most = self.config.max_positions
+        fitting = takewhile(lambda tokens: self.needed(tokens) <= self.free and tokens < 2 * max(most, BUCKET), buckets())
+        return min(most, max(fitting, default=0))
 
 
 def refusal(found: Room, context: int, device: str) -> str | None:
@@ -208,8 +189,8 @@ def refusal(found: Room, context: int, device: str) -> str | None:
     needed = found.needed(context)
     if needed <= found.free:
         return None
-    held = f"{_gb(found.weights)} of weights, {_gb(found.cache(context))} of cache for {context:,} tokens"
-    parts = f"{held}, {_gb(found.working)} to work in"
+    held = f"{_gb(found.weights)} of weights, " if found.weights else ""
+    parts = f"{held}{_gb(found.cache(context))} of cache for {context:,} tokens, {_gb(found.working)} to work in"
     if found.largest_context > 0:
         remedy = f"there is room for a context of {found.largest_context:,}"
     else:

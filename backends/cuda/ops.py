@@ -11,7 +11,7 @@ Each op says with one line when a kernel takes it; otherwise `InferenceOps` does
     vocab_head          a bfloat16 table, or an affine one
 
 `layers` runs a whole stack in one op, so that norms, residuals and the next layer's first norm share a launch, and keys
-and values go from their projection straight into the cache's tail.
+and values go from their projection straight into the row's slot, behind what it holds.
 
     launches of a layer    projection 1, norm+rope+write 1, attention 1 or 2, o_proj 1, norms 1, dense 2, routing 3,
                            experts 2, norms, with the experts' weighted sum, 1
@@ -19,21 +19,19 @@ and values go from their projection straight into the cache's tail.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 
-from ...core.model import Attention, Mlp
-from ...core.ops import KV, DType, Rope, Span
-from ...core.sampler import Sampling, StepState
+from ...core.parts import KV, Attention, Draws, Experts, Layer, Mlp, Model, RmsNorm, Rope, Router, Span, StepState
+from ...core.primitives import DType
 from ..torch.blocks import Weight
 from ..torch.packed import QuantizedTensor
 from ..torch.primitives import Array
 from .card import CardOps
-from .graph import Capture
 from .kernels import attention as attention_kernel
 from .kernels import experts as expert_kernels
 from .kernels import head as head_kernels
@@ -41,11 +39,6 @@ from .kernels import linear as linear_kernels
 from .kernels import norm as norm_kernels
 from .kernels import rope as rope_kernel
 from .kernels import routing, sampling, unpack
-
-if TYPE_CHECKING:
-    from ...core.model import Experts, Layer, Router
-
-Part = TypeVar("Part", bound=Attention | Mlp)
 
 WIDEST_HEAD = 512
 
@@ -61,35 +54,28 @@ def architecture(device: torch.device) -> str:
 
 
 class CudaOps(CardOps):
-    """The torch backend of `dgemma.load` on a card, with Triton's kernels; arguments as `CardOps`."""
+    """The ops of `dgemma.load` on a card, with Triton's kernels; arguments as `CardOps`."""
 
-    def __init__(
-        self, dtype: DType = "bfloat16", device: str = "cuda", *, capture: Capture | None = None,
-        encode_sizes: tuple[int, ...] = (256, 1024), beside: bool = False,
-    ) -> None:  # fmt: skip
-        """With `beside`, a layer's dense MLP runs on a stream of its own while rows are routed and experts run."""
-        super().__init__(dtype, device, capture=capture, encode_sizes=encode_sizes)
+    def __init__(self, dtype: DType = "bfloat16", device: str = "cuda", *, beside: bool = False) -> None:
+        """With `beside`, a layer's dense MLP runs on a stream of its own while rows are routed and experts run.
+
+        Off until a card has shown what it gains: `benchmarks/gpu.sh options`.
+        """
+        super().__init__(dtype, device)
         self._side = torch.cuda.Stream(self.device) if beside and self.device.type == "cuda" else None
         self._arch = architecture(self.device)
-        self._every_expert_fits = True
-        self._joined: dict[int, tuple[Weight, Weight]] = {}
 
     @property
     def kernels(self) -> bool:
         return self.dtype == "bfloat16"
 
-    @property
-    def _can_capture(self) -> bool:
-        return super()._can_capture and self.kernels and self._every_expert_fits
+    def can_capture(self, weights: Model) -> bool:
+        experts = (one for layer in weights.layers for one in (layer.experts.gate_up_proj, layer.experts.down_proj))
+        attend = all(self._attends(layer.self_attn) for layer in weights.layers)
+        return self.kernels and attend and all(map(unpack.supports, experts))
 
-    def pack(self, weight: Any) -> Weight:
-        packed = super().pack(weight)
-        if len(packed.shape) == 3:
-            self._every_expert_fits &= unpack.supports(packed)
-        return packed
-
-    def prepare(self, part: Part) -> Part:
-        """Join the weights that read the same x, q, k and v, or gate and up, into one; the parts become views of it."""
+    def stack(self, part: Any) -> Any:
+        """Lay q, k and v, or gate and up, in one weight (`Attention.qkv_proj`); the parts become views of it."""
         if not self.kernels:
             return part
         names = ("gate_proj", "up_proj") if isinstance(part, Mlp) else ("q_proj", "k_proj", "v_proj")
@@ -100,14 +86,12 @@ class CudaOps(CardOps):
         }
         if len(kinds) > 1 or not all(map(unpack.supports, weights.values())):
             return part
-        joined = linear_kernels.stacked(tuple(weights.values()))
+        stacked = linear_kernels.stacked(tuple(weights.values()))
         views, start = {}, 0
         for name, weight in weights.items():
-            views[name] = joined[start : start + weight.shape[0]]
+            views[name] = stacked[start : start + weight.shape[0]]
             start += weight.shape[0]
-        first = views[names[0]]
-        self._joined[id(first)] = (first, joined)  # with the view itself, so that its id stays its own
-        return replace(part, **views)
+        return replace(part, **views, **{"gate_up_proj" if isinstance(part, Mlp) else "qkv_proj": stacked})
 
     # ---- Dense layers -------------------------------------------------------------------------------------------
 
@@ -117,19 +101,13 @@ class CudaOps(CardOps):
             return super().linear(x, weight)
         return linear_kernels.linear(x.reshape(-1, x.shape[-1]), weight, arranged=arranged).view(*x.shape[:-1], -1)
 
-    def geglu(self, x: Array, gate: Weight, up: Weight) -> Array:
-        joined = self._joined.get(id(gate))
-        if joined is None:
-            return super().geglu(x, gate, up)
-        return linear_kernels.geglu(x.reshape(-1, x.shape[-1]), joined[1]).view(*x.shape[:-1], -1)
+    def geglu(self, x: Array, mlp: Mlp) -> Array:
+        if mlp.gate_up_proj is None:
+            return super().geglu(x, mlp)
+        return linear_kernels.geglu(x.reshape(-1, x.shape[-1]), mlp.gate_up_proj).view(*x.shape[:-1], -1)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
         return norm_kernels.rms_norm(x, weight, eps) if self.kernels else super().rms_norm(x, weight, eps)
-
-    def norm_add(self, x: Array, residual: Array, weight: Array, eps: float) -> Array:
-        if not self.kernels:
-            return super().norm_add(x, residual, weight, eps)
-        return norm_kernels.norm_add(x, residual, weight, eps)[0]
 
     def moe(self, h: Array, r: Array, router: Router, experts: Experts) -> Array:
         both = experts.gate_up_proj, experts.down_proj
@@ -149,23 +127,21 @@ class CudaOps(CardOps):
             return super().qkv_norm_rope(x, attention, rope)
         shape = (x.shape[0], attention.config.kv_heads, x.shape[1], attention.config.head_dim)
         k, v = x.new_empty(shape), x.new_empty(shape)
-        return self._project(x, attention, rope, KV(k, v), None), k, v
+        return self._project(x, attention, rope, KV(k, v), None, None), k, v
 
     def attention(self, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
         if not (self.kernels and q.shape[-1] <= WIDEST_HEAD):
             return super().attention(q, k, v, context, span)
-        rows = self._rows(span)
-        self._lay(context, k, v, rows)
-        return self._attend(q, context, rows, span)
+        self._lay(context, k, v, span)
+        return self._attend(q, context, span)
 
     def _mlp(self, mlp: Mlp, x: Array) -> Array:
         """Run a dense MLP on x that is arranged for gate and up; what lies between is arranged for down."""
-        joined = self._joined.get(id(mlp.gate_proj))
-        if joined is None:
-            return mlp(self, x)
+        if mlp.gate_up_proj is None:
+            return self.linear(self.geglu(x, mlp), mlp.down_proj)
         between = linear_kernels.geglu(
-            x.reshape(-1, x.shape[-1]), joined[1], out_bits=unpack.order_of(mlp.down_proj), arranged=True
-        )
+            x.reshape(-1, x.shape[-1]), mlp.gate_up_proj, out_bits=unpack.order_of(mlp.down_proj), arranged=True
+        )  # [B·L, F]
         return self.linear(between, mlp.down_proj, arranged=True).view(*x.shape[:-1], -1)
 
     def _experts(self, h: Array, r: Array, layer: Layer, *, arranged: bool) -> tuple[Array, Array | None]:
@@ -195,38 +171,31 @@ class CudaOps(CardOps):
         if self._side is not None:
             torch.cuda.current_stream(self.device).wait_stream(self._side)
 
-    def _order(self, weight: Weight) -> int:
-        """Return how activations have to lie for all the weights that are joined with this one (`unpack.order_of`)."""
-        joined = self._joined.get(id(weight))
-        return 16 if joined is None else unpack.order_of(joined[1])
-
     def layers(
-        self, layers: Sequence[Layer], x: Array, ropes: Mapping[str, Rope], contexts: Sequence[KV],
-        spans: Mapping[str, Span], fresh: int | Array | None,
+        self, run: Callable[..., tuple[Array, Array, Array]], layers: Sequence[Layer], x: Array,
+        ropes: Mapping[str, Rope], contexts: Sequence[KV], spans: Mapping[str, Span], fresh: int | Array | None,
     ) -> tuple[Array, tuple[KV, ...]]:  # fmt: skip
         if not (layers and all(self._attends(layer.self_attn) for layer in layers)):
-            return super().layers(layers, x, ropes, contexts, spans, fresh)
-        rows = {kind: self._rows(span) for kind, span in spans.items()}
+            return super().layers(run, layers, x, ropes, contexts, spans, fresh)
         # What one kernel writes and a packed weight reads is written in the order that the weight's words want.
         first = layers[0]
         normed = norm_kernels.rms_norm(
-            x, first.input_layernorm.weight, first.input_layernorm.eps, bits=self._order(first.self_attn.q_proj)
-        )
-        caches = []
+            x, first.input_layernorm.weight, first.input_layernorm.eps, bits=_order(first.self_attn.qkv_proj)
+        )  # [B, L, D]
         kept: dict[str, Array | None] = {}
         for i, (layer, context) in enumerate(zip(layers, contexts, strict=True)):
-            kind = layer.self_attn.config.kind
-            span, eps = spans[kind], layer.input_layernorm.eps
-            q = self._project(normed, layer.self_attn, ropes[kind], context, rows[kind], arranged=True)
+            kind, eps = layer.self_attn.config.kind, layer.input_layernorm.eps
+            span = spans[kind]
+            q = self._project(normed, layer.self_attn, ropes[kind], context, span.held, span.slots, arranged=True)
             o_proj = layer.self_attn.o_proj
             bits = unpack.order_of(o_proj, q.shape[-1])
-            attended = self.linear(self._attend(q, context, rows[kind], span, bits), o_proj, arranged=bits != 16)
+            attended = self.linear(self._attend(q, context, span, bits), o_proj, arranged=bits != 16)  # [B, L, D]
             expert_bits = self._expert_order(layer.experts)
             r, dense_in, expert_in = norm_kernels.norm_add(
                 attended, x, weight_of(layer.post_attention_layernorm), eps,
                 next_weights=(weight_of(layer.pre_feedforward_layernorm), weight_of(layer.pre_feedforward_layernorm_2)),
-                next_bits=(self._order(layer.mlp.gate_proj), expert_bits),
-            )  # fmt: skip
+                next_bits=(_order(layer.mlp.gate_up_proj), expert_bits),
+            )  # each [B, L, D]  # fmt: skip
             ahead = layers[i + 1 : i + 2]  # the next layer's first norm, if there is one
             with self._beside():
                 mixed = self._mlp(layer.mlp, dense_in)
@@ -239,22 +208,19 @@ class CudaOps(CardOps):
                 scalar=layer.encoder_scalar if span.causal else layer.decoder_scalar,
                 canvas_scalar=layer.decoder_scalar if span.canvas else None, canvas=span.canvas,
                 next_weights=tuple(weight_of(one.input_layernorm) for one in ahead),
-                next_bits=tuple(self._order(one.self_attn.q_proj) for one in ahead), shares=shares,
+                next_bits=tuple(_order(one.self_attn.qkv_proj) for one in ahead), shares=shares,
             )  # fmt: skip
             normed = rest[0] if rest else x
             if fresh is not None:
                 if kind not in kept:  # the same for all layers of a kind
-                    kept[kind] = self._kept(context, span, rows[kind], fresh)
-                self._slide(context, kept[kind])
-            caches.append(context)
-        return x, tuple(caches)
+                    kept[kind] = self._kept(context, span, fresh)
+                self._slide(context, kept[kind], span)
+        return x, tuple(contexts)
 
     def cache_write(self, context: KV, k: Array, v: Array, span: Span, fresh: int | Array) -> KV:
-        if isinstance(span.rows, int) and isinstance(fresh, int):
-            return super().cache_write(context, k, v, span, fresh)
-        rows = self._rows(span)
-        self._lay(context, k, v, rows)  # rows beyond `fresh` land beyond the valid ones
-        self._slide(context, self._kept(context, span, rows, fresh))
+        """In place, and without asking the device how much a row holds."""
+        self._lay(context, k, v, span)  # entries beyond `fresh` land beyond the valid ones
+        self._slide(context, self._kept(context, span, fresh), span)
         return context
 
     def _attends(self, attention: Attention) -> bool:
@@ -265,60 +231,60 @@ class CudaOps(CardOps):
         return unpack.order_of(both[0]) if self.kernels and all(map(unpack.supports, both)) else 16
 
     def _project(
-        self, x: Array, attention: Attention, rope: Rope, target: KV, rows: Array | None, *, arranged: bool = False
-    ) -> Array:
-        """Return q [B, H, L, A]; keys and values go into the target's rows from `rows` on."""
+        self, x: Array, attention: Attention, rope: Rope, target: KV, held: Array | None, slots: Array | None, *,
+        arranged: bool = False,
+    ) -> Array:  # fmt: skip
+        """Return q [B, H, L, A]; keys and values go into the rows' slots, behind the entries `held`, int32 [B]."""
         config = attention.config
-        joined = self._joined.get(id(attention.q_proj))
-        if joined is None:
+        if attention.qkv_proj is None:
             q, k = self.linear(x, attention.q_proj), self.linear(x, attention.k_proj)
             v = None if attention.v_proj is None else self.linear(x, attention.v_proj)
         else:
             width = config.kv_heads * config.head_dim
             sizes = [config.heads * config.head_dim, *([width] * (1 if attention.v_proj is None else 2))]
-            q, k, *rest = self.linear(x, joined[1], arranged=arranged).split(sizes, -1)
+            q, k, *rest = self.linear(x, attention.qkv_proj, arranged=arranged).split(sizes, -1)
             v = rest[0] if rest else None
         return rope_kernel.norm_rope_write(
-            q, k, v, attention.q_norm, attention.k_norm, rope.cos, rope.sin, target.keys, target.values, rows,
+            q, k, v, attention.q_norm, attention.k_norm, rope.cos, rope.sin, target.keys, target.values, held, slots,
             heads=config.heads, eps=attention.eps,
         )  # fmt: skip
 
-    def _attend(self, q: Array, context: KV, rows: Array, span: Span, bits: int = 16) -> Array:
+    def _attend(self, q: Array, context: KV, span: Span, bits: int = 16) -> Array:
         return attention_kernel.attention(
-            q, context.keys, context.values, rows, window=span.window, causal=span.causal, canvas=span.canvas,
-            arch=self._arch, bits=bits,
+            q, context.keys, context.values, span.held, span.slots, window=span.window, causal=span.causal,
+            canvas=span.canvas, arch=self._arch, bits=bits,
         )  # fmt: skip
 
-    def _rows(self, span: Span) -> Array:
-        if isinstance(span.rows, int):
-            return torch.full((1,), span.rows, dtype=torch.int32, device=self.device)
-        return span.rows
+    def _places(self, span: Span) -> Array:
+        """Return the slots of a pass's rows, [B, 1]."""
+        slots = torch.arange(span.held.shape[0], device=self.device) if span.slots is None else span.slots
+        return slots.long()[:, None]
 
-    def _lay(self, context: KV, k: Array, v: Array, rows: Array) -> None:
-        """Write k and v [B, K, L, A] into the cache from each sequence's `rows` on."""
-        where = rows.expand(k.shape[0])[:, None] + torch.arange(k.shape[2], device=self.device)  # [B, L]
-        batch = torch.arange(k.shape[0], device=self.device)[:, None]
-        context.keys[batch, :, where] = k.transpose(1, 2)
-        context.values[batch, :, where] = v.transpose(1, 2)
+    def _lay(self, context: KV, k: Array, v: Array, span: Span) -> None:
+        """Write k and v [B, K, L, A] into the rows' slots, behind the valid entries."""
+        slots = self._places(span)
+        entries = span.held[:, None] + torch.arange(k.shape[2], device=self.device)  # [B, L]
+        for cached, new in zip(context, (k, v), strict=True):
+            cached[slots, :, entries] = new.transpose(1, 2)  # [B, L, K, A]
 
-    def _kept(self, context: KV, span: Span, rows: Array, fresh: int | Array) -> Array | None:
-        """Return which rows, int64 [B, 1, window − 1, 1], are to stand in front; None where they stand there."""
+    def _kept(self, context: KV, span: Span, fresh: int | Array) -> Array | None:
+        """Return which entries, int64 [B, window − 1], are to stand in front; None where they stand there."""
         if span.window is None:
             return None
-        held = span.window - 1
-        if isinstance(span.rows, int) and isinstance(fresh, int) and span.rows + fresh <= held:
-            return None
-        batch, _, capacity, _ = context.keys.shape
-        drop = (rows + fresh - held).clamp(min=0).expand(batch)
-        source = torch.arange(min(held, capacity), device=self.device) + drop[:, None]
-        return source.clamp(max=capacity - 1)[:, None, :, None].long()
+        most, capacity = span.window - 1, context.keys.shape[2]
+        drop = (span.held + fresh - most).clamp(min=0)  # [B]
+        source = torch.arange(min(most, capacity), device=self.device) + drop[:, None]
+        return source.clamp(max=capacity - 1)
 
-    def _slide(self, context: KV, kept: Array | None) -> None:
-        """Bring the newest window − 1 of the rows that now stand in the cache to its front."""
-        if kept is not None:
-            for cached in context:
-                index = kept.expand(-1, cached.shape[1], -1, cached.shape[3])
-                cached[:, :, : kept.shape[2]] = cached.gather(2, index)
+    def _slide(self, context: KV, kept: Array | None, span: Span) -> None:
+        """Bring the newest window − 1 of the entries that now stand in the rows' slots to their fronts."""
+        if kept is None:
+            return
+        slots = self._places(span)
+        front = torch.arange(kept.shape[1], device=self.device)[None]  # [1, window − 1]
+        for cached in context:
+            # All are read before one is written: the two ranges overlap.
+            cached[slots, :, front] = cached[slots, :, kept]  # [B, window − 1, K, A]
 
     # ---- Head and sampler ---------------------------------------------------------------------------------------
 
@@ -331,12 +297,16 @@ class CudaOps(CardOps):
         return head_kernels.vocab_head(x, table, softcap, temperature, u, arch=self._arch)
 
     def advance(
-        self, sampler: Sampling, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array,
-        noise: Array,
-    ) -> StepState:  # fmt: skip
+        self, draws: Draws, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array
+    ) -> StepState:
         if not self.kernels:
-            return super().advance(sampler, state, token, argmax, entropy, soft, noise)
-        return sampling.advance(sampler, state, token, argmax, entropy, soft, noise)
+            return super().advance(draws, state, token, argmax, entropy, soft)
+        return sampling.advance(draws, state, token, argmax, entropy, soft)
+
+
+def _order(weight: Weight | None) -> int:
+    """Return how activations have to lie for stacked weights (`unpack.order_of`): as they are where none is stacked."""
+    return 16 if weight is None else unpack.order_of(weight)
 
 
 def dense(weight: Weight) -> Array:
@@ -346,6 +316,6 @@ def dense(weight: Weight) -> Array:
     return dequantize(weight, torch.bfloat16) if isinstance(weight, QuantizedTensor) else weight
 
 
-def weight_of(norm: Any) -> Array:
+def weight_of(norm: RmsNorm) -> Array:
     assert norm.weight is not None  # of a layer's norms each has one
     return norm.weight

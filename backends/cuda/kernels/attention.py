@@ -1,11 +1,12 @@
 """Attention over the cache and the canvas, whose keys already stand in the cache's tail; no mask tensor.
 
-    q [B, H, L, A], keys and values [B, K, S, A], rows int32 [B] or [1] → [B, L, H·A]
+    q [B, H, L, A], keys and values [N, K, S, A], held int32 [B], slots int32 [B] or none → [B, L, H·A]
 
-What is visible follows from three numbers, the valid `rows`, the window and whether it is causal (`core.ops.Span`):
+A row reads the slot of the cache that is its own. What is visible follows from three numbers, the entries `held`, the
+window and whether it is causal (`core.parts.Span`):
 
-    denoise   keys max(0, rows − window + 1) … rows + L − 1, the same for every query
-    encode    query i: keys max(0, rows + i − window + 1) … rows + i
+    denoise   keys max(0, held − window + 1) … held + L − 1, the same for every query
+    encode    query i: keys max(0, held + i − window + 1) … held + i
     joined    the last queries, a canvas, as in denoise behind the others, which are as in encode
 
 The query heads that share a key-value head are rows of one matrix, position by position (row r is position r // G, head
@@ -88,8 +89,8 @@ def tiling(arch: str, dtype: torch.dtype, width: int) -> Tiling:
 
 @triton.jit
 def _attend(
-    q, keys, values, rows, out, log_sums,
-    length, kv_heads, window, q_batch, q_head, q_row, kv_batch, kv_head, kv_row, rows_batch,
+    q, keys, values, held_of, slots, out, log_sums,
+    length, kv_heads, window, q_batch, q_head, q_row, kv_slot, kv_head, kv_row,
     CAUSAL: tl.constexpr, CANVAS: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, BITS: tl.constexpr,
@@ -101,7 +102,10 @@ def _attend(
     column = tl.arange(0, BLOCK)
     in_row, in_column = row < length * GROUP, column < WIDTH
     place = row // GROUP
-    held = tl.load(rows + batch * rows_batch)
+    held = tl.load(held_of + batch)
+    slot = batch
+    if slots is not None:
+        slot = tl.load(slots + batch)
 
     # The keys that any row of this block sees, and this program's part of them.
     first, last = 0, held + length
@@ -126,8 +130,8 @@ def _attend(
     q += batch.to(tl.int64) * q_batch + (head * GROUP).to(tl.int64) * q_head
     at = row % GROUP * q_head + place * q_row  # within a head group, as all offsets of vectors: below 2^31 elements
     query = _load(q + at[:, None] + column[None, :], in_row[:, None], in_column[None, :], WHOLE)
-    keys += batch.to(tl.int64) * kv_batch + head.to(tl.int64) * kv_head
-    values += batch.to(tl.int64) * kv_batch + head.to(tl.int64) * kv_head
+    keys += slot.to(tl.int64) * kv_slot + head.to(tl.int64) * kv_head
+    values += slot.to(tl.int64) * kv_slot + head.to(tl.int64) * kv_head
     top = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -136,7 +140,7 @@ def _attend(
         index = start + tl.arange(0, KEYS)
         seen = index < last
         offset = index * kv_row
-        # Rows beyond the valid ones may hold anything, NaN included: nothing is read of them.
+        # Entries beyond the valid ones may hold anything, NaN included: nothing is read of them.
         key = _load(keys + offset[None, :] + column[:, None], seen[None, :], in_column[:, None], WHOLE)
         scores = tl.dot(query, key, input_precision=PRECISION) * LOG2E
         if CAUSAL:
@@ -208,16 +212,17 @@ def _merge(
 
 
 def attention(
-    q: Tensor, keys: Tensor, values: Tensor, rows: Tensor, *, window: int | None, causal: bool, canvas: int = 0,
-    arch: str = "sm_90", sizes: Tiling | None = None, bits: int = 16,
+    q: Tensor, keys: Tensor, values: Tensor, held: Tensor, slots: Tensor | None = None, *, window: int | None,
+    causal: bool, canvas: int = 0, arch: str = "sm_90", sizes: Tiling | None = None, bits: int = 16,
 ) -> Tensor:  # fmt: skip
-    """Attend to a buffer that holds `rows` cached keys and, behind them, the queries' own L.
+    """Attend to slots that hold cached keys and, behind them, the queries' own L.
 
     Args:
         q: [B, H, L, A], last axis dense.
-        keys, values: [B, K, S, A] of the same strides, last axis dense, S ≥ rows + L.
-        rows: int32 [B] or [1] on the device.
-        window, causal, canvas: as in `core.ops.Span`.
+        keys, values: [N, K, S, A] of the same strides, last axis dense, S ≥ held + L.
+        held: int32 [B], cached keys of each row's slot.
+        slots: int32 [B], each row's slot; None where row b has slot b.
+        window, causal, canvas: as in `core.parts.Span`.
         arch: picks the launch sizes, unless `sizes` gives them.
         bits: of the weight that reads the result, which is arranged for it (`unpack.arrangement`).
 
@@ -237,14 +242,14 @@ def attention(
     slices = block // columns
     splits = max(1, min(sizes.programs // (pairs * blocks * slices), triton.cdiv(keys.shape[2], sizes.keys)))
     splits = max(splits, sizes.least if bits == 4 else 1)
-    out = torch.empty(batch, length, heads * width, dtype=q.dtype, device=q.device)
+    out = torch.empty(batch, length, heads * width, dtype=q.dtype, device=q.device)  # [B, L, H·A]
     parts, log_sums = out, None
     if splits > 1:
         parts = torch.empty(splits, pairs, length * group, width, dtype=q.dtype, device=q.device)
         log_sums = torch.empty(splits, pairs, length * group, dtype=torch.float32, device=q.device)
     _attend[(blocks, pairs, splits * slices)](
-        q, keys, values, rows, parts, log_sums, length, kv_heads, window,
-        *q.stride()[:3], *keys.stride()[:3], 0 if rows.numel() == 1 else rows.stride(0),
+        q, keys, values, held.contiguous(), slots, parts, log_sums, length, kv_heads, window,
+        *q.stride()[:3], *keys.stride()[:3],
         CAUSAL=causal, GROUP=group, WIDTH=width, SPLITS=splits, ROWS=sizes.rows, KEYS=sizes.keys, BLOCK=block,
         COLUMNS=columns, WHOLE=block == width, STAGES=sizes.stages, BITS=bits, CANVAS=canvas,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -1,6 +1,6 @@
 """Norms of q, k and v, rotation, and the write of k and v into the cache: one launch behind the projections.
 
-    q [B, L, H·A], k and v [B, L, K·A] → q [B, H, L, A]; k, v into rows `rows` … `rows` + L − 1 of a buffer [B, K, S, A]
+    q [B, L, H·A], k and v [B, L, K·A] → q [B, H, L, A]; k, v into entries `held` … `held` + L − 1 of slots [N, K, S, A]
 
 A program takes a few heads of one position. On a full layer there is no v: the value is the raw k without its weight,
 so the program that norms k writes both from one read, and the root mean square is computed once. Proportional RoPE
@@ -63,9 +63,9 @@ def _keep(target, a, b, at, inside, half):
 
 @triton.jit
 def _qkv(
-    q, k, v, q_weight, k_weight, cos, sin, rows, q_out, k_out, v_out,
+    q, k, v, q_weight, k_weight, cos, sin, held_of, slots, q_out, k_out, v_out,
     length, heads, kv_heads, capacity, half, eps,
-    q_stride, k_stride, v_stride, angle_batch, rows_batch, out_batch, out_head, out_row, kv_batch, kv_head, kv_row,
+    q_stride, k_stride, v_stride, angle_batch, out_batch, out_head, out_row, kv_slot, kv_head, kv_row,
     HEADS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -86,14 +86,16 @@ def _qkv(
         _keep(q_out, a, b, at, inside, half)
     else:
         part -= q_parts
-        row = place
-        if rows is not None:
-            row += tl.load(rows + batch * rows_batch)
+        entry, slot = place, batch
+        if held_of is not None:
+            entry += tl.load(held_of + batch)
+        if slots is not None:
+            slot = tl.load(slots + batch).to(tl.int64)
         head = (part % kv_parts) * HEADS + tl.arange(0, HEADS)
         inside = (head < kv_heads)[:, None] & in_half[None, :]
-        # A row beyond the buffer is a caller's mistake; it must not become a write to other memory.
-        held = inside & (row < capacity)
-        at = batch * kv_batch + row * kv_row + (head * kv_head)[:, None] + column[None, :]
+        # An entry beyond the slot is a caller's mistake; it must not become a write to other memory.
+        held = inside & (entry < capacity)
+        at = slot * kv_slot + entry * kv_row + (head * kv_head)[:, None] + column[None, :]
         if part < kv_parts:
             a, b = _halves(k, token * k_stride + (head * 2 * half)[:, None] + column[None, :], inside, half)
             a, b = _normed(a, b, half, eps)
@@ -109,7 +111,7 @@ def _qkv(
 
 def norm_rope_write(
     q: Tensor, k: Tensor, v: Tensor | None, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    keys: Tensor, values: Tensor, rows: Tensor | None, *, heads: int, eps: float,
+    keys: Tensor, values: Tensor, held: Tensor | None, slots: Tensor | None = None, *, heads: int, eps: float,
 ) -> Tensor:  # fmt: skip
     """Norm and rotate projections, and write keys and values where they are to stand.
 
@@ -117,9 +119,10 @@ def norm_rope_write(
         q, k, v: raw projections [B, L, H·A] and [B, L, K·A], each with its last axis dense (views of one product are
             welcome); v is None on full layers, whose value is the raw k.
         q_weight, k_weight: [A].
-        cos, sin: [B or 1, 1, L, A/2], as in `core.ops.Rope`.
-        keys, values: [B, K, S, A] of the same strides, last axis dense: the cache, or fresh tensors with S = L.
-        rows: int32 [B] or [1] on the device, the first row to write; None for 0.
+        cos, sin: [B or 1, 1, L, A/2], as in `core.parts.Rope`.
+        keys, values: [N, K, S, A] of the same strides, last axis dense: the cache, or fresh tensors with S = L.
+        held: int32 [B], the first entry to write in each row's slot; None for 0.
+        slots: int32 [B], each row's slot; None where row b has slot b.
         heads: H.
 
     Returns:
@@ -135,10 +138,10 @@ def norm_rope_write(
     q, k, v = _dense(q), _dense(k), None if v is None else _dense(v)
     cos, sin = cos.contiguous(), sin.contiguous()
     _qkv[(batch * length, q_parts + kv_parts * (1 if v is None else 2))](
-        q, k, v, q_weight, k_weight, cos, sin, rows, out, keys, values,
+        q, k, v, q_weight, k_weight, cos, sin, held if held is None else held.contiguous(), slots, out, keys, values,
         length, heads, kv_heads, capacity, width // 2, eps,
         q.stride(1), k.stride(1), k.stride(1) if v is None else v.stride(1),
-        0 if cos.shape[0] == 1 else length * (width // 2), 0 if rows is None or rows.numel() == 1 else rows.stride(0),
+        0 if cos.shape[0] == 1 else length * (width // 2),
         *out.stride()[:3], *keys.stride()[:3],
         HEADS=per, BLOCK=triton.next_power_of_2(width // 2), num_warps=WARPS,
     )  # fmt: skip
