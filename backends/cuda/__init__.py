@@ -2,14 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from ...checkpoints import loading, weights
+from ...checkpoints.checkpoint import Checkpoint
+from ...core.config import ModelConfig
+from ...core.primitives import NUMPY_DTYPES, DType
 
 if TYPE_CHECKING:
-    from ...core.ops import DType, Ops
+    from .card import CardOps
+    from .passes import CardPasses
 
 
-def card_ops(dtype: DType, device: str) -> Ops:
+def open(
+    checkpoint: Checkpoint, device: str, dtype: DType, progress: Callable[[int, int], None] | None = None
+) -> CardPasses:
+    """Load a checkpoint on a card, `cuda:N`.
+
+    Raises:
+        DgemmaError: the model does not fit, by the numbers and before anything is allocated; or memory ran out.
+    """
+    held = checkpoint.held_bytes(NUMPY_DTYPES[dtype]().itemsize)
+    return passes_of(checkpoint.config, loading.reader(checkpoint, dtype, progress), device, dtype, held)
+
+
+def passes_of(
+    config: ModelConfig, weight: Callable[[str], Any], device: str, dtype: DType, nbytes: int
+) -> CardPasses:  # fmt: skip
+    """Make a model of weights that are at hand; see `backends.passes_of`."""
+    from .passes import CardPasses, admit
+
+    ops = card_ops(dtype, device)
+    admit(config, nbytes, ops)
+    with _loading(ops) as stager:
+        model = weights.build(config, lambda name: ops.pack(weight(name), stager), ops.stack)
+    from .graph import CudaCapture
+
+    return CardPasses(ops, model, capture=CudaCapture(ops.device))
+
+
+def card_ops(dtype: DType, device: str) -> CardOps:
     """Return the ops for a card: with kernels where there is Triton and the card has bfloat16 matrix units."""
     import torch
 
@@ -17,7 +52,21 @@ def card_ops(dtype: DType, device: str) -> Ops:
         from .card import CardOps
 
         return CardOps(dtype, device)
-    from .graph import CudaCapture
     from .ops import CudaOps
 
-    return CudaOps(dtype, device, capture=CudaCapture(torch.device(device)))
+    return CudaOps(dtype, device)
+
+
+@contextmanager
+def _loading(ops: CardOps) -> Iterator[Any]:
+    """Give what brings weights to the card; what was taken is given back where memory runs out."""
+    from .graph import on
+    from .load import Stager, releasing
+
+    remedy = "take a smaller recipe (dgemma convert --recipe 4bit)"
+    with on(ops.device), releasing(ops.device, "loading the weights", remedy):
+        stager = Stager(ops.device)
+        try:
+            yield stager
+        finally:
+            stager.close()

@@ -81,7 +81,7 @@ class CardOps(InferenceOps):
         )
 
     def stack(self, part: Any) -> Any:
-        """Lay the weights of an `Attention` or an `Mlp` that read the same activations together; here they stay apart."""
+        """Lay weights of an `Attention` or an `Mlp` that read the same activations together; here they stay apart."""
         return part
 
 

@@ -7,8 +7,8 @@ A denoising pass of the 26B model is some hundreds of kernels of a few microseco
 take longer than they run; in a graph the host starts them all at once and is free until their results are read.
 
 What a captured function may rely on, and what it must not do:
-    pools       a `KV` and a `Canvases` are read and written where they lie: their addresses are part of what is captured,
-                and a function may return a `KV` only as it came. A row's place in them is data (`Cache.slots`).
+    pools       a `KV` and a `Canvases` are read and written where they lie: their addresses are part of what is
+                captured, and a function may return a `KV` only as it came. A row's place in them is data.
     all else    is copied in.
     results     stand in buffers that the next call overwrites: read them (`CardPasses.fetch`) before it.
     inside      nothing may be read back to the host, and shapes may not depend on values.
@@ -57,7 +57,7 @@ def on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class CudaCapture:
-    """Captures on a device. All graphs share one pool of memory (not the rows' pools, which stand outside): only one of them runs at a time.
+    """Captures on a device. All graphs share one memory pool of torch's: only one of them runs at a time.
 
     The stream is its own, not torch's for all captures, which belongs to the first card that anybody captured on and
     whose cuBLAS workspace stands in whatever pool was used first. Pool and stream are new once no graph is left that

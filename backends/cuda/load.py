@@ -76,9 +76,9 @@ class Stager:
     def __init__(self, device: torch.device, *, chunk: int = CHUNK, lanes: int = LANES, threads: int = THREADS) -> None:
         on_card = device.type == "cuda"
         self._streams = [torch.cuda.Stream(device) for _ in range(2)] if on_card else []
-        streams = cycle(self._streams) if on_card else cycle([None])
-        self._ring = [_Lane(chunk, device, next(streams)) for _ in range(lanes)]
-        self._lanes = cycle(self._ring)
+        self._count = lanes
+        self._ring: list[_Lane] = []  # made by the first copy
+        self._next: Iterator[_Lane] = iter(())
         self._chunk = chunk
         self._device = device
         self._threads = min(threads, os.cpu_count() or 1)
@@ -89,12 +89,16 @@ class Stager:
 
         What runs on the device's current stream afterwards waits for them; so does `close`.
         """
+        if not self._ring:
+            streams = cycle(self._streams or [None])
+            self._ring = [_Lane(self._chunk, self._device, next(streams)) for _ in range(self._count)]
+            self._next = cycle(self._ring)
         flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
         target = torch.empty(array.shape, dtype=dtype, device=self._device)
         raw = target.view(-1).view(torch.uint8) if array.size else target
         for start in range(0, len(flat), self._chunk):
             part = flat[start : start + self._chunk]
-            lane = next(self._lanes)
+            lane = next(self._next)
             lane.wait()
             self._fill(lane.host, part)
             lane.send(raw[start : start + len(part)])
@@ -180,8 +184,8 @@ class Room:
     def largest_context(self) -> int:
         """Tokens of prompt and answer that there is room for, 0 where not even the weights fit."""
         most = self.config.max_positions
-        fitting = takewhile(lambda tokens: self.needed(tokens) <= self.free and tokens < 2 * max(most, BUCKET), buckets())
-        return min(most, max(fitting, default=0))
+        lengths = takewhile(lambda tokens: tokens < 2 * max(most, BUCKET), buckets())
+        return min(most, max((tokens for tokens in lengths if self.needed(tokens) <= self.free), default=0))
 
 
 def refusal(found: Room, context: int, device: str) -> str | None:

@@ -133,7 +133,7 @@ class CudaOps(CardOps):
         if not (self.kernels and q.shape[-1] <= WIDEST_HEAD):
             return super().attention(q, k, v, context, span)
         self._lay(context, k, v, span)
-        return self._attend(q, context, span)
+        return self._attended(q, context, span)
 
     def _mlp(self, mlp: Mlp, x: Array) -> Array:
         """Run a dense MLP on x that is arranged for gate and up; what lies between is arranged for down."""
@@ -189,7 +189,7 @@ class CudaOps(CardOps):
             q = self._project(normed, layer.self_attn, ropes[kind], context, span.held, span.slots, arranged=True)
             o_proj = layer.self_attn.o_proj
             bits = unpack.order_of(o_proj, q.shape[-1])
-            attended = self.linear(self._attend(q, context, span, bits), o_proj, arranged=bits != 16)  # [B, L, D]
+            attended = self.linear(self._attended(q, context, span, bits), o_proj, arranged=bits != 16)  # [B, L, D]
             expert_bits = self._expert_order(layer.experts)
             r, dense_in, expert_in = norm_kernels.norm_add(
                 attended, x, weight_of(layer.post_attention_layernorm), eps,
@@ -249,7 +249,7 @@ class CudaOps(CardOps):
             heads=config.heads, eps=attention.eps,
         )  # fmt: skip
 
-    def _attend(self, q: Array, context: KV, span: Span, bits: int = 16) -> Array:
+    def _attended(self, q: Array, context: KV, span: Span, bits: int = 16) -> Array:
         return attention_kernel.attention(
             q, context.keys, context.values, span.held, span.slots, window=span.window, causal=span.causal,
             canvas=span.canvas, arch=self._arch, bits=bits,

@@ -1,7 +1,7 @@
 """`core.graph_passes` on a card: passes are CUDA graphs, the host looks one pass ahead, and memory is asked for first.
 
-    step       the rows' canvases are taken out of a pool on the card by slot, and put back, inside the captured pass: what
-               a pass is given are slots, lengths and draws, so a graph serves whatever rows a batch is made of
+    step       the rows' canvases are taken out of a pool on the card by slot, and put back, inside the captured pass:
+               what it is given are slots, lengths and draws, so a graph serves whatever rows a batch is made of
     capture    once for each of a few batch sizes, lengths and pools of slots; a row's settings are data
     fetch      results are copied to pinned memory behind their pass, and an event says when they are there
     pool       it keeps its addresses while rows join and leave; where it grows, the graphs over the old one are let go
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from ...core import memory, model, sampler
 from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
 from ...core.graph_passes import GraphPasses
-from ...core.parts import KV, Array, Cache, Draws, Model, StepState
+from ...core.parts import Array, Cache, Draws, Model, StepState
 from ...core.passes import Starts, StepResult
 from ..torch.primitives import TORCH_DTYPES
 from .card import CardOps
@@ -51,6 +50,7 @@ class _Rows(NamedTuple):
 
 
 class _Results(NamedTuple):
+    canvas: Array  # int32 [B, L]
     argmax: Array  # int32 [B, L]
     accepted: Array  # bool [B, L]
     entropy: Array  # float32 [B, L]
@@ -124,18 +124,20 @@ class CardPasses(GraphPasses):
     def _begin(self, starts: Starts) -> None:
         """Put new canvases, all of one length, in their places."""
         noise = np.stack(list(starts.values()))
+        length: int = noise.shape[-1]
         states = sampler.start(self.ops, self.ops.asarray(noise), self.config.hidden_size)
         places = self.ops.asarray(np.asarray(list(starts), np.int32)).long()
-        for pool, x in zip(self._canvases_of(noise.shape[1]), _left(states), strict=True):
+        for pool, x in zip(self._canvases_of(length), _left(states), strict=True):
             pool.index_copy_(0, places, x)
-        self._on_canvas |= dict.fromkeys(starts, noise.shape[1])
+        for slot in starts:
+            self._on_canvas[slot] = length
 
     def _canvases_of(self, length: int) -> Canvases:
         """Return the pool of canvases of a length, with a place for each slot and a spare one."""
         found, count = self._canvases.pop(length, None), self._slots + 1
         if found is None or len(found.stable) != count:
-            kept = set(self._on_canvas.values())
-            for other in [one for one in self._canvases if one not in kept][: max(0, len(self._canvases) - LENGTHS + 1)]:
+            unused = [one for one in self._canvases if one not in self._on_canvas.values()]
+            for other in unused[: max(0, len(self._canvases) + 1 - LENGTHS)]:
                 del self._canvases[other]
             found = self._grown(length, count, found)
         self._canvases[length] = found
@@ -157,10 +159,13 @@ class CardPasses(GraphPasses):
         read, count = self.fetch(*state), len(slots)
 
         def results() -> StepResult:
-            argmax, accepted, entropy, stop = (x[:count] for x in read())
-            return StepResult(argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
+            canvas, argmax, accepted, entropy, stop = (x[:count] for x in read())
+            return StepResult(canvas=canvas, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
 
         return results
+
+    def _keep(self, cache: Cache) -> None:
+        """Nothing: the pool was written in place."""
 
     def soft(self, slot: int) -> np.ndarray:
         return self.fetch(self._canvases[self._on_canvas[slot]].soft[slot])()[0]
@@ -286,7 +291,7 @@ def _put(rows: _Rows, state: StepState) -> _Results:
     places = rows.places.long()
     for pool, x in zip(rows.canvases, _left(state), strict=True):
         pool.index_copy_(0, places, x)
-    return _Results(argmax=state.argmax, accepted=state.accepted, entropy=state.entropy, stop=state.stop)
+    return _Results(state.canvas, state.argmax, state.accepted, state.entropy, state.stop)
 
 
 def _left(state: StepState) -> Canvases:
