@@ -40,13 +40,13 @@ Tensor = torch.Tensor
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = (
     dict.fromkeys(
-        ("rows", "order", "tiles", "index", "token", "argmax", "noise", "canvas", "last_argmax", "stable", "stable_out",
+        ("held_of", "slots", "stability", "order", "tiles", "index", "token", "argmax", "noise", "canvas", "last_argmax", "stable", "stable_out",
          "listed", "count", "wanted"), (torch.int32,)
     )
-    | dict.fromkeys(("accepted", "stop"), (torch.bool,))
+    | dict.fromkeys(("accepted", "stop", "greedy"), (torch.bool,))
     | dict.fromkeys(
         ("shares", "weights", "partial", "squares", "entropy", "temperature", "u", "statistics", "ceilings", "ceiling",
-         "total", "total_out", "log_sums", "factor"), (torch.float32,)
+         "total", "total_out", "log_sums", "factor", "bound", "confidence"), (torch.float32,)
     )
     | dict.fromkeys(("words",), (torch.int32, torch.bfloat16))
     | dict.fromkeys(("scales", "biases"), (torch.bfloat16, torch.uint8))

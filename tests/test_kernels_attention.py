@@ -13,8 +13,7 @@ import triton
 
 from dgemma.backends.cuda.kernels.attention import TILINGS, Tiling, attention
 from dgemma.backends.numpy.ops import NumpyOps
-from dgemma.core import reference
-from dgemma.core.ops import KV, Span
+from dgemma.core.parts import KV, Span
 from kernel_cases import bench, built, cast, hold, meta
 from kernel_harness import ARCHITECTURES
 from under_test import values
@@ -31,45 +30,45 @@ sizes are those that spill nothing behind the one that constraints.txt pins."""
 
 
 def check(
-    device: str, rows: list[int], *, window: int | None, causal: bool, length: int, batch: int = 1, heads: int = 4,
+    device: str, held: list[int], *, window: int | None, causal: bool, length: int, heads: int = 4,
     kv_heads: int = 2, width: int = 16, sizes: Tiling = SMALL, dtype: str = "float32", stretch: float = 1.0,
-    canvas: int = 0,
+    canvas: int = 0, slots: list[int] | None = None,
 ) -> None:  # fmt: skip
-    """`rows` has one number for all sequences or one for each; rows beyond the valid ones hold NaN."""
+    """`held` has one number for each row; all that is not a row's own, other slots included, holds NaN."""
     if device != "cpu":
         sizes = replace(sizes, keys=max(16, sizes.keys))  # compiled, a product sums no fewer
-    held = np.zeros(batch, int) + rows
-    capacity = int(held.max()) + length + 3
+    batch, longest = len(held), max(held)
+    capacity = longest + length + 3
     q = values(1, batch, heads, length, width, scale=stretch)
-    history = values(2, 2, batch, kv_heads, int(held.max()), width)
+    history = values(2, 2, batch, kv_heads, longest, width)
     own = values(3, 2, batch, kv_heads, length, width)
-    buffers = np.full((2, batch, kv_heads, capacity, width), np.nan, np.float32)
-    for b in range(batch):
-        buffers[:, b, :, : held[b]] = history[:, b, :, : held[b]]
-        buffers[:, b, :, held[b] : held[b] + length] = own[:, b]
+    places = slots or range(batch)
+    buffers = np.full((2, max(places) + 1, kv_heads, capacity, width), np.nan, np.float32)
+    for b, slot in enumerate(places):
+        buffers[:, slot, :, : held[b]] = history[:, b, :, : held[b]]
+        buffers[:, slot, :, held[b] : held[b] + length] = own[:, b]
 
     def oracle(ops: NumpyOps) -> Any:
-        span = Span(rows=held.astype(np.int32), window=window, causal=causal, canvas=canvas)
-        return reference.attention(
-            ops, cast(q, ops), cast(own[0], ops), cast(own[1], ops), KV(cast(history[0], ops), cast(history[1], ops)),
-            span,
-        )  # fmt: skip
+        span = Span(held=np.array(held, np.int32), slots=None, window=window, causal=causal, canvas=canvas)
+        context = KV(cast(history[0], ops), cast(history[1], ops))
+        return ops.attention(cast(q, ops), cast(own[0], ops), cast(own[1], ops), context, span)
 
     with bench(device) as on:
         keys, cached = (on.put(one, dtype) for one in buffers)
         got = on.run(
             attention, on.put(q.swapaxes(1, 2), dtype).transpose(1, 2), keys, cached,
-            on.put(np.array(rows), "int32"), window=window, causal=causal, canvas=canvas, sizes=sizes,
+            on.put(np.array(held), "int32"), None if slots is None else on.put(np.array(slots), "int32"),
+            window=window, causal=causal, canvas=canvas, sizes=sizes,
         )  # fmt: skip
-    hold(got, oracle, dtype, f"attention of {length} behind {rows}, window {window}, causal {causal}, canvas {canvas}")
+    hold(got, oracle, dtype, f"attention of {length} behind {held}, window {window}, causal {causal}, canvas {canvas}")
 
 
 @pytest.mark.parametrize("sizes", [SMALL, SPLIT], ids=["whole", "split"])
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
 def test_every_history(window: int | None, causal: bool, sizes: Tiling, device: str) -> None:
-    for rows in (0, 1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 37):
-        check(device, [rows], window=window, causal=causal, length=5, sizes=sizes)
+    for held in (0, 1, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 37):
+        check(device, [held], window=window, causal=causal, length=5, sizes=sizes)
     for length in (1, WINDOW + 4):
         check(device, [WINDOW - 1], window=window, causal=causal, length=length, sizes=sizes)
 
@@ -77,20 +76,53 @@ def test_every_history(window: int | None, causal: bool, sizes: Tiling, device: 
 @pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
 def test_ragged_batch(window: int | None, causal: bool, device: str) -> None:
-    check(device, [0, WINDOW - 1, 17], window=window, causal=causal, length=6, batch=3, sizes=SPLIT)
-    check(device, [7], window=window, causal=causal, length=3, batch=2, sizes=SMALL)
+    check(device, [0, WINDOW - 1, 17], window=window, causal=causal, length=6, sizes=SPLIT)
+    check(device, [7, 7], window=window, causal=causal, length=3, sizes=SMALL)
 
 
-def test_rows_may_be_one_number_for_all_sequences(device: str) -> None:
+@pytest.mark.parametrize("causal", [False, True], ids=["denoise", "encode"])
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
+def test_rows_in_slots(window: int | None, causal: bool, device: str) -> None:
+    """In any order, with slots of others between; and one row of a pool."""
+    for held, slots in (([17, 0, WINDOW - 1], [4, 0, 2]), ([5], [3]), ([3, 21], [1, 0])):
+        for sizes in (SMALL, SPLIT):
+            check(device, held, slots=slots, window=window, causal=causal, length=6, sizes=sizes)
+    if causal:
+        check(device, [9, 30], slots=[2, 1], window=window, causal=True, canvas=3, length=8, sizes=SPLIT)
+
+
+def test_a_row_is_the_same_whatever_shares_its_batch(device: str) -> None:
+    """Bit by bit: in another place, behind others of other lengths, in another slot, and twice."""
+    q, cache = values(1, 1, 4, 5, 16), values(2, 1, 2, 40, 16)
+    others, slots = values(3, 3, 4, 5, 16), values(4, 4, 2, 40, 16)
+    with bench(device) as on:
+
+        def row(place: int, held: list[int], where: list[int], copies: int = 1) -> list[torch.Tensor]:
+            batch, pool = others.copy(), slots.copy()
+            batch[place : place + copies], pool[where[place]] = q, cache
+            out = on.run(
+                attention, on.put(batch, "float32"), *(on.put(pool, "float32") for _ in range(2)),
+                on.put(np.array(held), "int32"), on.put(np.array(where), "int32"), window=WINDOW, causal=False,
+                sizes=SPLIT,
+            )  # fmt: skip
+            return list(out[place : place + copies])
+
+        first, *rest = (
+            *row(0, [20, 0, 33], [0, 1, 2]), *row(2, [7, 30, 20], [0, 1, 3]), *row(1, [1, 20, 20], [0, 2, 2], 2),
+        )  # fmt: skip
+    assert len(rest) == 3 and all(torch.equal(first, one) for one in rest)
+
+
+def test_how_much_rows_hold_may_be_an_expanded_number(device: str) -> None:
     """`expand` repeats a number without memory behind it."""
     with bench(device) as on:
         q, cache = on.put(values(1, 3, 4, 5, 16), "float32"), on.put(values(2, 3, 2, 16, 16), "float32")
-        rows = on.put(np.array([9]), "int32")
+        held = on.put(np.array([9]), "int32")
         results = [
             on.run(attention, q, cache, cache, one, window=None, causal=False, sizes=SMALL)
-            for one in (rows, rows.expand(3), rows.repeat(3))
+            for one in (held.expand(3), held.repeat(3))
         ]
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("heads, kv_heads, width", [(1, 1, 16), (6, 6, 8), (6, 1, 24), (6, 3, 6), (8, 1, 512)])
@@ -103,17 +135,17 @@ def test_heads(heads: int, kv_heads: int, width: int, device: str) -> None:
 @pytest.mark.parametrize("window", [None, WINDOW], ids=["full", "sliding"])
 def test_a_canvas_behind_what_is_read(window: int | None, sizes: Tiling, device: str) -> None:
     """Both in one block of 8 positions, the border inside a block and between two; more and less than a window read."""
-    for rows, length, canvas in ((0, 5, 2), (WINDOW - 1, 11, 6), (37, 16, 8), (3, WINDOW + 7, 5)):
-        check(device, [rows], window=window, causal=True, canvas=canvas, length=length, sizes=sizes)
-    check(device, [0, WINDOW, 17], window=window, causal=True, canvas=4, length=11, batch=3, sizes=sizes)
+    for held, length, canvas in ((0, 5, 2), (WINDOW - 1, 11, 6), (37, 16, 8), (3, WINDOW + 7, 5)):
+        check(device, [held], window=window, causal=True, canvas=canvas, length=length, sizes=sizes)
+    check(device, [0, WINDOW, 17], window=window, causal=True, canvas=4, length=11, sizes=sizes)
 
 
 def test_the_window_of_the_model(device: str) -> None:
-    """1023 rows are held and all of them seen; one more would be one too many."""
+    """1023 entries are held and all of them seen; one more would be one too many."""
     sizes = Tiling(rows=16, keys=128, warps=4, stages=1, programs=2)
-    for rows in (1023, 1024):
+    for held in (1023, 1024):
         for causal in (False, True):
-            check(device, [rows], window=1024, causal=causal, length=2, heads=2, kv_heads=1, sizes=sizes)
+            check(device, [held], window=1024, causal=causal, length=2, heads=2, kv_heads=1, sizes=sizes)
 
 
 def test_large_scores_do_not_overflow(device: str) -> None:
@@ -136,12 +168,12 @@ def spilled(window: int | None, arch: str) -> int:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kv_heads, width, window", [(8, 256, 1024), (2, 512, None)], ids=["sliding", "full"])
 def test_attention_compiles_without_spills(kv_heads: int, width: int, window: int | None, arch: str) -> None:
-    cache, rows = meta(1, kv_heads, 1536, width), meta(1, dtype=torch.int32)
+    cache, one = meta(8, kv_heads, 1536, width), meta(1, dtype=torch.int32)
     for length, causal, canvas in ((256, False, 0), (256, True, 0), (512, True, 256)):
         q = meta(1, length, 16, width).transpose(1, 2)
         seen: dict[str, Any] = dict(window=window, causal=causal, canvas=canvas)
         results = built(
-            lambda q=q, seen=seen: attention(q, cache, cache, rows, **seen, arch=arch), arch,
+            lambda q=q, seen=seen: attention(q, cache, cache, one, one, **seen, arch=arch), arch,
             spills=spilled(window, arch),
         )  # fmt: skip
         if arch == "sm_90":
@@ -156,9 +188,9 @@ def test_where_no_parts_are_needed_it_compiles_without_spills(
     arch: str, kv_heads: int, width: int, window: int | None, batch: int, length: int, causal: bool, bits: int
 ) -> None:
     q, cache = meta(batch, length, 16, width).transpose(1, 2), meta(batch, kv_heads, 4096, width)
-    rows = meta(batch, dtype=torch.int32)
+    held = meta(batch, dtype=torch.int32)
     results = built(
-        lambda: attention(q, cache, cache, rows, window=window, causal=causal, arch=arch, bits=bits), arch,
+        lambda: attention(q, cache, cache, held, held, window=window, causal=causal, arch=arch, bits=bits), arch,
         spills=spilled(window, arch),
     )  # fmt: skip
     merges = (arch, width, bits) == ("sm_80", 512, 4)

@@ -26,13 +26,15 @@ from dgemma.backends.cuda.kernels import (
     sampling,
     unpack,
 )
+from dgemma.backends.cuda.ops import CudaOps
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
 from dgemma.core.model import denoise, encode, new_cache
-from dgemma.core.sampler import StepState
+from dgemma.core.parts import Draws, StepState
 from interpreter import COARSE, ORDERS, interpreted
 from kernel_weights import normal, weight
-from test_cuda_ops import SHAPE, build, cuda_ops
+from test_cuda_ops import SHAPE, build
+from test_kernels_sampling import draws
 from tiny import tiny_checkpoint
 
 MODULES = (attention, experts, head, linear, norm, rope, routing, sampling)
@@ -156,13 +158,13 @@ def every_kernel() -> dict[str, torch.Tensor]:
     results |= {"route": heat, "schedule": plan.order, "tiles": plan.tiles}
     results["experts"] = experts.expert_mlp(x, index, heat, experts_in, experts_out, cuts=(cut, cut))
 
-    keys, values = (torch.full((2, 2, 60, 32), torch.nan) for _ in range(2))
-    keys[:, :, :50], values[:, :, :50] = wide(2, 2, 50, 32), wide(2, 2, 50, 32)
-    rows = torch.tensor([50, 17], dtype=torch.int32)
+    keys, values = (torch.full((4, 2, 60, 32), torch.nan) for _ in range(2))
+    keys[:, :, :50], values[:, :, :50] = wide(4, 2, 50, 32), wide(4, 2, 50, 32)
+    held, slots = (torch.tensor(one, dtype=torch.int32) for one in ([50, 17], [3, 1]))
     q, k, turn, own = wide(2, 5, 128), wide(2, 5, 64), wide(1, 1, 5, 16), wide(32)
-    turned = rope.norm_rope_write(q, k, k, own, own, turn, turn, keys, values, rows, heads=4, eps=1e-6)
+    turned = rope.norm_rope_write(q, k, k, own, own, turn, turn, keys, values, held, slots, heads=4, eps=1e-6)
     parts = attention.Tiling(rows=16, keys=8, warps=4, stages=1, columns=16, programs=48, merged=4)
-    attended = attention.attention(turned, keys, values, rows, window=None, causal=True, sizes=parts)
+    attended = attention.attention(turned, keys, values, held, slots, window=None, causal=True, sizes=parts)
     results |= {"rope": turned, "keys": keys, "values": values, "attention": attended}
 
     table = weight(rng, "symmetric8", 300, 64)[0]
@@ -176,9 +178,16 @@ def every_kernel() -> dict[str, torch.Tensor]:
         canvas=token, soft=soft, argmax=argmax, stable=count, accepted=torch.zeros(2, 12, dtype=torch.bool),
         entropy=entropy, stop=flag,
     )  # fmt: skip
-    after = sampling.advance(SamplerConfig(), before, token, argmax, entropy, soft, token * 0)
+    given = device_draws([SamplerConfig(), SamplerConfig(greedy=True)], token * 0)
+    after = sampling.advance(given, before, token, argmax, entropy, soft)
     results |= {"entropy": entropy, "soft": soft, "canvas": after.canvas, "stable": after.stable, "token": token}
     return results
+
+
+def device_draws(settings: list[SamplerConfig], noise: torch.Tensor) -> Draws:
+    rows = draws(settings, noise.numpy())
+    wide = ("entropy_bound", "confidence")
+    return Draws(*(torch.as_tensor(x.astype(np.float32) if name in wide else x) for name, x in rows._asdict().items()))
 
 
 def launched_names() -> set[str]:
@@ -214,9 +223,9 @@ def test_the_cache_is_read_as_far_as_it_is_filled(tmp_path: Path) -> None:
     tokens, soft = torch.randint(0, 200, (3, 2, 4), dtype=torch.int32), torch.zeros(2, 4, 32, dtype=torch.bfloat16)
     results = []
     for filler in (0.0, torch.nan):
-        ops = cuda_ops("cpu")
+        ops = CudaOps("bfloat16", "cpu")
         model = build(ops, checkpoint, "8bit")
-        cache = new_cache(ops, model.config, batch=2, capacity=12, chunk=4)
+        cache = new_cache(ops, model.config, slots=2, capacity=12, scratch=4)
         for x in (x for layer in cache.layers for x in layer):
             x.fill_(filler)
         with interpreted():

@@ -23,9 +23,9 @@ CONFIG = AttentionConfig(
     kind="sliding_attention", heads=4, kv_heads=2, head_dim=16, window=8, rope_theta=1e4, rotary_dims=16
 )
 CASES: dict[str, tuple[AttentionConfig, int, int, list[int] | None]] = {
-    # heads and rotation, batch, length, first rows
+    # heads and rotation, batch, length, entries held
     "sliding": (CONFIG, 2, 5, [0, 3]),
-    "full, proportional": (replace(CONFIG, kind="full_attention", kv_heads=1, head_dim=32, rotary_dims=8), 2, 3, [4]),
+    "full, proportional": (replace(CONFIG, kind="full_attention", kv_heads=1, head_dim=32, rotary_dims=8), 2, 3, [4, 4]),
     "one token, odd heads": (replace(CONFIG, heads=3, kv_heads=3, head_dim=6, rotary_dims=6), 1, 1, [2]),
     "real width": (replace(CONFIG, heads=6, kv_heads=3, head_dim=256, rotary_dims=256), 1, 2, [7]),
     "fresh tensors": (CONFIG, 3, 4, None),
@@ -38,15 +38,19 @@ def angles(config: AttentionConfig, starts: np.ndarray, length: int) -> tuple[np
     return cos, sin
 
 
+@pytest.mark.parametrize("slots", [None, [3, 0, 2]], ids=["in order", "in slots"])
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("case", CASES)
-def test_norm_rope_write(case: str, width: str, device: str) -> None:
+def test_norm_rope_write(case: str, width: str, slots: list[int] | None, device: str) -> None:
     config, batch, length, first = CASES[case]
+    slots = None if slots is None or first is None else slots[:batch]
+    pool = batch if slots is None else 4
+    mine = np.array(slots or range(batch))
     full = config.kind == "full_attention"
     if width == "bfloat16":
         length += 30  # twice the oracle's error bounds a norm over many numbers
     capacity = length + 8 if first else length
-    rows = np.zeros(batch, int) + (first or 0)
+    held = np.zeros(batch, int) + (first or 0)
     raw = values(1, batch, length, (config.heads + 2 * config.kv_heads) * config.head_dim)
     cut = np.cumsum([config.heads, config.kv_heads]) * config.head_dim
     w_q, w_k = (values(i, config.head_dim, shift=1.0, scale=0.3) for i in (2, 3))
@@ -64,22 +68,23 @@ def test_norm_rope_write(case: str, width: str, device: str) -> None:
         q, k = (rotate(ops, ops.rms_norm(x, cast(w, ops), EPS), turn) for x, w in ((q, w_q), (k, w_k)))
         return q, k, ops.rms_norm(v, None, EPS)
 
-    before = values(4, 2, batch, config.kv_heads, capacity, config.head_dim)
+    before = values(4, 2, pool, config.kv_heads, capacity, config.head_dim)
     with bench(device) as on:
         q, k, v = (on.put(part, width) for part in np.split(raw, cut, -1))
         keys, cached = (on.put(one, width) for one in before)
         q = on.run(
             rope.norm_rope_write, q, k, None if full else v, on.put(w_q, width), on.put(w_k, width),
             on.put(cos, width), on.put(sin, width), keys, cached,
-            None if first is None else on.put(np.array(first), "int32"), heads=config.heads, eps=EPS,
+            None if first is None else on.put(np.array(first), "int32"),
+            None if slots is None else on.put(np.array(slots), "int32"), heads=config.heads, eps=EPS,
         )  # fmt: skip
     keys, cached = to_numpy(keys), to_numpy(cached)
-    place = rows[:, None] + np.arange(length)  # [B, L]
-    own = [x[np.arange(batch)[:, None], :, place].transpose(0, 2, 1, 3) for x in (keys, cached)]
+    place = held[:, None] + np.arange(length)  # [B, L]
+    own = [x[mine[:, None], :, place].transpose(0, 2, 1, 3) for x in (keys, cached)]
     hold((q, *own), oracle, width, case)
-    for new, old in zip((keys, cached), before, strict=True):  # all other rows as they were
-        untouched = np.ones((batch, capacity), bool)
-        untouched[np.arange(batch)[:, None], place] = False
+    for new, old in zip((keys, cached), before, strict=True):  # all other entries as they were
+        untouched = np.ones((pool, capacity), bool)
+        untouched[mine[:, None], place] = False
         np.testing.assert_array_equal(new.swapaxes(1, 2)[untouched], old.swapaxes(1, 2)[untouched])
 
 
@@ -100,14 +105,14 @@ def test_projections_may_be_views_of_one_product(device: str) -> None:
         assert torch.equal(a, b)
 
 
-def test_rows_beyond_the_buffer_are_not_written(device: str) -> None:
+def test_entries_beyond_the_slot_are_not_written(device: str) -> None:
     with bench(device) as on:
         q, k, v = (on.put(values(i, 1, 4, 2 * 8), "float32") for i in range(3))
         weight, turn = on.put(values(4, 8), "float32"), on.put(values(5, 1, 1, 4, 4), "float32")
         keys, cached = (on.put(np.zeros((1, 2, 5, 8)), "float32") for _ in range(2))
-        rows = on.put(np.array([3]), "int32")
-        on.run(rope.norm_rope_write, q, k, v, weight, weight, turn, turn, keys, cached, rows, heads=2, eps=EPS)
-    assert not keys[:, :, :3].any() and keys[:, :, 3:].all(), "two rows fit; the sentinels have seen the others"
+        held = on.put(np.array([3]), "int32")
+        on.run(rope.norm_rope_write, q, k, v, weight, weight, turn, turn, keys, cached, held, heads=2, eps=EPS)
+    assert not keys[:, :, :3].any() and keys[:, :, 3:].all(), "two entries fit; the sentinels have seen the others"
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -115,11 +120,11 @@ def test_rows_beyond_the_buffer_are_not_written(device: str) -> None:
 def test_rope_compiles_without_spills(full: bool, arch: str) -> None:
     kv_heads, width = (2, 512) if full else (8, 256)
     q, k, angle = meta(1, 256, 16 * width), meta(1, 256, kv_heads * width), meta(1, 1, 256, width // 2)
-    cache, weight = meta(1, kv_heads, 1536, width), meta(width)
-    rows = meta(1, dtype=torch.int32)
+    cache, weight = meta(8, kv_heads, 1536, width), meta(width)
+    one = meta(1, dtype=torch.int32)
     built(
         lambda: rope.norm_rope_write(
-            q, k, None if full else k, weight, weight, angle, angle, cache, cache, rows, heads=16, eps=EPS
+            q, k, None if full else k, weight, weight, angle, angle, cache, cache, one, one, heads=16, eps=EPS
         ),
         arch,
     )

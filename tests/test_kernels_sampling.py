@@ -12,12 +12,22 @@ from dgemma.backends.cuda.kernels import sampling
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.core import sampler as core
 from dgemma.core.config import SamplerConfig
+from dgemma.core.parts import Draws, StepState
 from kernel_cases import bench, built, meta, to_numpy
 from kernel_harness import ARCHITECTURES
 
+KINDS = {
+    "canvas": "int32", "argmax": "int32", "stable": "int32", "accepted": "bool", "stop": "bool", "noise": "int32",
+    "stability": "int32", "greedy": "bool",
+}  # fmt: skip
+SETTINGS = (
+    SamplerConfig(), SamplerConfig(stability=0, confidence=1.0), SamplerConfig(entropy_bound=0.0),
+    SamplerConfig(entropy_bound=float("inf"), confidence=float("inf"), stability=2), SamplerConfig(greedy=True),
+)  # fmt: skip
 
-def state(batch: int, length: int, argmax: Any, stable: Any) -> core.StepState:
-    return core.StepState(
+
+def state(batch: int, length: int, argmax: Any, stable: Any) -> StepState:
+    return StepState(
         canvas=np.zeros((batch, length), np.int32),
         soft=np.zeros((batch, length, 2), np.float32),
         argmax=argmax,
@@ -28,11 +38,16 @@ def state(batch: int, length: int, argmax: Any, stable: Any) -> core.StepState:
     )
 
 
-def on_device(on: Any, one: core.StepState) -> core.StepState:
-    kinds = {"canvas": "int32", "argmax": "int32", "stable": "int32", "accepted": "bool", "stop": "bool"}
-    return core.StepState(**{
-        name: on.put(np.asarray(value), kinds.get(name, "float32")) for name, value in one._asdict().items()
-    })  # fmt: skip
+def draws(settings: list[SamplerConfig], noise: np.ndarray) -> Draws:
+    """A row's own settings each."""
+    length = noise.shape[1]
+    rows = [core.draws_of(one, seed=0, canvas=0, step=0, length=length, vocab_size=9) for one in settings]
+    return core.stacked(rows)._replace(noise=noise)
+
+
+def on_device(on: Any, one: Any) -> Any:
+    fields = one._asdict().items()
+    return type(one)(**{name: on.put(np.asarray(value), KINDS.get(name, "float32")) for name, value in fields})
 
 
 def entropies(batch: int, length: int, kind: str) -> np.ndarray:
@@ -52,8 +67,9 @@ def entropies(batch: int, length: int, kind: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["flat", "peaked", "ties", "all equal", "zero"])
-@pytest.mark.parametrize("batch, length", [(1, 1), (3, 33), (1, 256)])
+@pytest.mark.parametrize("batch, length", [(1, 1), (3, 33), (1, 256), (5, 20)])
 def test_advance(batch: int, length: int, kind: str, device: str) -> None:
+    """All rows with one setting, and each with another."""
     draw = np.random.default_rng(0)
     token, argmax, noise = (draw.integers(0, 1000, (batch, length)).astype(np.int32) for _ in range(3))
     last = argmax.copy()
@@ -61,42 +77,58 @@ def test_advance(batch: int, length: int, kind: str, device: str) -> None:
     before = state(batch, length, last, np.arange(batch, dtype=np.int32))
     entropy = entropies(batch, length, kind)
     soft = np.zeros((batch, length, 2), np.float32)
-    for settings in (
-        SamplerConfig(), SamplerConfig(stability=0, confidence=1.0), SamplerConfig(entropy_bound=0.0),
-        SamplerConfig(entropy_bound=float("inf"), confidence=float("inf"), stability=2),
-    ):  # fmt: skip
-        want = core.advance(NumpyOps("float64"), settings, before, token, argmax, entropy.astype(float), soft, noise)
+    mixed = [SETTINGS[(3 * row + 1) % len(SETTINGS)] for row in range(batch)]
+    for settings in (*([one] * batch for one in SETTINGS), mixed):
+        given = draws(settings, noise)
+        want = core.advance(NumpyOps("float64"), given, before, token, argmax, entropy.astype(float), soft)
         with bench(device) as on:
-            given = (on.put(one, "int32") for one in (token, argmax))
             got = on.run(
-                sampling.advance, settings, on_device(on, before), *given, on.put(entropy, "float32"),
-                on.put(soft, "float32"), on.put(noise, "int32"),
+                sampling.advance, on_device(on, given), on_device(on, before), on.put(token, "int32"),
+                on.put(argmax, "int32"), on.put(entropy, "float32"), on.put(soft, "float32"),
             )  # fmt: skip
         for name in ("canvas", "argmax", "stable", "accepted", "stop"):
             np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(want, name), f"{name}, {settings}")
 
 
 def test_several_passes_count_stability(device: str) -> None:
-    """A canvas that stays the same for three passes, then changes."""
-    settings = SamplerConfig(stability=2)
-    tokens = [np.full((1, 5), n, np.int32) for n in (7, 7, 7, 8)]
-    quiet = np.full((1, 5), 1e-4, np.float32)
+    """Two canvases that stay the same for three passes, then change; one asks for a pass more than the other."""
+    settings = [SamplerConfig(stability=2), SamplerConfig(stability=1)]
+    tokens = [np.full((2, 5), n, np.int32) for n in (7, 7, 7, 8)]
+    quiet = np.full((2, 5), 1e-4, np.float32)
     with bench(device) as on:
-        now = on_device(on, state(1, 5, np.full((1, 5), -1, np.int32), np.zeros(1, np.int32)))
+        now = on_device(on, state(2, 5, np.full((2, 5), -1, np.int32), np.zeros(2, np.int32)))
         stable, stop = [], []
         for token in tokens:
-            one = on.put(token, "int32")
-            now = on.run(sampling.advance, settings, now, one, one, on.put(quiet, "float32"), now.soft, one)
-            stable.append(int(now.stable[0]))
-            stop.append(bool(now.stop[0]))
-    assert (stable, stop) == ([0, 1, 2, 0], [False, False, True, False])
+            one, given = on.put(token, "int32"), on_device(on, draws(settings, token))
+            now = on.run(sampling.advance, given, now, one, one, on.put(quiet, "float32"), now.soft)
+            stable.append(now.stable.tolist())
+            stop.append(now.stop.tolist())
+    assert stable == [[0, 0], [1, 1], [2, 2], [0, 0]]
+    assert stop == [[False, False], [False, True], [True, True], [False, False]]
+
+
+def test_what_a_pass_writes_is_not_read(device: str) -> None:
+    """Of the state before, only the argmax and how long it was stable are there in a captured pass."""
+    token, quiet = np.full((1, 5), 7, np.int32), np.full((1, 5), 1e-4, np.float32)
+    with bench(device) as on:
+        given, one = on_device(on, draws([SamplerConfig()], token)), on.put(token, "int32")
+        whole = on_device(on, state(1, 5, token, np.zeros(1, np.int32)))
+        part = whole._replace(accepted=None, entropy=None, stop=None)
+        results = [
+            on.run(sampling.advance, given, now, one, one, on.put(quiet, "float32"), now.soft) for now in (whole, part)
+        ]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_advance_compiles_without_spills(arch: str) -> None:
     one, wide = meta(1, 256, dtype=torch.int32), meta(1, 256, dtype=torch.float32)
-    before = core.StepState(
-        canvas=one, soft=meta(1, 256, 8), argmax=one, stable=meta(1, dtype=torch.int32),
-        accepted=meta(1, 256, dtype=torch.bool), entropy=wide, stop=meta(1, dtype=torch.bool),
+    number, count, flag = (meta(1, dtype=kind) for kind in (torch.float32, torch.int32, torch.bool))
+    before = StepState(
+        canvas=one, soft=meta(1, 256, 8), argmax=one, stable=count, accepted=None, entropy=None, stop=None
     )  # fmt: skip
-    built(lambda: sampling.advance(SamplerConfig(), before, one, one, wide, before.soft, one), arch)
+    given = Draws(
+        temperature=number, uniforms=wide, noise=one, entropy_bound=number, confidence=number, stability=count,
+        greedy=flag,
+    )  # fmt: skip
+    built(lambda: sampling.advance(given, before, one, one, wide, before.soft), arch)

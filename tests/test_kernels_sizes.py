@@ -30,8 +30,7 @@ from dgemma.backends.cuda.kernels import (
     routing,
     sampling,
 )
-from dgemma.core.config import SamplerConfig
-from dgemma.core.sampler import StepState
+from dgemma.core.parts import Draws, StepState
 from interpreter import reach
 from kernel_harness import Launch, launched
 from kernel_weights import meta, meta_weight
@@ -40,7 +39,10 @@ ROWS, BATCH, WIDTH, VOCAB, CHOICES, EXPERTS = 8 * 1024, 8, 2816, 262144, 8, 128
 """Eight prompts' chunks at once, on the 26B's shapes."""
 
 HELD = 262144
-"""Rows of the cache: its longest context."""
+"""Entries of a slot: its longest context."""
+
+SLOTS = 2 * BATCH
+"""Of the pool; the last one is among a pass's rows."""
 
 
 def corners(launch: Launch) -> list[tuple[int, int, int]]:
@@ -123,13 +125,13 @@ def test_linear(form: str) -> None:
 def test_attention(
     kv_heads: int, width: int, window: int | None, programs: int, causal: bool, batch: int, length: int
 ) -> None:
-    q, cache = meta(batch, length, 16, width).transpose(1, 2), meta(batch, kv_heads, HELD, width)
+    q, cache = meta(batch, length, 16, width).transpose(1, 2), meta(SLOTS, kv_heads, HELD, width)
     sizes = replace(attention.tiling("sm_90", torch.bfloat16, width), programs=programs)
-    rows = meta(batch, dtype=torch.int32)
+    one = meta(batch, dtype=torch.int32)
     check(
-        lambda: attention.attention(q, cache, cache, rows, window=window, causal=causal, sizes=sizes, bits=4),
+        lambda: attention.attention(q, cache, cache, one, one, window=window, causal=causal, sizes=sizes, bits=4),
         {"_attend": ("q", "keys", "values", "out"), **({"_merge": ("parts", "out")} if programs > 132 else {})},
-        rows=np.full(batch, HELD - length, np.int32),
+        held_of=np.full(batch, HELD - length, np.int32), slots=np.full(batch, SLOTS - 1, np.int32),
     )
 
 
@@ -139,13 +141,14 @@ def test_rotation_into_the_cache(full: bool) -> None:
     sizes = [16 * width, kv_heads * width] + ([] if full else [kv_heads * width])
     joined = meta(BATCH, 1024, sum(sizes)).split(sizes, -1)
     angle, weight = meta(BATCH, 1, 1024, width // 2), meta(width)
-    keys, values = meta(BATCH, kv_heads, HELD, width), meta(BATCH, kv_heads, HELD, width)
+    keys, values = meta(SLOTS, kv_heads, HELD, width), meta(SLOTS, kv_heads, HELD, width)
     check(
         lambda: rope.norm_rope_write(
             joined[0], joined[1], None if full else joined[2], weight, weight, angle, angle, keys, values,
-            meta(BATCH, dtype=torch.int32), heads=16, eps=1e-6,
+            meta(BATCH, dtype=torch.int32), meta(BATCH, dtype=torch.int32), heads=16, eps=1e-6,
         ),
-        {"_qkv": ("q_out", "k_out", "v_out", "cos")}, rows=np.full(BATCH, HELD - 1024, np.int32),
+        {"_qkv": ("q_out", "k_out", "v_out", "cos")}, held_of=np.full(BATCH, HELD - 1024, np.int32),
+        slots=np.full(BATCH, SLOTS - 1, np.int32),
         programs=lambda launch: list(product((0, launch.grid[0] - 1), range(launch.grid[1]), (0,))),
     )  # fmt: skip
 
@@ -169,9 +172,14 @@ def test_norms_and_sampler() -> None:
     x, results, weight = meta(ROWS, WIDTH), meta(ROWS * CHOICES, WIDTH), meta(WIDTH)
     shares, one = meta(ROWS, CHOICES, dtype=torch.float32), meta(BATCH, 256, dtype=torch.int32)
     entropy, flag = meta(BATCH, 256, dtype=torch.float32), meta(BATCH, dtype=torch.bool)
+    number, count = meta(BATCH, dtype=torch.float32), meta(BATCH, dtype=torch.int32)
+    given = Draws(
+        temperature=number, uniforms=entropy, noise=one, entropy_bound=number, confidence=number, stability=count,
+        greedy=flag,
+    )  # fmt: skip
     before = StepState(
-        canvas=one, soft=meta(BATCH, 256, 8), argmax=one, stable=meta(BATCH, dtype=torch.int32),
-        accepted=meta(BATCH, 256, dtype=torch.bool), entropy=entropy, stop=flag,
+        canvas=one, soft=meta(BATCH, 256, 8), argmax=one, stable=count,
+        accepted=None, entropy=None, stop=None,
     )  # fmt: skip
 
     def run() -> None:
@@ -179,6 +187,6 @@ def test_norms_and_sampler() -> None:
         norm.mix_norm_add(
             x, results, x, weight, weight, weight, 1e-6, next_weights=(weight,), next_bits=(4,), shares=shares
         )
-        sampling.advance(SamplerConfig(), before, one, one, entropy, before.soft, one)
+        sampling.advance(given, before, one, one, entropy, before.soft)
 
     check(run, {"_rms_norm": ("x", "out"), "_norm_add": ("second", "shares", "normed"), "_advance": ("canvas", "stop")})

@@ -66,9 +66,9 @@ def advance(
     """
     batch, length = token.shape
     canvas = torch.empty_like(token)  # [B, L]
-    accepted = torch.empty(token.shape, dtype=torch.bool, device=token.device)  # [B, L]
+    accepted = torch.empty(batch, length, dtype=torch.bool, device=token.device)  # [B, L]
     stable = torch.empty_like(state.stable)  # [B]
-    stop = torch.empty((batch,), dtype=torch.bool, device=token.device)
+    stop = torch.empty(batch, dtype=torch.bool, device=token.device)
     dense = (x.contiguous() for x in (entropy, token, argmax, draws.noise, state.argmax, state.stable))
     settings = (draws.entropy_bound, draws.confidence, draws.stability, draws.greedy)
     _advance[(batch,)](
