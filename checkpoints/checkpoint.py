@@ -83,14 +83,6 @@ class Checkpoint:
         """Bytes of those tensors as stored."""
         return sum(self._size(stored) for stored in self._roles.weights.values())
 
-    def held_bytes(self, width: int) -> int:
-        """Bytes of those tensors where quantized ones stay packed and all others take `width` bytes an element."""
-        total = 0
-        for stored in self._roles.weights.values():
-            packed = self._packed.get(stored)
-            total += packed.nbytes if packed else math.prod(self._shape(stored)) * width
-        return total
-
     @property
     def stored_dtype(self) -> DType:
         """The width that most of the weights have: of a quantized one its scales', and bfloat16 where those are bytes.

@@ -97,8 +97,18 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    left, right = (_decode(x) for x in (a, b))
-    return interpreter.TensorHandle(np.matmul(left, right, dtype=d.data.dtype) + d.data, d.dtype.scalar)
+    """Add up 16 products at a time, as matrix units do, each sum rounded once to float32.
+
+    A row's result is then the same bits wherever the row stands, which no BLAS library promises of its float32.
+    """
+    left, right = (_decode(x).astype(np.float64) for x in (a, b))
+    depth, step = left.shape[-1], min(16, left.shape[-1])
+    left = np.moveaxis(left.reshape(*left.shape[:-1], depth // step, step), -2, 0)  # [K / 16, …, M, 16]
+    right = np.moveaxis(right.reshape(*right.shape[:-2], depth // step, step, right.shape[-1]), -3, 0)
+    total = d.data
+    for part in np.matmul(np.ascontiguousarray(left), np.ascontiguousarray(right)).astype(d.data.dtype):
+        total = total + part
+    return interpreter.TensorHandle(total, d.dtype.scalar)
 
 
 def _get_bf16(self: Any, value: float) -> Any:
@@ -203,7 +213,8 @@ class Watch:
         bound = function.signature.bind(*args, **given).arguments
         self.memory = Memory({name: x for name, x in bound.items() if isinstance(x, torch.Tensor)})
         self.kernels.add(function.fn.__name__)
-        of_interpreter(function).run(*args, grid=grid, warmup=warmup, **kwargs)
+        with np.errstate(all="ignore"):  # of this thread, which may be an engine's own
+            of_interpreter(function).run(*args, grid=grid, warmup=warmup, **kwargs)
 
 
 def of_interpreter(function: JITFunction) -> interpreter.InterpretedFunction:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine
+from dgemma.core.engine import Engine, Handle
 from dgemma.core.events import Commit, Done, Draft
 from dgemma.core.row import Request
 
@@ -19,17 +19,24 @@ SAMPLERS = {
 
 def written(engine: Engine, prompt: int, sampler: SamplerConfig, *, max_new_tokens: int, **options: Any) -> list[Any]:
     """Return everything a reader sees behind so many prompt tokens, but for times; `options` are a request's."""
+    return seen(engine.add(request(prompt, sampler, max_new_tokens=max_new_tokens, **options)))
+
+
+def request(prompt: int, sampler: SamplerConfig, **options: Any) -> Request:
     given: dict[str, Any] = dict(seed=3, eos_token_ids=()) | options
-    ids = tuple(20 + i % 200 for i in range(prompt))
-    seen: list[Any] = []
-    request = Request(prompt=ids, sampler=sampler, max_new_tokens=max_new_tokens, **given)
-    for event in engine.add(request).events():
+    return Request(prompt=tuple(20 + i % 200 for i in range(prompt)), sampler=sampler, **given)
+
+
+def seen(handle: Handle) -> list[Any]:
+    """Return everything that a request's reader sees, but for times."""
+    found: list[Any] = []
+    for event in handle.events():
         match event:
             case Draft():
                 row = event.tokens.tolist(), event.accepted.tolist()
-                seen.append((event.canvas, event.step, event.steps, *row))
+                found.append((event.canvas, event.step, event.steps, *row))
             case Commit():
-                seen.append((event.canvas, event.tokens, event.text))
+                found.append((event.canvas, event.tokens, event.text))
             case Done(finish_reason=reason, stats=stats):
-                seen.append((reason, stats.steps, stats.encode_passes, stats.canvases, stats.emitted_tokens))
-    return seen
+                found.append((reason, stats.steps, stats.encode_passes, stats.canvases, stats.emitted_tokens))
+    return found

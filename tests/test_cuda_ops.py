@@ -6,6 +6,7 @@ passes are captured by CUDA itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 import dgemma
+import loops
 from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
 from dgemma.backends.cuda.ops import CudaOps
+from dgemma.backends.cuda.passes import CardPasses
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.backends.torch.blocks import whole
 from dgemma.backends.torch.experts import in_order
@@ -24,11 +27,12 @@ from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, quantize
-from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Request
-from dgemma.core.events import Commit, Draft
-from dgemma.core.model import Cache, Model, denoise, encode, new_cache
+from dgemma.core import sampler as sampling
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.engine import Engine
+from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.ops import Ops
+from dgemma.core.parts import KV, Cache, Model
 from dgemma.tools import bench
 from kernel_harness import launched, running
 from law import assert_low_precision
@@ -49,14 +53,18 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_checkpoint(tmp_path_factory.mktemp("cuda"), **SHAPE))
 
 
-def cuda_ops(device: str, *, captured: bool = False) -> CudaOps:
-    capture: Capture | None = None
-    if captured:
-        capture = rerun if device == "cpu" else CudaCapture(torch.device(device))
-    return CudaOps("bfloat16", device, capture=capture, encode_sizes=(CANVAS, 12))
+def card_passes(
+    ops: CudaOps, model: Model, *, captured: bool, joined: bool = False, reads: tuple[int, ...] = (CANVAS, 12)
+) -> CardPasses:
+    """Passes captured, by CUDA on a card, or run as they are; rows are filled up to the same sizes either way."""
+    device = ops.device
+    capture: Capture = rerun if device.type == "cpu" else CudaCapture(device)
+    passes = CardPasses(ops, model, capture=capture if captured else None, joined=joined)
+    passes.read_sizes, passes.batch_sizes = reads, (1, 2, 4, 8)
+    return passes
 
 
-def build(ops: Ops, checkpoint: Checkpoint, recipe: str = "bf16", **kinds: Format) -> Model:
+def build(ops: Any, checkpoint: Checkpoint, recipe: str = "bf16", **kinds: Format) -> Model:
     """The checkpoint's weights in bf16, or in a recipe's formats; `kinds` are formats by a part of the name."""
     formats = bench.formats(checkpoint.config, recipe)
 
@@ -65,19 +73,29 @@ def build(ops: Ops, checkpoint: Checkpoint, recipe: str = "bf16", **kinds: Forma
         stored = np.asarray(checkpoint.tensor(name))
         return stored.astype(ml_dtypes.bfloat16) if kind is None else quantize(stored, kind)
 
-    return weights.build(ops, checkpoint.config, get)
+    return weights.build(checkpoint.config, lambda name: ops.pack(get(name)), getattr(ops, "stack", lambda part: part))
 
 
-def states(ops: Ops, model: Model, prompt: int) -> np.ndarray:
-    """Two blocks encoded, then one denoising pass: normed states [1, L, D]."""
+def states(ops: Ops, model: Model, prompt: int, slots: list[int] | None = None) -> np.ndarray:
+    """Two blocks read, then one denoising pass: normed states [B, L, D], of one row or of a row for each slot.
+
+    Of several rows, row b reads b tokens less of each block.
+    """
     config = model.config
+    batch = len(slots or [0])
     generator = np.random.default_rng(prompt)
-    cache = new_cache(ops, config, batch=1, capacity=prompt + CANVAS, chunk=max(prompt, CANVAS))
+    pool = new_cache(
+        ops, config, slots=max(slots or [0]) + 1, capacity=prompt + CANVAS, scratch=max(prompt, CANVAS)
+    )  # fmt: skip
+    index = None if slots is None else ops.asarray(np.array(slots, np.int32))
+    cache = Cache(pool.layers, ops.asarray(np.zeros(batch, np.int32)), index)
     for length in (prompt, CANVAS):
-        cache = encode(ops, model, cache, ops.asarray(generator.integers(0, config.vocab_size, (1, length), np.int32)))
-    canvas = ops.asarray(generator.integers(0, config.vocab_size, (1, CANVAS), np.int32))
-    soft = ops.asarray(values(prompt, 1, CANVAS, config.hidden_size), ops.dtype)
-    return ops.to_numpy(denoise(ops, model, Cache(cache.layers, cache.length), canvas, soft))
+        tokens = ops.asarray(generator.integers(0, config.vocab_size, (batch, length), np.int32))
+        fresh = None if slots is None else ops.asarray(np.maximum(0, length - np.arange(batch)).astype(np.int32))
+        cache = encode(ops, model, cache, tokens, fresh)
+    canvas = ops.asarray(generator.integers(0, config.vocab_size, (batch, CANVAS), np.int32))
+    soft = ops.asarray(values(prompt, batch, CANVAS, config.hidden_size), ops.dtype)
+    return ops.to_numpy(denoise(ops, model, cache, canvas, soft))
 
 
 @pytest.mark.parametrize("recipe, prompt", [("bf16", 1), ("8bit", WINDOW), ("4bit", WINDOW + 3)])
@@ -86,17 +104,32 @@ def test_a_pass_agrees_with_the_oracle(checkpoint: Checkpoint, device: str, reci
         states(oracle, build(oracle, checkpoint, recipe), prompt)
         for oracle in (NumpyOps("bfloat16"), NumpyOps("float64"))
     )
-    ops = cuda_ops(device)
+    ops = CudaOps("bfloat16", device)
     with running(device):
         got = states(ops, build(ops, checkpoint, recipe), prompt)
     assert_low_precision(got, rounded, exact)
 
 
+@pytest.mark.parametrize("prompt", [2, WINDOW + 5])
+def test_rows_of_several_lengths_in_any_slots(checkpoint: Checkpoint, device: str, prompt: int) -> None:
+    """Below the window and beyond it, with slots of nobody's between."""
+    slots = [3, 0, 2]
+    rounded, exact = (
+        states(oracle, build(oracle, checkpoint, "8bit"), prompt, slots)
+        for oracle in (NumpyOps("bfloat16"), NumpyOps("float64"))
+    )
+    ops = CudaOps("bfloat16", device)
+    with running(device):
+        got = states(ops, build(ops, checkpoint, "8bit"), prompt, slots)
+    for row, slot in enumerate(slots):
+        assert_low_precision(got[row], rounded[row], exact[row], f"row {row} in slot {slot}")
+
+
 def head(ops: Ops, model: Model) -> list[np.ndarray]:
     x = ops.asarray(values(0, 2, 16, model.config.hidden_size), ops.dtype)
-    heat = ops.asarray(np.array([[0.5], [0.8]], np.float32), ops.wide)
+    temperature = ops.asarray(np.array([[0.5], [0.8]], np.float32), ops.wide)
     u = ops.asarray(np.random.default_rng(0).random((2, 16), np.float32))
-    return [ops.to_numpy(one) for one in ops.vocab_head(x, model.embed_tokens, model.config.softcap, heat, u)]
+    return [ops.to_numpy(one) for one in ops.vocab_head(x, model.embed_tokens, model.config.softcap, temperature, u)]
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "8bit"])
@@ -104,7 +137,7 @@ def test_the_head_agrees_with_the_oracle(checkpoint: Checkpoint, device: str, re
     rounded, exact = (
         head(oracle, build(oracle, checkpoint, recipe)) for oracle in (NumpyOps("bfloat16"), NumpyOps("float64"))
     )
-    ops = cuda_ops(device)
+    ops = CudaOps("bfloat16", device)
     with running(device):
         got = head(ops, build(ops, checkpoint, recipe))
     for i, what in ((2, "entropy"), (3, "soft embedding")):
@@ -116,41 +149,90 @@ def test_the_head_agrees_with_the_oracle(checkpoint: Checkpoint, device: str, re
 # ---- The loop -----------------------------------------------------------------------------------------------------
 
 
-def written(ops: CudaOps, model: Model, prompt: int, sampler: SamplerConfig) -> list[Any]:
-    request = Request(
-        prompt=tuple(20 + i % 200 for i in range(prompt)), max_new_tokens=2 * CANVAS, seed=3, eos_token_ids=(),
-        sampler=sampler,
-    )  # fmt: skip
-    events = Engine(ops, model, None).generate(request)
-    seen: list[Any] = []
-    for event in events:
-        if isinstance(event, Draft):
-            seen.append((event.canvas, event.step, event.tokens.tolist(), event.accepted.tolist()))
-        elif isinstance(event, Commit):
-            seen.append(event.tokens)
-    return seen
+QUICK = SamplerConfig(steps=2, schedule_steps=2, confidence=1e9, stability=0)
+
+
+def written(passes: CardPasses, prompt: int, sampler: SamplerConfig) -> list[Any]:
+    """Drafts and text of one request."""
+    found = loops.written(Engine(passes, None, prefix_bytes=0), prompt, sampler, max_new_tokens=2 * CANVAS)
+    return [row for row in found if row[0] != "length"]
 
 
 def test_captured_tokens_are_plain_tokens(checkpoint: Checkpoint, device: str) -> None:
     """The prompt is read in two captured chunks, or at once; the canvas stops by itself, one pass late."""
-    sampler = SamplerConfig(steps=2, schedule_steps=2, confidence=1e9, stability=0)
     with running(device):
-        captured = cuda_ops(device, captured=True)
-        model, plain = build(captured, checkpoint, "4bit"), captured.plain()
+        ops = CudaOps("bfloat16", device)
+        model = build(ops, checkpoint, "4bit")
+        plain, captured = (card_passes(ops, model, captured=on) for on in (False, True))
         assert (captured.lookahead, plain.lookahead) == (1, 0)
-        want, got = (written(one, model, 14, sampler) for one in (plain, captured))
+        want, got = (written(one, 14, QUICK) for one in (plain, captured))
     assert len(want) == 2 + 2 and got == want
+
+
+def test_captured_rows_are_plain_rows(checkpoint: Checkpoint, device: str) -> None:
+    """Three requests at once, a row filling the batch up: each canvas's tokens bit for bit those of plain passes."""
+    sampler = SamplerConfig(steps=2, schedule_steps=2, confidence=0.0)
+
+    def answers(passes: CardPasses) -> list[Any]:
+        engine = Engine(passes, None, prefix_bytes=0)
+        handles = [engine.add(loops.request(9 + 2 * i, sampler, max_new_tokens=12, seed=i)) for i in range(3)]
+        return [loops.seen(handle) for handle in handles]
+
+    with running(device):
+        ops = CudaOps("bfloat16", device)
+        model = build(ops, checkpoint, "4bit")
+        plain, captured = (answers(card_passes(ops, model, captured=on)) for on in (False, True))
+    assert [one[:-1] for one in captured] == [one[:-1] for one in plain]
+
+
+def test_a_row_is_the_same_whatever_shares_its_batch(checkpoint: Checkpoint, device: str) -> None:
+    """Bit by bit, through whole passes: beside other rows, in another place and slot, and filling a batch up."""
+    with running(device):
+        ops = CudaOps("bfloat16", device)
+        model = build(ops, checkpoint, "4bit")
+
+        def row(place: int, others: list[int], copies: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+            """A prompt of 9 beside others; `copies` of a batch of 4 are the last row again."""
+            passes = card_passes(ops, model, captured=False)
+            lengths = [*others[:place], 9, *others[place:]]
+            slots = [passes.open(32, CANVAS) for _ in lengths]
+            seeds = [1 if one == 9 else 10 + at for at, one in enumerate(lengths)]
+            passes.read([
+                (slot, np.random.default_rng(seed).integers(0, 200, count, np.int32))
+                for slot, seed, count in zip(slots, seeds, lengths, strict=True)
+            ])  # fmt: skip
+            starts = {
+                slot: sampling.first_canvas(seed, 0, CANVAS, 200) for slot, seed in zip(slots, seeds, strict=True)
+            }
+            draws = sampling.stacked([
+                sampling.draws_of(QUICK, seed=seed, canvas=0, step=0, length=CANVAS, vocab_size=200) for seed in seeds
+            ])  # fmt: skip
+            assert len(passes._filled(len(slots))) - len(slots) == copies
+            result = passes.step(slots, draws, starts)()
+            return result.argmax[place], result.entropy[place], passes.soft(slots[place])
+
+        first, *rest = row(0, [10, 11, 12], 0), row(3, [12, 11, 10], 0), row(2, [11, 10], 1)
+    for one in rest:
+        for x, y in zip(first, one, strict=True):
+            np.testing.assert_array_equal(x, y)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", ["nano-like", "110m"])
 def test_captured_drafts_are_plain_drafts_on_the_card(shape: Any) -> None:
     config = bench.config_of(shape)
-    plan = bench.Plan(shape=shape, steps=8, canvases=3, context=1024)
-    captured = CudaOps("bfloat16", "cuda", capture=CudaCapture(torch.device("cuda")))
-    model = bench.random_model(captured, config, "4bit")
-    want, got = (bench.drafts(one, model, plan) for one in (captured.plain(), captured))
-    np.testing.assert_array_equal(got, want)
+    ops = CudaOps("bfloat16", "cuda")
+    model = random_model(ops, config, "4bit", bench.random_weight)
+    sampler = SamplerConfig(steps=8, schedule_steps=8, confidence=0.0)
+    want, got = (
+        loops.written(
+            Engine(passes, None, prefix_bytes=0), 1024, sampler, max_new_tokens=3 * config.canvas_length
+        )
+        for passes in (
+            card_passes(ops, model, captured=on, reads=(256, 1024)) for on in (False, True)
+        )
+    )  # fmt: skip
+    assert got[:-1] == want[:-1]
 
 
 @pytest.mark.gpu
@@ -168,11 +250,9 @@ def test_nano_writes_on_a_card_what_it_writes_on_the_cpu() -> None:
 @pytest.mark.parametrize("recipe, most", [("4bit", 440), ("8bit", 440), ("bf16", 350)])
 def test_a_pass_of_the_26b_is_so_many_launches(recipe: str, most: int) -> None:
     """A launch costs what a small kernel costs: this count is a promise, and what falls back to torch shows in it."""
-    ops = cuda_ops("cpu")
-    ops.device = torch.device("meta")  # nothing has contents, and nothing runs
-    config = bench.config_of("26b")
-    model = bench.random_model(ops, config, recipe, meta_weight)
-    cache = Cache(new_cache(ops, config, batch=1, capacity=2048, chunk=256).layers, empty(1, dtype=torch.int32))
+    ops, config = meta_ops(), bench.config_of("26b")
+    model = random_model(ops, config, recipe, meta_weight)
+    cache = meta_cache(config, 2048, scratch=256)
     canvas = empty(1, 256, dtype=torch.int32)
 
     def run() -> None:
@@ -184,8 +264,34 @@ def test_a_pass_of_the_26b_is_so_many_launches(recipe: str, most: int) -> None:
     assert 0.9 * most < len(launched(run)) <= most
 
 
+def meta_ops() -> CudaOps:
+    """Nothing has contents, and nothing runs."""
+    ops = CudaOps("bfloat16", "cpu")
+    ops.device = torch.device("meta")
+    return ops
+
+
+def meta_cache(config: ModelConfig, capacity: int, *, scratch: int) -> Cache:
+    """A pool of four slots, as a row that has any of them sees it."""
+    layers = []
+    for one in config.layers:
+        entries = scratch + (capacity if one.window is None else min(capacity, one.window - 1))
+        layers.append(KV(*(empty(4, one.kv_heads, entries, one.head_dim) for _ in range(2))))
+    number = empty(1, dtype=torch.int32)
+    return Cache(tuple(layers), number, number)
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def random_model(
+    ops: Any, config: ModelConfig, recipe: str, make: Callable[[tuple[int, ...], Format | None, int], Any]
+) -> Model:  # fmt: skip
+    """A model of a recipe's formats; `make` gets a shape, a format and a seed."""
+    kinds, sizes = bench.formats(config, recipe), weights.shapes(config)
+    seeds = {name: i for i, name in enumerate(sizes)}
+    return weights.build(config, lambda name: ops.pack(make(sizes[name], kinds[name], seeds[name])), ops.stack)
 
 
 def meta_weight(shape: tuple[int, ...], kind: Format | None, seed: int) -> torch.Tensor | QuantizedTensor:
@@ -197,8 +303,9 @@ def meta_weight(shape: tuple[int, ...], kind: Format | None, seed: int) -> torch
 
 
 def test_in_float32_no_kernel_runs_and_nothing_is_captured(checkpoint: Checkpoint) -> None:
-    ops = CudaOps("float32", "cpu", capture=rerun)
-    assert (ops.lookahead, ops.encode_sizes) == (0, ()) and ops.compile(np.square) is np.square
+    ops = CudaOps("float32", "cpu")
+    passes = CardPasses(ops, build(ops, checkpoint), capture=rerun)
+    assert (passes.lookahead, passes.read_sizes) == (0, ()) and passes.compile(np.square) is np.square
     got = states(ops, build(ops, checkpoint), 5)  # not in the interpreter: a kernel would fail
     want = states(NumpyOps("float64"), build(NumpyOps("float64"), checkpoint), 5)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
@@ -215,9 +322,10 @@ def test_what_kernels_do_not_read_runs_in_torch(checkpoint: Checkpoint, device: 
     """Projections of different formats one by one, and with such experts nothing is captured."""
     oracles = NumpyOps("bfloat16"), NumpyOps("float64")
     rounded, exact = (states(one, build(one, checkpoint, "8bit", **ODD), 5) for one in oracles)
-    ops = cuda_ops(device, captured=True)
+    ops = CudaOps("bfloat16", device)
     model = build(ops, checkpoint, "8bit", **ODD)
-    assert ops.lookahead == 0 and ops.compile(np.square) is np.square
+    passes = card_passes(ops, model, captured=True)
+    assert passes.lookahead == 0 and passes.compile(np.square) is np.square
     with running(device):
         assert_low_precision(states(ops, model, 5), rounded, exact)
 
@@ -231,16 +339,17 @@ def test_experts_results_are_summed_row_by_row() -> None:
     torch.testing.assert_close(in_order(out, order, 4, torch.float64), want)
 
 
-def test_joined_weights_are_views_of_one(checkpoint: Checkpoint) -> None:
-    """Joining copies each weight once and keeps no second copy; the values are those of the parts."""
-    ops, apart = cuda_ops("cpu"), InferenceOps("bfloat16")
-    joined, plain = (build(one, checkpoint, "8bit") for one in (ops, apart))
-    for layer, want in zip(joined.layers, plain.layers, strict=True):
-        for part, other, names in (
-            (layer.self_attn, want.self_attn, ("q_proj", "k_proj", "v_proj")),
-            (layer.mlp, want.mlp, ("gate_proj", "up_proj")),
+def test_stacked_weights_are_views_of_one(checkpoint: Checkpoint) -> None:
+    """Stacking copies each weight once and keeps no second copy; the values are those of the parts."""
+    stacked, plain = (build(one, checkpoint, "8bit") for one in (CudaOps("bfloat16", "cpu"), InferenceOps("bfloat16")))
+    for layer, want in zip(stacked.layers, plain.layers, strict=True):
+        for part, other, names, whole_one in (
+            (layer.self_attn, want.self_attn, ("q_proj", "k_proj", "v_proj"), layer.self_attn.qkv_proj),
+            (layer.mlp, want.mlp, ("gate_proj", "up_proj"), layer.mlp.gate_up_proj),
         ):
             pairs = [(getattr(part, name), getattr(other, name)) for name in names if getattr(part, name) is not None]
-            assert len({view.words.untyped_storage().data_ptr() for view, _ in pairs}) == 1
+            storages = {view.words.untyped_storage().data_ptr() for view, _ in pairs}
+            assert storages == {whole_one.words.untyped_storage().data_ptr()}
+            assert sum(view.shape[0] for view, _ in pairs) == whole_one.shape[0]
             for view, weight in pairs:
                 assert torch.equal(whole(view, torch.float32), whole(weight, torch.float32))

@@ -25,7 +25,12 @@ CONFIG = AttentionConfig(
 CASES: dict[str, tuple[AttentionConfig, int, int, list[int] | None]] = {
     # heads and rotation, batch, length, entries held
     "sliding": (CONFIG, 2, 5, [0, 3]),
-    "full, proportional": (replace(CONFIG, kind="full_attention", kv_heads=1, head_dim=32, rotary_dims=8), 2, 3, [4, 4]),
+    "full, proportional": (
+        replace(CONFIG, kind="full_attention", kv_heads=1, head_dim=32, rotary_dims=8),
+        2,
+        3,
+        [4, 4],
+    ),
     "one token, odd heads": (replace(CONFIG, heads=3, kv_heads=3, head_dim=6, rotary_dims=6), 1, 1, [2]),
     "real width": (replace(CONFIG, heads=6, kv_heads=3, head_dim=256, rotary_dims=256), 1, 2, [7]),
     "fresh tensors": (CONFIG, 3, 4, None),

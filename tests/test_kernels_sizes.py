@@ -131,7 +131,8 @@ def test_attention(
     check(
         lambda: attention.attention(q, cache, cache, one, one, window=window, causal=causal, sizes=sizes, bits=4),
         {"_attend": ("q", "keys", "values", "out"), **({"_merge": ("parts", "out")} if programs > 132 else {})},
-        held_of=np.full(batch, HELD - length, np.int32), slots=np.full(batch, SLOTS - 1, np.int32),
+        held_of=np.full(batch, HELD - length, np.int32),
+        slots=np.full(batch, SLOTS - 1, np.int32),
     )
 
 

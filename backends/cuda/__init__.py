@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from ...checkpoints import loading, weights
+from ...checkpoints import loading, sizes, weights
 from ...checkpoints.checkpoint import Checkpoint
+from ...core import memory
 from ...core.config import ModelConfig
-from ...core.primitives import NUMPY_DTYPES, DType
+from ...core.primitives import DType
 
 if TYPE_CHECKING:
     from .card import CardOps
@@ -25,8 +26,8 @@ def open(
     Raises:
         DgemmaError: the model does not fit, by the numbers and before anything is allocated; or memory ran out.
     """
-    held = checkpoint.held_bytes(NUMPY_DTYPES[dtype]().itemsize)
-    return passes_of(checkpoint.config, loading.reader(checkpoint, dtype, progress), device, dtype, held)
+    held = memory.held_bytes(sizes.of_checkpoint(checkpoint), "torch", dtype, gpu=True)
+    return passes_of(checkpoint.config, loading.reader(checkpoint, dtype, progress), device, dtype, int(held))
 
 
 def passes_of(

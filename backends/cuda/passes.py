@@ -6,8 +6,8 @@
     fetch      results are copied to pinned memory behind their pass, and an event says when they are there
     pool       it keeps its addresses while rows join and leave; where it grows, the graphs over the old one are let go
 
-A row that only fills a batch up is the last one again. What it writes to the cache are that row's own numbers a second
-time, the same bits, since no kernel's result for a row depends on the row's place; its canvas goes to a spare place.
+Rows that only fill a batch up have slots of their own, which no row of the pass has: what they lay down there stands
+behind the valid entries, whoever has the slot, and nothing of it counts. Their canvases go to a spare place.
 """
 
 from __future__ import annotations
@@ -104,6 +104,36 @@ class CardPasses(GraphPasses):
 
     def read(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
         self._append(rows)  # and the host goes on: what follows on the card waits for it there
+
+    def _read_group(self, rows: Sequence[tuple[int, np.ndarray]], longest: int) -> None:
+        index = self._filled(len(rows))
+        length = next((size for size in self.read_sizes if size >= longest), longest)
+        tokens, fresh = np.zeros((len(index), length), np.int32), np.zeros(len(index), np.int32)
+        for i, (_, coming) in enumerate(rows):
+            tokens[i, : len(coming)], fresh[i] = coming, len(coming)
+        slots = [slot for slot, _ in rows]
+        self._read(self._cache([slots[i] for i in index], length), self.ops.asarray(tokens), self.ops.asarray(fresh))
+        for slot, coming in rows:
+            self._lengths[slot] += len(coming)
+
+    def read_and_step(
+        self, rows: Sequence[tuple[int, np.ndarray]], draws: Draws, starts: Starts
+    ) -> Callable[[], StepResult]:
+        free = self._slots - len(self._lengths)
+        if self.joined and len(self._filled(len(rows))) - len(rows) > free:
+            # Here rows that fill up append as well, so that no slot can be lent for them that another row has.
+            self.read(rows)
+            return self.step([slot for slot, _ in rows], draws, starts)
+        return super().read_and_step(rows, draws, starts)
+
+    def _cache(self, slots: Sequence[int], coming: int) -> Cache:
+        own = list(dict.fromkeys(slots))
+        others = [slot for slot in range(self._slots) if slot not in own]
+        others.sort(key=lambda slot: slot in self._lengths)  # those that nobody has come first
+        slots = own + others[: len(slots) - len(own)]
+        lengths = np.asarray([self._lengths.get(slot, 0) for slot in slots], np.int32)
+        # Always with slots, so that the whole pool and a part of it are one graph.
+        return Cache(self._pool, self.ops.asarray(lengths), self.ops.asarray(np.asarray(slots, np.int32)))
 
     def _stepped(self, cache: Cache, rows: _Rows, draws: Draws) -> _Results:
         after = model.step(self.ops, self.model, cache, _taken(rows), draws)
