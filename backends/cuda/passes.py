@@ -103,18 +103,15 @@ class CardPasses(GraphPasses):
     # ---- Passes ---------------------------------------------------------------------------------------------------
 
     def read(self, rows: Sequence[tuple[int, np.ndarray]]) -> None:
-        self._append(rows)  # and the host goes on: what follows on the card waits for it there
-
-    def _read_group(self, rows: Sequence[tuple[int, np.ndarray]], longest: int) -> None:
-        index = self._filled(len(rows))
-        length = next((size for size in self.read_sizes if size >= longest), longest)
-        tokens, fresh = np.zeros((len(index), length), np.int32), np.zeros(len(index), np.int32)
-        for i, (_, coming) in enumerate(rows):
-            tokens[i, : len(coming)], fresh[i] = coming, len(coming)
-        slots = [slot for slot, _ in rows]
-        self._read(self._cache([slots[i] for i in index], length), self.ops.asarray(tokens), self.ops.asarray(fresh))
-        for slot, coming in rows:
-            self._lengths[slot] += len(coming)
+        for slots, counts, padded in self._groups(rows):
+            index = self._filled(len(slots))
+            fresh = np.zeros(len(index), np.int32)  # rows that fill up append nothing
+            fresh[: len(slots)] = counts
+            cache = self._cache([slots[i] for i in index], padded.shape[1])
+            self._encode(cache, self.ops.asarray(padded[index]), self.ops.asarray(fresh))
+            for slot, count in zip(slots, counts, strict=True):
+                self._lengths[slot] += count
+        # The host goes on: what follows on the card waits for it there.
 
     def read_and_step(
         self, rows: Sequence[tuple[int, np.ndarray]], draws: Draws, starts: Starts
