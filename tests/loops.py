@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from dgemma.core import sampler as sampling
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine, Handle
 from dgemma.core.events import Commit, Done, Draft
+from dgemma.core.parts import Draws
 from dgemma.core.row import Request
 
 FIXED = SamplerConfig(steps=3, schedule_steps=3, confidence=0.0)
@@ -25,6 +27,13 @@ def written(engine: Engine, prompt: int, sampler: SamplerConfig, *, max_new_toke
 def request(prompt: int, sampler: SamplerConfig, **options: Any) -> Request:
     given: dict[str, Any] = dict(seed=3, eos_token_ids=()) | options
     return Request(prompt=tuple(20 + i % 200 for i in range(prompt)), sampler=sampler, **given)
+
+
+def draws_for(sampler: SamplerConfig, seeds: list[int], length: int) -> Draws:
+    """What the second pass of several rows' first canvases is given."""
+    return sampling.stacked([
+        sampling.draws_of(sampler, seed=seed, canvas=0, step=1, length=length, vocab_size=200) for seed in seeds
+    ])  # fmt: skip
 
 
 def seen(handle: Handle) -> list[Any]:

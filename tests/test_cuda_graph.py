@@ -7,10 +7,9 @@ given is for `-m gpu` to show.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,17 +18,19 @@ import torch
 import loops
 from dgemma.backends.cuda import graph as graphs
 from dgemma.backends.cuda.card import CardOps
-from dgemma.backends.cuda.graph import Buffers, Graphs, rerun
+from dgemma.backends.cuda.graph import Canvases, CapturedFunction, rerun
 from dgemma.backends.cuda.load import BUCKET
+from dgemma.backends.cuda.passes import CardPasses
 from dgemma.backends.torch.inference import InferenceOps
-from dgemma.checkpoints import weights
+from dgemma.backends.torch.passes import TorchPasses
 from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.core import graph_passes
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
-from dgemma.core.model import Cache
-from dgemma.core.ops import KV, Ops
+from dgemma.core.parts import KV, Cache, Model
 from loops import FIXED
 from tiny import tiny_checkpoint
+from under_test import build
 
 CPU = torch.device("cpu")
 CANVAS = 16
@@ -56,12 +57,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_checkpoint(tmp_path_factory.mktemp("graph"), max_position_embeddings=4096))
 
 
-def engine(ops: Ops, checkpoint: Checkpoint) -> Engine:
-    return Engine(ops, weights.build(ops, checkpoint.config, checkpoint.tensor), None)
+class Capturable(CardOps):
+    """Without a card nothing is in the way of a capture but what its tests are to show."""
+
+    def can_capture(self, weights: Model) -> bool:
+        return True
 
 
-def device_ops(capture: Any = rerun, sizes: tuple[int, ...] = (CANVAS, 40)) -> CardOps:
-    return CardOps("float32", "cpu", capture=capture, encode_sizes=sizes)
+def card_passes(checkpoint: Checkpoint, capture: Any = rerun, **options: Any) -> CardPasses:
+    ops = Capturable("float32", "cpu")
+    passes = CardPasses(ops, build(ops, checkpoint.config, checkpoint.tensor), capture=capture, **options)
+    passes.chunk, passes.read_sizes = 40, (CANVAS, 40)
+    return passes
+
+
+def engine(passes: graph_passes.GraphPasses, **options: Any) -> Engine:
+    return Engine(passes, None, prefix_bytes=0, **options)
+
+
+def plain_engine(checkpoint: Checkpoint) -> Engine:
+    ops = InferenceOps()
+    passes = TorchPasses(ops, build(ops, checkpoint.config, checkpoint.tensor))
+    passes.chunk = 40
+    return engine(passes)
 
 
 def written(engine: Engine, prompt: int, sampler: SamplerConfig, *, canvases: int = 3) -> list[Any]:
@@ -77,45 +95,132 @@ SAMPLERS = loops.SAMPLERS | {
 @pytest.mark.parametrize("prompt", [1, 11, 30, 95])
 def test_the_captured_loop_is_the_plain_loop(checkpoint: Checkpoint, prompt: int, sampler: str) -> None:
     """Prompts below and beyond the window of 12, shorter than a captured chunk of 40, and several of them."""
-    want = written(engine(InferenceOps(), checkpoint), prompt, SAMPLERS[sampler])
-    got = written(engine(device_ops(), checkpoint), prompt, SAMPLERS[sampler])
-    assert got[:-1] == want[:-1]
-    more = -(-prompt // 40) - 1  # chunks of the prompt, which the plain loop reads in one
-    reason, steps, encodes, *rest = want[-1]
-    assert got[-1] == (reason, steps, encodes + more, *rest)
+    want = written(plain_engine(checkpoint), prompt, SAMPLERS[sampler])
+    got = written(engine(card_passes(checkpoint)), prompt, SAMPLERS[sampler])
+    assert got == want
 
 
 def test_one_pass_too_many_is_begun_and_not_read(checkpoint: Checkpoint) -> None:
     capture = Counting()
-    seen = written(engine(device_ops(capture), checkpoint), 11, SAMPLERS["stops after the first"])
+    seen = written(engine(card_passes(checkpoint, capture)), 11, SAMPLERS["stops after the first"])
     assert seen[-1][1] == 3, "three canvases of one pass each"
-    # Passes run: two for each canvas, the first of which captured the graph; and the encode passes, likewise.
+    # Passes run: two for each canvas, the first of which captured the graph; and the reading passes, likewise.
     assert (capture.captured, capture.replayed) == (2, 5 + 2)
 
 
 def test_one_capture_serves_every_length_and_request_of_a_bucket(checkpoint: Checkpoint) -> None:
     capture = Counting()
-    one = engine(device_ops(capture), checkpoint)
+    passes = card_passes(checkpoint, capture)
+    one = engine(passes)
     for prompt in (5, 60, 100):
         written(one, prompt, FIXED)
-        gc.collect()
-    assert capture.captured == 1 + 2  # the pass; encode passes of 16 and 40
-    # Longer than the bucket: other buffers, other graphs.
+    assert capture.captured == 1 + 2  # the pass; reading 16 and 40
+    # Longer than the bucket: another pool, other graphs, and those of the old one are let go.
     written(one, BUCKET, FIXED, canvases=2)
-    assert capture.captured == 2 * 3
+    assert (capture.captured, passes.captured()) == (2 * 3, 3)
 
 
-def test_what_was_fetched_stays_when_the_buffers_are_overwritten() -> None:
-    ops = device_ops()
+def requests(count: int) -> list[Any]:
+    """Requests of one, two or three canvases, each with settings of its own."""
+    return [
+        loops.request(
+            1 + 37 * i % 90, SamplerConfig(
+                steps=1 + i % 4, schedule_steps=4, confidence=0.001 * i, stability=i % 3, entropy_bound=0.05 + 0.01 * i,
+                t_max=0.8 + 0.001 * i, greedy=i % 7 == 0,
+            ), max_new_tokens=1 + 11 * i % 40, seed=i,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_three_hundred_settings_are_one_capture(checkpoint: Checkpoint) -> None:
+    """And nothing of a request stays behind."""
+    capture = Counting()
+    passes = card_passes(checkpoint, capture)
+    one = engine(passes)
+    for request in requests(300):
+        for _ in one.add(replace(request, max_new_tokens=min(request.max_new_tokens, 20))).events():
+            pass
+    one.step()
+    assert capture.captured == 1 + 2, "the pass; reading 16 and 40"
+    assert not (passes._lengths or passes._on_canvas or passes._states)
+    assert (passes.captured(), passes._slots, list(passes._canvases)) == (3, 1, [CANVAS])
+
+
+def test_forty_requests_join_and_leave(checkpoint: Checkpoint) -> None:
+    """At most eight at a time, batches of every size from one to eight: each answer is the one it has alone."""
+    given = requests(40)
+    want = [loops.seen(plain_engine(checkpoint).add(request)) for request in given]
+    capture = Counting()
+    passes = card_passes(checkpoint, capture)
+    one = engine(passes, most_rows=8)
+    handles = [one.add(request) for request in given]
+    assert [loops.seen(handle)[:-1] for handle in handles] == [answer[:-1] for answer in want]
+    assert passes._slots == 8 and passes.captured() <= 4 * 3, "sizes 1, 2, 4 and 8, of a pass and two that read"
+    again = capture.captured
+    handles = [one.add(request) for request in given[::-1]]
+    assert [loops.seen(handle)[:-1] for handle in handles] == [answer[:-1] for answer in want[::-1]]
+    assert capture.captured - again <= 2, "the pool stays, and every graph but what an odd mixture asks for first"
+
+
+@pytest.mark.parametrize("others", [0, 3], ids=["nobody's", "another row's"])
+def test_rows_that_fill_up_leave_slots_as_they_are(checkpoint: Checkpoint, others: int) -> None:
+    """Three rows in a batch of four: valid entries of the fourth slot, and its canvas, are as they were."""
+    passes, draw = card_passes(checkpoint), np.random.default_rng(0)
+    slots = [passes.open(60, CANVAS) for _ in range(4)]
+    passes.read([(slot, draw.integers(0, 200, 20, np.int32)) for slot in slots])
+    starts = {slot: draw.integers(0, 200, CANVAS, np.int32) for slot in slots}
+    draws = loops.draws_for(FIXED, [1, 2, 3, 4], CANVAS)
+    passes.step(slots, draws, starts)()
+    before, soft = passes.save(slots[3]), passes.soft(slots[3])
+    if not others:
+        passes.close(slots[3])
+    passes.read([(slot, draw.integers(0, 200, 9, np.int32)) for slot in slots[:3]])
+    passes.step(slots[:3], loops.draws_for(FIXED, [1, 2, 3], CANVAS), {})()
+    if others:
+        after = passes.save(slots[3])
+        for x, y in zip(before.data, after.data, strict=True):
+            assert all(torch.equal(*pair) for pair in zip(x, y, strict=True))
+        np.testing.assert_array_equal(passes.soft(slots[3]), soft)
+
+
+def test_the_pool_grows_under_rows(checkpoint: Checkpoint) -> None:
+    """A row whose canvas is half done goes on when another joins that needs a longer pool, and more slots."""
+    sampler = SamplerConfig(steps=6, schedule_steps=6, confidence=0.0)
+    first, second = loops.request(20, sampler, max_new_tokens=30), loops.request(BUCKET, sampler, max_new_tokens=20)
+    want = [loops.seen(plain_engine(checkpoint).add(request)) for request in (first, second)]
+    passes = card_passes(checkpoint)
+    one = engine(passes)
+    early = one.add(first)
+    for _ in range(3):
+        one.step()
+    assert passes._slots == 1
+    late = one.add(second)
+    assert [loops.seen(early), loops.seen(late)] == want and passes._slots == 2
+
+
+def test_canvases_of_several_lengths_at_once(checkpoint: Checkpoint) -> None:
+    given = [
+        loops.request(9 + i, FIXED, max_new_tokens=2 * length, canvas_length=length, seed=i)
+        for i, length in enumerate((16, 5, 9, 16, 5))
+    ]
+    want = [loops.seen(plain_engine(checkpoint).add(request)) for request in given]
+    passes = card_passes(checkpoint)
+    handles = [engine_of.add(request) for engine_of in [engine(passes)] for request in given]
+    assert [loops.seen(handle)[:-1] for handle in handles] == [answer[:-1] for answer in want]
+    assert sorted(passes._canvases) == [5, 9, 16]
+
+
+def test_what_was_fetched_stays_when_the_buffers_are_overwritten(checkpoint: Checkpoint) -> None:
     x = torch.arange(3)
-    read = ops.fetch(x)
+    read = card_passes(checkpoint).fetch(x)
     x.fill_(9)
     assert read()[0].tolist() == [0, 1, 2]
 
 
 def test_no_buffer_is_kept_from_call_to_call() -> None:
     """A captured pass writes where it was captured for good, so nobody may replace a buffer by a larger one."""
-    scratch = device_ops()._scratch
+    scratch = CardOps("float32", "cpu")._scratch
     first, second = (scratch.take("block", (4,), torch.float32, CPU) for _ in range(2))
     assert first.data_ptr() != second.data_ptr()
 
@@ -123,32 +228,40 @@ def test_no_buffer_is_kept_from_call_to_call() -> None:
 # ---- Graphs -----------------------------------------------------------------------------------------------------
 
 
-class State(NamedTuple):
-    a: torch.Tensor
-    b: torch.Tensor
+def test_canvases_are_written_where_they_lie() -> None:
+    def turn(canvases: Canvases, x: torch.Tensor) -> torch.Tensor:
+        canvases.stable.add_(x)
+        return canvases.stable * 2
 
-
-def test_results_of_an_arguments_type_go_back_into_it() -> None:
-    """The two are exchanged: each result is the other's place."""
-    run = Graphs(lambda state, x: State(state.b, state.a.view(1)), rerun, CPU)
-    state = run(State(torch.tensor([1.0]), torch.tensor([10.0])), torch.tensor([5.0]))
-    assert (state.a.item(), state.b.item()) == (10.0, 1.0)
-    place = state.a.data_ptr()
-    for _ in range(3):
-        before = State(*(x.clone() for x in state))
-        state = run(state, torch.tensor([0.0]))
-        assert state.a.data_ptr() == place, "handed on, it is where the graph reads it"
-        assert (state.a.item(), state.b.item()) == (before.b.item(), before.a.item())
-
-
-def test_integers_are_values_and_not_part_of_the_graph() -> None:
     capture = Counting()
-    run = Graphs(lambda n, x: x * n, capture, CPU)
-    assert [run(n, torch.ones(2)).tolist() for n in (3, 4, 5)] == [[3.0] * 2, [4.0] * 2, [5.0] * 2]
+    run = CapturedFunction(turn, capture, CPU)
+    pools = [Canvases(*(torch.zeros(2, dtype=torch.int32) for _ in range(4))) for _ in range(2)]
+    one = torch.ones(2, dtype=torch.int32)
+    first, again = (run(pools[0], one).tolist() for _ in range(2))
+    assert (first, again, pools[0].stable.tolist()) == ([2, 2], [4, 4], [2, 2])
+    run(pools[1], one)
+    assert capture.captured == 2, "another pool, another graph"
+
+
+def test_shapes_and_dtypes_are_part_of_a_graph_and_values_are_not() -> None:
+    capture = Counting()
+    run = CapturedFunction(lambda n, x: x * n, capture, CPU)
+    numbers = [torch.tensor([n]) for n in (3, 4, 5)]
+    assert [run(n, torch.ones(2)).tolist() for n in numbers] == [[3.0] * 2, [4.0] * 2, [5.0] * 2]
     assert capture.captured == 1
-    run(3, torch.ones(3))
-    run(3, torch.ones(2, dtype=torch.float64))
-    assert capture.captured == 3, "shapes and dtypes are"
+    run(numbers[0], torch.ones(3))
+    run(numbers[0], torch.ones(2, dtype=torch.float64))
+    assert capture.captured == 3
+
+
+def test_kept_graphs_can_be_let_go() -> None:
+    capture = Counting()
+    run = CapturedFunction(lambda x: x + 1, capture, CPU)
+    run(torch.ones(1))
+    run.clear()
+    assert len(run) == 0
+    run(torch.ones(1))
+    assert capture.captured == 2
 
 
 def test_a_cache_is_written_where_it_lies_and_is_no_copy() -> None:
@@ -158,31 +271,31 @@ def test_a_cache_is_written_where_it_lies_and_is_no_copy() -> None:
         return Cache(cache.layers[::-1], cache.length + 1)
 
     capture = Counting()
-    run = Graphs(write, capture, CPU)
+    run = CapturedFunction(write, capture, CPU)
     layers = tuple(KV(torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 4, 2)) for _ in range(2))
     for n in (1.0, 2.0):
-        after = run(Cache(layers, 7), torch.tensor(n))
+        after = run(Cache(layers, torch.tensor([7])), torch.tensor(n))
         assert after.length.tolist() == [8] and after.layers[0].keys is layers[1].keys
         assert layers[0].keys[0, 0, 0].tolist() == [n, n]
     other = (KV(*(torch.zeros(1, 1, 4, 2) for _ in range(2))), layers[1])
-    run(Cache(other, 7), torch.tensor(3.0))
+    run(Cache(other, torch.tensor([7])), torch.tensor(3.0))
     assert capture.captured == 2 and other[0].keys[0, 0, 0].tolist() == [3.0, 3.0], "another address, another graph"
 
 
 def test_a_cache_of_its_own_cannot_be_returned() -> None:
-    run = Graphs(lambda kv: KV(kv.keys + 1, kv.values), rerun, CPU)
+    run = CapturedFunction(lambda kv: KV(kv.keys + 1, kv.values), rerun, CPU)
     with pytest.raises(TypeError, match="not its argument's"):
         run(KV(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)))
 
 
 def test_what_cannot_be_captured_is_named() -> None:
     with pytest.raises(TypeError, match="not dict"):
-        Graphs(lambda x: x, rerun, CPU)({"a": 1})
+        CapturedFunction(lambda x: x, rerun, CPU)({"a": 1})
 
 
 def test_the_graph_unused_for_longest_goes_first() -> None:
     capture = Counting()
-    run = Graphs(lambda x: x + 1, capture, CPU)
+    run = CapturedFunction(lambda x: x + 1, capture, CPU)
     for size in range(1, graphs.KEPT + 2):
         run(torch.ones(size))
         run(torch.ones(1))
@@ -193,57 +306,48 @@ def test_the_graph_unused_for_longest_goes_first() -> None:
     assert capture.captured == graphs.KEPT + 2
 
 
-# ---- Buffers ----------------------------------------------------------------------------------------------------
-
-
-def test_buffers_come_back_in_order_and_only_when_nobody_has_them() -> None:
-    buffers = Buffers()
-
-    def lend(rows: int = 4) -> torch.Tensor:
-        return buffers.lend((1, 2, rows, 3), torch.float32, CPU)
-
-    first, second = lend(), lend()
-    places = [first.data_ptr(), second.data_ptr()]
-    assert places[0] != places[1]
-    view = first[:, :1]
-    del first
-    again = lend()
-    assert again.data_ptr() not in places, "a view still has the first one"
-    del view, again, second
-    kept = [lend(), lend()]
-    assert [x.data_ptr() for x in kept] == places
-    del kept
-    lend(8)
-    assert [len(slots) for slots in buffers._all.values()] == [0, 1], "those of another length are given back"
-
-
-def test_a_graph_keeps_no_cache_lent(checkpoint: Checkpoint) -> None:
-    ops = device_ops()
-    one = engine(ops, checkpoint)
-    written(one, 20, FIXED)
-    gc.collect()
-    slots = [slot for some in ops._buffers._all.values() for slot in some]
-    assert slots and all(slot[1]() is None for slot in slots)
+# ---- The pool ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "capacity, rows", [(1, 1024), (1024, 1024), (1025, 1536), (1537, 2048), (3000, 3072), (3073, 4096)]
+    "tokens, capacity", [(1, 1024), (1024, 1024), (1025, 1536), (1537, 2048), (3000, 3072), (3073, 4096)]
 )
-def test_caches_are_cut_to_few_lengths(capacity: int, rows: int) -> None:
-    assert device_ops().new_cache(1, 1, 2, capacity).keys.shape[2] == rows
+def test_slots_are_cut_to_few_lengths(checkpoint: Checkpoint, tokens: int, capacity: int) -> None:
+    """With or without capture: attention's parts follow the slots' length, and low precision follows the parts."""
+    for capture in (rerun, None):
+        assert card_passes(checkpoint, capture).rounded_up(tokens) == capacity
 
 
-def test_the_plain_loop_cuts_its_keys_as_the_captured_one_does() -> None:
-    """Attention's parts follow the buffers' length, and low precision follows the parts."""
-    ops = device_ops()
-    for capacity in (1, 1100, 3000):
-        captured, plain, plain_again = (
-            one.new_cache(1, 1, 2, capacity).keys for one in (ops, ops.plain(), ops.plain())
-        )  # fmt: skip
-        assert captured.shape == plain.shape and len({x.data_ptr() for x in (captured, plain, plain_again)}) == 3
+def test_the_pool_keeps_its_addresses_until_it_grows(checkpoint: Checkpoint) -> None:
+    passes = card_passes(checkpoint)
+
+    def places() -> list[int]:
+        return [x.data_ptr() for layer in passes._pool for x in layer]
+
+    first = passes.open(10, CANVAS)
+    before = places()
+    passes.close(first)
+    assert passes.open(BUCKET, CANVAS) == first and places() == before, "idle, it stays"
+    passes.open(10, CANVAS)
+    assert places() != before
 
 
-def test_without_capture_nothing_looks_ahead(tmp_path: Path) -> None:
+def test_a_large_pool_is_given_back_for_a_small_request(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dgemma.backends.cuda import passes as module
+
+    passes = card_passes(checkpoint)
+    for kept, capacity in ((module.KEPT, 4096), (1, 1024)):
+        monkeypatch.setattr(module, "KEPT", kept)
+        passes.close(passes.open(4000, CANVAS))
+        slot = passes.open(10, CANVAS)
+        assert passes._capacity == capacity
+        passes.close(slot)
+
+
+def test_without_capture_nothing_looks_ahead(checkpoint: Checkpoint) -> None:
     ops = CardOps("float32", "cpu")
-    assert (ops.lookahead, ops.encode_sizes, ops.extent(3)) == (0, (), 3)
-    assert ops.compile(np.square) is np.square
+    passes = CardPasses(ops, build(ops, checkpoint.config, checkpoint.tensor), capture=rerun)
+    assert (passes.lookahead, passes.read_sizes, passes.batch_sizes) == (0, (), ())
+    assert passes.compile(np.square) is np.square

@@ -50,6 +50,8 @@ class _Rows(NamedTuple):
 
 
 class _Results(NamedTuple):
+    """What the host reads of a pass; of a `StepState` it has the names."""
+
     canvas: Array  # int32 [B, L]
     argmax: Array  # int32 [B, L]
     accepted: Array  # bool [B, L]
@@ -181,15 +183,6 @@ class CardPasses(GraphPasses):
             for x, y in zip(made, old, strict=True):
                 x[:kept] = y[:kept]
         return made
-
-    def _done(self, slots: Sequence[int], state: Any) -> Callable[[], StepResult]:
-        read, count = self.fetch(*state), len(slots)
-
-        def results() -> StepResult:
-            canvas, argmax, accepted, entropy, stop = (x[:count] for x in read())
-            return StepResult(canvas=canvas, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
-
-        return results
 
     def _keep(self, cache: Cache) -> None:
         """Nothing: the pool was written in place."""
