@@ -23,6 +23,7 @@ from dgemma.core.model import denoise, encode, new_cache
 from law import assert_close_f32
 from said import says
 from tiny import INDEX, edit_json, rewrite, shard, tiny_checkpoint, tiny_weights
+from under_test import build, make_ops
 
 ROUTER = "model.decoder.layers.0.router.proj.weight"
 
@@ -37,11 +38,11 @@ def folder(tmp_path: Path) -> Path:
 
 @torch.no_grad()
 def logits(config: Any, get: Callable[[str], np.ndarray]) -> np.ndarray:
-    ops = TorchOps("float32")
-    model = weights.build(ops, config, get)
+    ops = make_ops("torch", "float32")
+    model = build(ops, config, get)
     generator = np.random.default_rng(0)
     prompt, canvas = generator.integers(0, config.vocab_size, (2, 1, 13), np.int32)
-    cache = encode(ops, model, new_cache(ops, config, batch=1, capacity=32, chunk=32), ops.asarray(prompt))
+    cache = encode(ops, model, new_cache(ops, config, slots=1, capacity=32, scratch=32), ops.asarray(prompt))
     soft = ops.asarray(generator.standard_normal((1, 13, config.hidden_size)), "float32")
     return ops.to_numpy(
         ops.logits(denoise(ops, model, cache, ops.asarray(canvas), soft), model.embed_tokens, config.softcap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,22 @@ def test_an_infinite_word_is_an_error_in_a_single_pass_too(backend: str, value: 
 def test_what_is_damaged_in_the_prompts_cache_alone_is_an_error(backend: str, tmp_path: Path) -> None:
     """A word that stands in the prompt and, its logits being fine, nowhere else."""
     model = load(tiny_checkpoint(tmp_path), backend)
-    original = model.engine._prefill
+    passes: Any = model.engine.passes
+    original = passes.read
 
-    def spoilt(*arguments: Any) -> Any:
-        cache = yield from original(*arguments)
-        last = cache.layers[-1]
-        return cache._replace(layers=(*cache.layers[:-1], last._replace(values=times_nan(last.values))))
+    def spoilt(rows: Any) -> None:
+        original(rows)
+        for slot, _ in rows:
+            if backend == "onnx":
+                cache = passes._slots[slot].cache
+                name = list(cache)[-1]
+                cache[name] = cache[name].numpy() * np.float32(np.nan)
+                continue
+            kept = passes.save(slot)
+            *layers, last = kept.data
+            passes._load(slot, replace(kept, data=(*layers, last._replace(values=last.values * float("nan")))))
 
-    def times_nan(values: Any) -> Any:
-        return model.ops.to_numpy(values) * np.float32(np.nan) if backend == "onnx" else values * float("nan")
-
-    model.engine._prefill = spoilt  # type: ignore[method-assign]
+    passes.read = spoilt
     with says("a pass in float32 came to NaN"):
         model.generate(PROMPT, 16, steps=3)
     with says("a pass in float32 came to NaN"):

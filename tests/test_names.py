@@ -24,6 +24,7 @@ from law import assert_close_f32
 from published import published
 from said import says
 from tiny import INDEX, edit_json, rewrite, shard, tiny_checkpoint
+from under_test import build
 
 Weights = dict[str, np.ndarray]
 PROMPT, CANVAS = list(range(20, 33)), list(range(40, 56))
@@ -58,9 +59,9 @@ def check_answers(folder: Path, want: Weights, *backends: str) -> None:
 
 def logits(config: ModelConfig, want: Weights) -> np.ndarray:
     ops = NumpyOps("float64")
-    model = weights.build(ops, config, want.__getitem__)
+    model = build(ops, config, want.__getitem__)
     cache = encode(
-        ops, model, new_cache(ops, config, batch=1, capacity=32, chunk=32), ops.asarray(np.array([PROMPT], np.int32))
+        ops, model, new_cache(ops, config, slots=1, capacity=32, scratch=32), ops.asarray(np.array([PROMPT], np.int32))
     )
     soft = ops.asarray(np.zeros((1, len(CANVAS), config.hidden_size)), "float64")
     states = denoise(ops, model, cache, ops.asarray(np.array([CANVAS], np.int32)), soft)

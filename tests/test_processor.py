@@ -201,7 +201,7 @@ def test_doctor_counts_what_stays_narrow(
     for name in ("plain", "4bit"):
         if name == "4bit":
             folder = convert(floats(tmp_path), tmp_path / "out", "4bit", workers=1).path
-        model = dgemma.load(folder, backend="torch", device="cpu", dtype="float32").engine.model
+        model = dgemma.load(folder, backend="torch", device="cpu", dtype="float32").engine.passes.model
         from dgemma.tools.bench import weight_bytes
 
         counted = report("-m", folder, "--backend", "torch", "--device", "cpu", "--dtype", "float32")[0]["model"]
@@ -256,18 +256,3 @@ def test_no_weight_is_widened_whole(tmp_path: Path, all_narrow: None) -> None:
         ops.mean_embedding(torch.ones(1, 4, 16_384), table)
         ops.vocab_head(x, table, 30.0, torch.ones(1, 1), torch.rand(1, 4))
     assert max(made.sizes) < table.nbytes / 4
-
-
-def test_a_compiled_product_widens_block_by_block_too(all_narrow: None) -> None:
-    """The op that holds the blocks is one node: nothing of the whole weight's size stands between nodes."""
-    ops, graphs = InferenceOps(), []
-    weight = ops.pack(np.random.default_rng(0).standard_normal((40, 64)).astype(ml_dtypes.bfloat16))
-
-    def inner(graph: Any, inputs: Any) -> Any:
-        graphs.append(str(graph.graph))
-        return graph.forward
-
-    x = torch.randn(2, 7, 64)
-    compiled = torch.compile(lambda x: ops.linear(x, weight), fullgraph=True, backend=inner)
-    torch.testing.assert_close(compiled(x), ops.linear(x, weight), rtol=0, atol=0)
-    assert len(graphs) == 1 and "dgemma.packed_linear" in graphs[0]

@@ -1,5 +1,5 @@
-"""What the fast torch backend promises beyond right answers: nothing copied, nothing read that is not used, and a
-compiled pass that equals the plain one. Its answers are held to the law in test_ops, test_head and test_parity."""
+"""What the fast torch backend promises beyond right answers: nothing copied, and nothing read that is not used. Its
+answers are held to the law in test_ops, test_head and test_parity."""
 
 from __future__ import annotations
 
@@ -17,16 +17,12 @@ from torch.utils._pytree import tree_leaves
 from dgemma.backends.numpy import NumpyOps
 from dgemma.backends.torch import experts as expert_ops
 from dgemma.backends.torch import head as head_ops
-from dgemma.backends.torch.inference import BUCKET, InferenceOps
+from dgemma.backends.torch.inference import InferenceOps
 from dgemma.backends.torch.primitives import TorchOps
 from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core import reference
-from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Request
-from dgemma.core.events import Commit, Draft
-from dgemma.core.model import Experts, Router
-from dgemma.core.ops import KV, Span
+from dgemma.core.parts import KV, Experts, Router, Span
 from law import assert_close_f32, assert_low_precision
 from tiny import tiny_checkpoint
 from under_test import values
@@ -77,47 +73,59 @@ def test_a_read_only_map_is_taken_without_a_warning() -> None:
 # ---- Cache and attention ----------------------------------------------------------------------------------------
 
 
+def span(*held: int, slots: list[int] | None = None, window: int | None = None, causal: bool = False) -> Span:
+    where = None if slots is None else torch.tensor(slots, dtype=torch.int32)
+    return Span(held=torch.tensor(held, dtype=torch.int32), slots=where, window=window, causal=causal)
+
+
+def cache(slots: int, kv_heads: int, entries: int, width: int) -> KV:
+    return KV(*(torch.zeros(slots, kv_heads, entries, width) for _ in range(2)))
+
+
 @pytest.mark.parametrize("window", [None, 2000])
 @pytest.mark.parametrize("heads", [2, 6])
-def test_attention_copies_no_context(heads: int, window: int | None) -> None:
-    """What a pass allocates is the same behind 16 and behind 2000 rows."""
+@pytest.mark.parametrize("slots", [None, [4, 1], [2, 3]])
+def test_attention_copies_no_context(slots: list[int] | None, heads: int, window: int | None) -> None:
+    """What a pass allocates is the same behind 16 and behind 2000 entries, in whatever slots."""
     ops = InferenceOps()
 
-    def allocated(rows: int) -> int:
-        cache = ops.new_cache(1, 2, 8, rows + 16)
-        q, k = torch.randn(1, heads, 16, 8), torch.randn(1, 2, 16, 8)
+    def allocated(entries: int) -> int:
+        context = cache(2 if slots is None else 5, 2, entries + 16, 8)
+        q, k = torch.randn(2, heads, 16, 8), torch.randn(2, 2, 16, 8)
         with Allocations() as made:
-            ops.attention(q, k, k, cache, Span(rows=rows, window=window, causal=False))
+            ops.attention(q, k, k, context, span(entries, entries, slots=slots, window=window))
         return sum(made.sizes)
 
     assert allocated(1999) == allocated(16)
 
 
-def test_cache_writes_in_place_and_keeps_the_newest_rows_in_front() -> None:
-    ops, window, chunk = InferenceOps(), 6, 4
-    cache = ops.new_cache(1, 1, 2, window - 1 + chunk)
-    places = [x.data_ptr() for x in cache]
-    rows = 0
+@pytest.mark.parametrize("slots", [None, [2]])
+def test_cache_writes_in_place_and_keeps_the_newest_entries_in_front(slots: list[int] | None) -> None:
+    ops, window, chunk, held = InferenceOps(), 6, 4, 0
+    slot = slots[0] if slots else 0
+    context = cache(slot + 1, 1, window - 1 + chunk, 2)
+    places = [x.data_ptr() for x in context]
     for start in range(0, 12, chunk):
         k = torch.arange(start, start + chunk).float()[None, None, :, None].expand(1, 1, chunk, 2)
-        cache = ops.cache_write(cache, k, -k, Span(rows=rows, window=window, causal=True), chunk)
-        rows = min(rows + chunk, window - 1)
-        want = list(range(start + chunk))[-rows:]
-        assert cache.keys[0, 0, :rows, 0].tolist() == want and (-cache.values[0, 0, :rows, 1]).tolist() == want
-    assert [x.data_ptr() for x in cache] == places
+        context = ops.cache_write(context, k, -k, span(held, slots=slots, window=window, causal=True), chunk)
+        held = min(held + chunk, window - 1)
+        want = list(range(start + chunk))[-held:]
+        assert context.keys[slot, 0, :held, 0].tolist() == want
+        assert (-context.values[slot, 0, :held, 1]).tolist() == want
+    assert [x.data_ptr() for x in context] == places
 
 
 def test_a_span_longer_than_the_window_is_cut_to_it() -> None:
     """The cache may hold more than the window shows; then only the view is shorter."""
     q, k = np.random.default_rng(0).standard_normal((2, 1, 2, 3, 8))
     past = np.random.default_rng(1).standard_normal((2, 1, 2, 9, 8))
-    span = Span(rows=9, window=5, causal=False)
     fast, exact = InferenceOps(), NumpyOps("float64")
-    cache = fast.new_cache(1, 2, 8, 12)
-    for empty, rows in zip(cache, past, strict=True):
-        empty[:, :, :9] = torch.from_numpy(rows)
-    got = fast.attention(*(fast.asarray(x, "float32") for x in (q, k, k)), cache, span)
-    assert_close_f32(fast.to_numpy(got), exact.attention(q, k, k, KV(*past), span))
+    context = cache(1, 2, 12, 8)
+    for empty, entries in zip(context, past, strict=True):
+        empty[:, :, :9] = torch.from_numpy(entries)
+    got = fast.attention(*(fast.asarray(x, "float32") for x in (q, k, k)), context, span(9, window=5))
+    where = Span(held=np.array([9]), slots=None, window=5, causal=False)
+    assert_close_f32(fast.to_numpy(got), exact.attention(q, k, k, KV(*past), where))
 
 
 # ---- Experts ----------------------------------------------------------------------------------------------------
@@ -234,52 +242,6 @@ def test_head_keeps_one_buffer_and_gives_none_of_it_away() -> None:
         np.testing.assert_array_equal(one, copy)
     for one, again in zip(_head(ops, x[:1, :5], table, heat[:1], u[:1, :5]), kept, strict=True):
         assert_close_f32(one, again[:1, :5])
-
-
-# ---- The compiled pass ------------------------------------------------------------------------------------------
-
-
-def _canvases(ops: InferenceOps, checkpoint: Checkpoint, prompt: int) -> tuple[list[Any], list[Any]]:
-    """Every draft's tokens and accept mask, and the committed tokens, of two canvases."""
-    engine = Engine(ops, weights.build(ops, checkpoint.config, checkpoint.tensor), None)
-    request = Request(
-        prompt=tuple(range(20, 20 + prompt)), max_new_tokens=30, seed=3, eos_token_ids=(),
-        sampler=SamplerConfig(steps=3, schedule_steps=3, confidence=0.0),
-    )  # fmt: skip
-    events = list(engine.generate(request))
-    drafts = [(event.tokens.tolist(), event.accepted.tolist()) for event in events if isinstance(event, Draft)]
-    return drafts, [event.tokens for event in events if isinstance(event, Commit)]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, where inductor is imported
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_the_compiled_loop_equals_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """The whole pass in one graph, for every context in a bucket. `inductor` also runs a C++ compiler, on a smaller
-    model: that is most of the minute this may take."""
-    shape: dict[str, Any] = dict(layer_types=["full_attention"], num_hidden_layers=1)
-    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path, **(shape if backend == "inductor" else {})))
-    graphs = 0
-    compile = torch.compile
-
-    def counted(function: Any, **options: Any) -> Any:
-        def inner(graph: Any, inputs: Any) -> Any:
-            nonlocal graphs
-            graphs += 1
-            return torch._dynamo.lookup_backend(backend)(graph, inputs)
-
-        assert options["fullgraph"]
-        return compile(function, backend=inner, **options)
-
-    monkeypatch.setattr(torch, "compile", counted)
-    got = _canvases(InferenceOps(compile=True), checkpoint, 29)
-    assert graphs == 1, "contexts of 29 and 45 tokens are in one bucket"
-    assert got == _canvases(InferenceOps(), checkpoint, 29)
-
-
-def test_a_compiled_pass_takes_its_cache_in_buckets() -> None:
-    ops = InferenceOps(compile=True)
-    assert ops.new_cache(1, 1, 8, BUCKET + 1).keys.shape[2] == 2 * BUCKET
-    assert ops.extent(7).tolist() == [7] and InferenceOps().extent(7) == 7
 
 
 def test_reference_draw_is_what_the_head_follows() -> None:

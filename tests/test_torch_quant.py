@@ -23,15 +23,13 @@ from dgemma.checkpoints import quant, weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, QTensor, quantize
 from dgemma.convert import convert, recipes
-from dgemma.core.config import SamplerConfig
-from dgemma.core.engine import Engine, Request
-from dgemma.core.events import Commit
 from dgemma.core.model import denoise, encode, new_cache
 from dgemma.core.ops import Ops
 from law import assert_close_f32, assert_low_precision
 from published import floats
 from test_torch import Allocations
 from tiny import edit_json, rewrite
+from under_test import build
 
 FORMATS = [
     *(Format(bits=bits, group_size=size) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128)),
@@ -148,9 +146,9 @@ def source(tmp_path: Path, **overrides: Any) -> Path:
 
 def answers(ops: Ops, checkpoint: Checkpoint) -> Answers:
     """Encode in two chunks, denoise with a soft embedding, and everything that reads the vocabulary."""
-    model, draw = weights.build(ops, checkpoint.config, checkpoint.tensor), np.random.default_rng(0)
+    model, draw = build(ops, checkpoint.config, checkpoint.tensor), np.random.default_rng(0)
     width, vocab = checkpoint.config.hidden_size, checkpoint.config.vocab_size
-    cache = new_cache(ops, checkpoint.config, batch=1, capacity=64, chunk=16)
+    cache = new_cache(ops, checkpoint.config, slots=1, capacity=64, scratch=16)
     for chunk in np.split(draw.integers(16, vocab, (1, 26)).astype(np.int32), [16], 1):
         cache = encode(ops, model, cache, ops.asarray(chunk))
     soft = ops.asarray(draw.normal(0, 0.3, (1, 16, width)).astype(ml_dtypes.bfloat16).astype(np.float32), ops.dtype)
@@ -200,35 +198,6 @@ def test_nano_writes_the_same_text(tmp_path: Path, recipe: str) -> None:
         dgemma.load(tmp_path / "out", backend=one).generate(".3.1\n.2..\n....\n...4") for one in ("torch", "numpy")
     )
     assert got.token_ids == want.token_ids and got.stats.steps == want.stats.steps
-
-
-def test_the_compiled_pass_equals_the_plain_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One graph, with no packed weight dequantized between its nodes."""
-    convert(source(tmp_path), tmp_path / "out", "4bit-mlx", workers=1)
-    checkpoint, compile, graphs = Checkpoint.open(tmp_path / "out"), torch.compile, []
-
-    def counted(function: Any, **options: Any) -> Any:
-        def inner(graph: Any, inputs: Any) -> Any:
-            graphs.append(str(graph.graph))
-            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-        return compile(function, backend=inner, **options)
-
-    monkeypatch.setattr(torch, "compile", counted)
-
-    def tokens(ops: InferenceOps) -> list[Any]:
-        engine = Engine(ops, weights.build(ops, checkpoint.config, checkpoint.tensor), None)
-        sampler = SamplerConfig(steps=3, schedule_steps=3, confidence=0.0)
-        request = Request(
-            prompt=tuple(range(20, 49)), max_new_tokens=16, seed=3, eos_token_ids=(), sampler=sampler
-        )  # fmt: skip
-        return [event.tokens for event in engine.generate(request) if isinstance(event, Commit)]
-
-    torch._dynamo.reset()
-    assert tokens(InferenceOps(compile=True)) == tokens(InferenceOps())
-    assert len(graphs) == 1 and all(
-        f"dgemma.packed_{op}" in graphs[0] for op in ("linear", "experts", "mix")
-    )  # fmt: skip
 
 
 # ---- Ops ------------------------------------------------------------------------------------------------------------
