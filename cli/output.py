@@ -69,8 +69,9 @@ def _one_line() -> Column:
 
 
 def load_model(
-    console: Console, name: str, *, revision: str | None = None, backend: str, device: str, dtype: str
-) -> DiffusionGemma:
+    console: Console, name: str, *, revision: str | None = None, backend: str, device: str, dtype: str,
+    rows: int | None = None,
+) -> DiffusionGemma:  # fmt: skip
     """Load a model with its progress on stderr."""
     import dgemma
 
@@ -84,7 +85,7 @@ def load_model(
         def progress(done: int, total: int) -> None:
             wait.update(done, total, f"{size(done)} of {size(total)}")
 
-        return dgemma.load(path, backend=backend, device=device, dtype=dtype, progress=progress)
+        return dgemma.load(path, backend=backend, device=device, dtype=dtype, rows=rows, progress=progress)
 
 
 def consoles(*, quiet: bool = False) -> tuple[Console, Console]:

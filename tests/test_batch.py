@@ -135,6 +135,54 @@ def test_every_line_is_checked_before_the_first_is_answered(
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
+def test_a_line_that_fails_does_not_stop_the_others(
+    prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model(ScriptedModel):
+        def stream(self, prompt: Any, **options: Any) -> Any:
+            events = super().stream(prompt, **options)
+            yield next(events)
+            if prompt == "two" and not mended:
+                raise dgemma.DgemmaError("came to NaN")
+            yield from events
+
+    mended: list[bool] = []
+    monkeypatch.setattr(dgemma, "load", lambda *a, **k: Model(["ok"]), raising=False)
+    out = tmp_path / "out.jsonl"
+    result = run(prompts, "--out", out, "-m", tmp_path)
+    assert result.exit_code == 1 and [one["line"] for one in lines(out)] == [1, 4, 5]
+    assert result.stderr.startswith(f"3 answered: {out}\ndgemma: error: ")
+    assert f"{prompts}: line 3: came to NaN; the same command tries again" in result.stderr
+    mended.append(True)
+    assert run(prompts, "--out", out, "-m", tmp_path).exit_code == 0
+    assert [one["line"] for one in lines(out)] == [1, 4, 5, 3]
+
+
+def test_lines_are_answered_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On nano: several lines in one pass, results in order and those of one line at a time."""
+    board, given = ".3.1 .2.. .... ...4", tmp_path / "in.jsonl"
+    asked = [{"prompt": board, "seed": seed, "max_new_tokens": 9 + 8 * seed} for seed in range(6)]
+    given.write_text("".join(json.dumps(one) + "\n" for one in asked))
+    rows: list[int] = []
+    whole = dgemma.load
+
+    def noting(*given: Any, **options: Any) -> Any:
+        made = whole(*given, **options)
+        step = made.engine.passes.step
+        made.engine.passes.step = lambda slots, *rest: (rows.append(len(slots)), step(slots, *rest))[1]
+        return made
+
+    monkeypatch.setattr(dgemma, "load", noting)
+    found = []
+    for count in (1, 4):
+        rows.clear()
+        out = tmp_path / f"out{count}"
+        assert run(given, "--out", out, "--backend", "numpy", "--rows", str(count)).exit_code == 0
+        assert max(rows) == count
+        found.append([{k: v for k, v in one.items() if k != "stats"} for one in lines(out)])
+    assert found[0] == found[1] and [one["line"] for one in found[0]] == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize(
     "text",
     [
