@@ -3,6 +3,7 @@ answers are held to the law in test_ops, test_head and test_parity."""
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import dgemma
 from dgemma.backends.numpy import NumpyOps
 from dgemma.backends.torch import experts as expert_ops
 from dgemma.backends.torch import head as head_ops
@@ -164,6 +166,20 @@ def test_experts_in_low_precision(padding: float, monkeypatch: pytest.MonkeyPatc
 def test_the_custom_op_is_declared_as_it_behaves() -> None:
     args = (torch.randn(7, 6), torch.rand(7, 5).topk(2).indices, torch.rand(7, 2), torch.randn(5, 8, 6))
     torch.library.opcheck(torch.ops.dgemma.experts.default, (*args, torch.randn(5, 6, 4)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="where libgomp is, is asked of /proc")
+def test_the_engines_thread_has_torchs_number_of_threads() -> None:
+    """Which OpenMP keeps for each thread: a new one begins with every core."""
+    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    openmp = ctypes.CDLL(next(path for path in loaded if "libgomp" in path))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(before + 2)
+        engine = dgemma.load("nano", backend="torch", device="cpu").engine
+        assert engine.run("testing", openmp.omp_get_max_threads) == before + 2
+    finally:
+        torch.set_num_threads(before)
 
 
 GENERATION = """

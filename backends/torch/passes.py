@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -25,6 +25,11 @@ class TorchPasses(GraphPasses):
 
     def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
         return lambda: [self.ops.to_numpy(x) for x in arrays]
+
+    def home(self) -> AbstractContextManager[None]:
+        # Asking sets it: in a new thread OpenMP's number of threads is every logical core, until torch has looked.
+        torch.get_num_threads()
+        return nullcontext()
 
     @contextmanager
     def guarded(self, doing: str) -> Iterator[None]:
