@@ -6,10 +6,9 @@ embedding are values of the runtime's own device and go from pass to pass withou
 are the few hundred numbers that `Draft` shows.
 
 A graph takes a cache in which every entry is valid, and one entropy bound. So on a CPU those rows share a denoising run
-that are equally long and have the same bound, such as samples of one prompt: 8 of them take 0.76 of the time that they
-take one after another with 110 M parameters in float32, 0.93 in 4 bits, 0.55 with nano. All others are runs of their
-own, and so is what a row reads. A row's cache is what its last run of `encode` returned, and a value that was returned
-is never written to again, so that a snapshot is the values themselves.
+that are equally long and have the same bound, such as samples of one prompt; see docs/onnx.md for what it brings. All
+others are runs of their own, and so is what a row reads. A row's cache is what its last run of `encode` returned, and a
+value that was returned is never written to again, so that a snapshot is the values themselves.
 """
 
 from __future__ import annotations
