@@ -1,7 +1,7 @@
 """A card that is not there: whole passes on torch's fake tensors of device `cuda`, and everything a card would refuse.
 
     with fake_card() as card:
-        ops = CudaOps("bfloat16", "cuda", capture=CudaCapture(torch.device("cuda")))
+        passes = CardPasses(CudaOps("bfloat16", "cuda"), weights, capture=CudaCapture(torch.device("cuda")))
         …                                   kernels are recorded, graphs are captured and replayed by name only
 
 Raises `Refused` where CUDA, torch or Triton would fail, wait for the device, or compile when nothing may:
@@ -40,8 +40,8 @@ Tensor = torch.Tensor
 
 DTYPES: dict[str, tuple[torch.dtype, ...]] = (
     dict.fromkeys(
-        ("held_of", "slots", "stability", "order", "tiles", "index", "token", "argmax", "noise", "canvas", "last_argmax", "stable", "stable_out",
-         "listed", "count", "wanted"), (torch.int32,)
+        ("held_of", "slots", "order", "tiles", "index", "token", "argmax", "noise", "canvas", "last_argmax", "stable",
+         "stable_out", "stability", "listed", "count", "wanted"), (torch.int32,)
     )
     | dict.fromkeys(("accepted", "stop", "greedy"), (torch.bool,))
     | dict.fromkeys(
@@ -313,7 +313,8 @@ def fake_card(capability: tuple[int, int] = (9, 0), multiprocessors: int = 132) 
         "CUDAGraph": lambda: Graph(card), "graph": card.graph, "graph_pool_handle": lambda: next(pools),
         "get_device_capability": lambda device=None: capability, "empty_cache": lambda: None,
         "get_device_properties": lambda device=None: SimpleNamespace(multi_processor_count=multiprocessors),
-        "max_memory_reserved": lambda device=None: 1 << 34,
+        "max_memory_reserved": lambda device=None: 1 << 34, "mem_get_info": lambda device=None: (60 << 30, 80 << 30),
+        "memory_reserved": lambda device=None: 0, "memory_allocated": lambda device=None: 0,
     }  # fmt: skip
 
     def launch(self: JITFunction, *args: Any, **kwargs: Any) -> None:

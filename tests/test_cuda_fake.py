@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from dgemma.backends.cuda.graph import CudaCapture, Graphs
+from dgemma import DgemmaError
+from dgemma.backends.cuda import passes as passes_module
+from dgemma.backends.cuda.graph import CapturedFunction, CudaCapture
 from dgemma.backends.cuda.ops import CudaOps
+from dgemma.backends.cuda.passes import CardPasses
 from dgemma.backends.torch.experts import _grouped_fits
 from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints.quant import Format
-from dgemma.core.config import GenerationConfig, ModelConfig, SamplerConfig
-from dgemma.core.engine import Engine, Request
+from dgemma.core.config import ModelConfig, SamplerConfig
+from dgemma.core.engine import Engine
 from dgemma.core.events import Done, Draft
-from dgemma.runtime import DiffusionGemma
+from dgemma.core.row import Request
 from dgemma.tools import bench
 from fake_card import Card, Refused, fake_card
+from test_cuda_ops import random_model
 
 PROMPT, CANVASES, STEPS = 1500, 3, 2
 
@@ -39,11 +43,6 @@ class FakeOps(CudaOps):
         assert x.device.type == "cpu", "read from the card itself, and not from what was copied behind the pass"
         kind = {torch.bool: np.bool_, torch.int32: np.int32}.get(x.dtype, np.float32)
         return np.zeros(tuple(x.shape), kind)
-
-
-def make_ops(device: str = "cuda", *, captured: bool = True, **options: Any) -> FakeOps:
-    capture = CudaCapture(torch.device(device)) if captured else None
-    return FakeOps("bfloat16", device, capture=capture, **options)
 
 
 def weight(device: str) -> Callable[[tuple[int, ...], Format | None, int], torch.Tensor | QuantizedTensor]:
@@ -67,40 +66,65 @@ def shallow() -> ModelConfig:
     return replace(config, layers=config.layers[:6])
 
 
-def engine(ops: FakeOps, recipe: str = "4bit") -> Engine:
-    return Engine(ops, bench.random_model(ops, shallow(), recipe, weight(str(ops.device))), None)
+def engine(
+    recipe: str = "4bit", *, device: str = "cuda", captured: bool = True, joined: bool = False, beside: bool = False
+) -> Engine:
+    ops = FakeOps("bfloat16", device, beside=beside)
+    model = random_model(ops, shallow(), recipe, weight(str(ops.device)))
+    capture = CudaCapture(ops.device) if captured else None
+    return Engine(CardPasses(ops, model, capture=capture, joined=joined), None, prefix_bytes=0)
 
 
-def generate(engine: Engine, prompt: int = PROMPT) -> list[Any]:
-    return list(passes(engine, prompt))
+def request(prompt: int = PROMPT, **changed: Any) -> Request:
+    sampler = SamplerConfig(steps=STEPS, schedule_steps=STEPS, confidence=0.0)
+    given = dict(prompt=(7,) * prompt, max_new_tokens=CANVASES * 256, seed=0, eos_token_ids=(), sampler=sampler)
+    return Request(**{**given, **changed})
 
 
-def passes(engine: Engine, prompt: int = PROMPT) -> Iterator[Any]:
-    config = engine.model.config
-    request = Request(
-        prompt=(7,) * prompt, max_new_tokens=CANVASES * config.canvas_length, seed=0, eos_token_ids=(),
-        sampler=SamplerConfig(steps=STEPS, schedule_steps=STEPS, confidence=0.0),
-    )  # fmt: skip
-    return engine.generate(request)
+def generate(engine: Engine, *requests: Request) -> list[list[Any]]:
+    """In this thread, where the card is; each request's events."""
+    handles = [engine.add(one) for one in requests or (request(),)]
+    home = engine.passes.home
+    with home(), engine.passes.guarded("generating"):
+        while engine._round():
+            pass
+    return [list(iter(handle.next, None)) for handle in handles]
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "8bit", "bf16", "nvfp4", "4bit-mlx"])
 def test_a_generation_waits_for_nothing_and_captures_what_a_card_captures(card: Card, recipe: str) -> None:
-    one = engine(make_ops(), recipe)
-    assert one.ops.lookahead == 1
-    events = generate(one)
+    one = engine(recipe)
+    assert one.passes.lookahead == 1
+    (events,) = generate(one)
     assert sum(isinstance(event, Draft) for event in events) == STEPS * CANVASES
     assert card.captures == 3, "the pass, and reading 1,024 and 256 tokens"
     card.steady, card.waits, captured = True, 0, card.captures
     card.launches.clear()
-    stats = next(event.stats for event in generate(one, PROMPT - 7) if isinstance(event, Done))
+    (events,) = generate(one, request(PROMPT - 7))
+    stats = next(event.stats for event in events if isinstance(event, Done))
     assert (card.captures, card.waits) == (captured, 0)
     assert not card.launches, "every pass is a replay"
     assert card.replays > stats.steps
 
 
+def test_rows_that_join_and_leave_are_replays(card: Card) -> None:
+    """Of three, with settings of their own: batches of four with a row that fills up, of two and of one."""
+    one = engine()
+    settings = [SamplerConfig(steps=2 + i, schedule_steps=4, confidence=0.01 * i, stability=i) for i in range(3)]
+
+    def several(first: int) -> list[Request]:
+        return [request(first + i, sampler=one, seed=first + i, max_new_tokens=512) for i, one in enumerate(settings)]
+
+    generate(one, *several(900))
+    captured = card.captures
+    card.steady, card.waits = True, 0
+    card.launches.clear()
+    assert all(isinstance(events[-1], Done) for events in generate(one, *several(700)))
+    assert (card.captures, card.waits) == (captured, 0) and not card.launches
+
+
 def test_the_plain_loop_waits_for_nothing_but_its_drafts(card: Card) -> None:
-    one = engine(make_ops(captured=False))
+    one = engine(captured=False)
     generate(one)
     card.steady = True
     card.launches.clear()
@@ -109,33 +133,71 @@ def test_the_plain_loop_waits_for_nothing_but_its_drafts(card: Card) -> None:
 
 @pytest.mark.parametrize("batch", [1, 4])
 def test_the_benchmark_captures_what_a_card_captures(card: Card, batch: int) -> None:
-    ops = make_ops()
-    model = bench.random_model(ops, shallow(), "4bit", weight("cuda"))
-    result = bench.measure(ops, model, bench.Plan(steps=2, context=1024, canvases=1, batch=batch))
+    one = engine()
+    passes = one.passes
+    assert isinstance(passes, CardPasses)
+
+    class Here(Engine):
+        """Runs in this thread, where the card is."""
+
+        def run(self, doing: str, work: Callable[[], Any]) -> Any:
+            return work()
+
+        def wait_for(self, row: Any) -> Any:
+            while row.events.empty():
+                self._round()
+            return row.events.get()
+
+    with mock.patch.object(bench, "Engine", Here):
+        result = bench.measure(passes, bench.Plan(steps=2, context=1024, canvases=1, batch=batch))
     assert result.tokens_per_second > 0 and card.captures >= 3
 
 
 def test_the_dense_part_beside_the_experts(card: Card) -> None:
-    generate(engine(make_ops(beside=True)))
+    generate(engine(beside=True))
 
 
 def test_a_second_card_is_launched_on_whatever_is_current(card: Card) -> None:
     """Another model has been loaded since, or another thread asks: current cards are a thread's own."""
-    one = engine(make_ops("cuda:1"))
+    one = engine(device="cuda:1")
     assert card.current == 1
     card.set_device(0)
     generate(one)
     assert card.captures == 3 and card.current == 0
-    one.ops.to_numpy = lambda x: np.zeros(tuple(x.shape), np.float32)
-    model = DiffusionGemma(one, GenerationConfig(), Path())
-    assert model.logits(range(5), range(5)).shape == (5, one.model.config.vocab_size)
+    one.passes.ops.to_numpy = lambda x: np.zeros(tuple(x.shape), np.float32)
+    with one.passes.home():
+        slot = one.passes.open(5, 5)
+        one.passes.read([(slot, np.arange(5, dtype=np.int32))])
+        logits = one.passes.logits(slot, np.arange(5, dtype=np.int32))
+    assert logits.shape == (5, one.passes.config.vocab_size) and card.current == 0
 
 
 def test_two_cards_take_turns(card: Card) -> None:
-    requests = [iter(passes(engine(make_ops(f"cuda:{i}")))) for i in range(2)]
-    for events in zip(*requests, strict=True):
-        assert type(events[0]) is type(events[1])
-    assert card.captures == 6
+    engines = [engine(device=f"cuda:{i}") for i in range(2)]
+    handles = [one.add(request()) for one in engines]
+    left = [True, True]
+    while any(left):
+        for i, one in enumerate(engines):
+            with one.passes.home():
+                left[i] = one._round()
+    assert card.captures == 6 and all(isinstance(list(iter(one.next, None))[-1], Done) for one in handles)
+
+
+def test_what_does_not_fit_is_refused_or_waits(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that never could is an error with the numbers; one that could alone waits for the others to end."""
+    passes = engine().passes
+    with passes.home():
+        monkeypatch.setattr(passes_module, "free_memory", lambda device: (2 * 10**9, 80 * 10**9))
+        assert passes.fits(4096, 256)
+        assert not passes.fits(4096, 256, rows=64)
+        with pytest.raises(DgemmaError, match=r"does not fit: cuda:0 has 2.00 GB of 80.00 GB free .* context of"):
+            passes.fits(260_000, 256)
+        slot = passes.open(4096, 256)
+        held = passes._held()
+        monkeypatch.setattr(passes_module, "free_memory", lambda device: (2 * 10**9 - held, 80 * 10**9))
+        assert passes.fits(4096, 256) and not passes.fits(4096, 256, rows=64)
+        passes.close(slot)
+    assert passes.peak() == 1 << 34 and passes.spare() <= 2 * 10**9
 
 
 def test_cards_without_a_grouped_product_run_experts_one_by_one() -> None:
@@ -198,7 +260,9 @@ BROKEN: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_what_cannot_be_captured_is_refused(card: Card, broken: str) -> None:
-    run = Graphs(lambda x: (BROKEN[broken](x), x)[1], CudaCapture(torch.device("cuda")), torch.device("cuda:0"))
+    run = CapturedFunction(
+        lambda x: (BROKEN[broken](x), x)[1], CudaCapture(torch.device("cuda")), torch.device("cuda:0")
+    )
     with pytest.raises((Refused, RuntimeError)):
         run(torch.empty(3, device="cuda"))
     assert not card.captures

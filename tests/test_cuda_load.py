@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,22 +14,26 @@ import numpy as np
 import pytest
 import torch
 
+import dgemma
 from dgemma import DgemmaError
-from dgemma.backends.cuda import card as card_module
+from dgemma.backends import cuda
 from dgemma.backends.cuda import load as load_module
-from dgemma.backends.cuda.card import CardOps
-from dgemma.backends.cuda.graph import rerun
-from dgemma.backends.cuda.load import Room, Stager, refusal, releasing, room
+from dgemma.backends.cuda import passes as passes_module
+from dgemma.backends.cuda.card import CardOps, _sent
+from dgemma.backends.cuda.load import Room, Stager, bucketed, refusal, releasing
+from dgemma.backends.cuda.passes import CardPasses, admit
 from dgemma.backends.torch.blocks import whole
 from dgemma.backends.torch.packed import QuantizedTensor
-from dgemma.checkpoints import weights
+from dgemma.checkpoints import sizes
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, dequantize, quantize
+from dgemma.core import memory
+from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
-from dgemma.core.model import new_cache
 from dgemma.tools.bench import config_of
-from dgemma.tools.inspect import cache_size
+from loops import request
 from tiny import tiny_checkpoint
+from under_test import build
 
 CPU = torch.device("cpu")
 GB = 10**9
@@ -52,7 +57,7 @@ def test_every_byte_arrives(count: int, threads: int) -> None:
 def test_a_staged_weight_is_the_packed_one(dtype: Any) -> None:
     stored = np.random.default_rng(0).standard_normal((3, 5)).astype(getattr(ml_dtypes, dtype, None) or dtype)
     ops = CardOps("bfloat16", "cpu")
-    assert torch.equal(ops.staged(stored), ops.pack(stored))
+    assert torch.equal(ops.pack(stored, Stager(CPU)), ops.pack(stored))
 
 
 @pytest.mark.parametrize("mode", ["affine", "symmetric", "nvfp4", "mxfp8"])
@@ -63,7 +68,7 @@ def test_a_staged_quantized_weight_keeps_its_bytes(mode: str) -> None:
     }  # fmt: skip
     w = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
     q = quantize(w, kinds[mode], global_scale=0.01 if mode == "nvfp4" else None)
-    staged = CardOps("bfloat16", "cpu").staged(q)
+    staged = CardOps("bfloat16", "cpu").pack(q, Stager(CPU))
     assert isinstance(staged, QuantizedTensor) and staged.format == q.format
     np.testing.assert_array_equal(whole(staged, torch.float32).numpy(), dequantize(q))
 
@@ -137,12 +142,19 @@ def test_a_buffer_is_filled_again_only_when_it_is_empty(monkeypatch: pytest.Monk
         np.testing.assert_array_equal(x.numpy(), source)
 
 
-def test_the_ring_is_given_back_after_loading() -> None:
-    ops = CardOps("float32", "cpu")
-    with ops.guarded("loading"):
-        ops.staged(np.ones(3, np.float32))
-        assert ops._stager is not None
-    assert ops._stager is None
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_ring_is_given_back_after_loading(fails: bool) -> None:
+    ops, kept = CardOps("float32", "cpu"), []
+    try:
+        with cuda._loading(ops) as stager:
+            ops.pack(np.ones(3, np.float32), stager)
+            kept.append(stager)
+            assert stager._ring
+            if fails:
+                raise ZeroDivisionError
+    except ZeroDivisionError:
+        assert fails
+    assert not kept[0]._ring
 
 
 @pytest.mark.gpu
@@ -150,9 +162,8 @@ def test_the_ring_is_given_back_after_loading() -> None:
 def test_every_byte_arrives_on_the_card(count: int) -> None:
     """Of memory that begins anywhere, in fewer and in more pieces than the ring has."""
     stored = np.random.default_rng(count).integers(0, 255, count + 1, np.uint8)[1:]
-    ops = CardOps("bfloat16", "cuda")
-    with ops.guarded("loading"):
-        sent = [ops._send(stored), ops._send(stored[: count // 2])]
+    with cuda._loading(CardOps("bfloat16", "cuda")) as stager:
+        sent = [_sent(stored, stager), _sent(stored[: count // 2], stager)]
         for x, source in zip(sent, (stored, stored[: count // 2]), strict=True):
             np.testing.assert_array_equal(x.cpu().numpy(), source)
 
@@ -160,72 +171,76 @@ def test_every_byte_arrives_on_the_card(count: int) -> None:
 # ---- Room -------------------------------------------------------------------------------------------------------
 
 
-def test_the_cache_is_counted_as_the_model_reserves_it() -> None:
-    config = config_of("26b")
-    want = cache_size(config, "bfloat16")
-    found = room(config, 15 * GB, width=2, free=0, total=0, chunk=512)
-    assert (found.cache_per_token, found.fixed_cache) == (want.per_token, want.fixed)
-    twice = room(config, 15 * GB, width=2, free=0, total=0, chunk=512, batch=2)
-    assert twice.fixed_cache == 2 * want.fixed and twice.weights == found.weights
+def found(shape: str = "26b", *, weights: int = 0, free: float = 0, total: float = 0, **changes: Any) -> Room:
+    given: dict[str, Any] = dict(
+        config=config_of(shape), weights=weights, width=2, scratch=1024, free=int(free), total=int(total)
+    )
+    return Room(**{**given, **changes})
 
 
 @pytest.mark.parametrize("context", [1, 1024, 1025, 5000])
-def test_the_cache_is_counted_as_captured_passes_round_it(context: int) -> None:
+def test_the_cache_is_counted_as_slots_are_cut(context: int) -> None:
     """Behind at least a window's tokens; a shorter context takes less."""
-    config = config_of("nano-like")
-    ops = CardOps("bfloat16", "cpu", capture=rerun)
-    held = new_cache(ops, config, batch=1, capacity=max(context, 63), chunk=1024)
-    found = room(config, 0, width=2, free=0, total=0, chunk=1024, buckets=True)
-    assert found.cache(context) == sum(x.nbytes for layer in held.layers for x in layer)
+    ops = CardOps("bfloat16", "cpu")
+    model = SimpleNamespace(config=config_of("nano-like"))
+    passes = CardPasses(ops, model)
+    passes.open(context, 48)
+    room = found("nano-like", scratch=passes._scratch)
+    assert room.cache(context) == passes._held()
+    assert bucketed(context) == passes._capacity
+
+
+def test_weights_are_counted_as_they_will_be_held(tmp_path: Path) -> None:
+    """By the headers alone, and by what they take on the device when they are there."""
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path))
+    ops = CardOps("bfloat16", "cpu")
+    held = [ops.pack(checkpoint.tensor(name)) for name in checkpoint.names]
+    want = memory.held_bytes(sizes.of_checkpoint(checkpoint), "torch", "bfloat16", gpu=True)
+    assert want == sum(x.nbytes for x in held)
 
 
 @pytest.mark.parametrize("free", [18, 18.3, 19, 21, 30])
 def test_the_context_that_is_said_to_fit_does(free: float) -> None:
-    found = room(config_of("26b"), 15_420_000_000, width=2, free=int(free * GB), total=80 * GB, buckets=True)
-    most = found.largest_context
-    assert most > 0 and refusal(found, most, "cuda:0") is None
-    assert most == found.most_tokens or refusal(found, most + 1, "cuda:0") is not None
+    room = found(weights=15_420_000_000, free=free * GB, total=80 * GB)
+    most = room.largest_context
+    assert most > 0 and refusal(room, most, "cuda:0") is None
+    assert most == room.config.max_positions or refusal(room, most + 1, "cuda:0") is not None
 
 
 def test_the_4bit_model_needs_less_than_18_gb() -> None:
     """What the recipe is for: with 4,096 tokens of context."""
-    found = room(config_of("26b"), 15_420_000_000, width=2, free=24 * GB, total=24 * GB)
-    assert 15.4 * GB < found.needed(4096) < 18 * GB
-    assert refusal(found, 4096, "cuda:0") is None
-
-
-def _room(**changes: Any) -> Room:
-    sizes = dict(
-        weights=15 * GB, fixed_cache=GB, cache_per_token=10**6, working=2 * GB, free=20 * GB, total=24 * GB,
-        most_tokens=10**6,
-    )  # fmt: skip
-    return Room(**(sizes | changes))
+    room = found(weights=15_420_000_000, free=24 * GB, total=24 * GB)
+    assert 15.4 * GB < room.needed(4096) < 18 * GB
+    assert refusal(room, 4096, "cuda:0") is None
 
 
 def test_a_context_that_does_not_fit_is_refused_with_what_would() -> None:
-    assert _room().largest_context == 2000 and refusal(_room(), 2000, "cuda:0") is None
-    why = refusal(_room(), 2001, "cuda:1")
+    weights = 15 * GB
+    room = found(weights=weights, free=weights + found().needed(3000), total=24 * GB)
+    assert room.largest_context == 3072 and refusal(room, 3072, "cuda:0") is None
+    why = refusal(room, 3073, "cuda:1")
     assert why is not None and "\n" not in why
-    for part in ("cuda:1 has 20.00 GB of 24.00 GB free", "15.00 GB of weights", "2,001 tokens", "a context of 2,000"):
+    has = f"cuda:1 has {room.free / GB:.2f} GB of 24.00 GB free"
+    for part in (has, "15.00 GB of weights", "3,073 tokens", "a context of 3,072"):
         assert part in why
-    assert _room(most_tokens=500).largest_context == 500
+    small = found("nano-like", free=GB, config=replace(config_of("nano-like"), max_positions=500))
+    assert small.largest_context == 500
 
 
 def test_weights_that_do_not_fit_are_refused_with_what_would() -> None:
-    why = refusal(_room(free=10 * GB), 1, "cuda:0")
-    assert why is not None and "weights of at most 7.00 GB would fit" in why and "--recipe 4bit" in why
+    room = found(weights=15 * GB, free=10 * GB, total=24 * GB)
+    rest = room.free - (room.needed(1) - room.weights)
+    why = refusal(room, 1, "cuda:0")
+    assert why is not None and "--recipe 4bit" in why
+    assert f"weights of at most {rest / GB:.2f} GB would fit" in why
 
 
 def test_a_model_is_refused_before_anything_is_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = CardOps("bfloat16", "cuda:0")
-    monkeypatch.setattr(card_module, "free_memory", lambda device: (8 * GB, 12 * GB))
+    monkeypatch.setattr(passes_module, "free_memory", lambda device: (8 * GB, 12 * GB))
     with pytest.raises(DgemmaError, match=re.escape("does not fit: cuda:0 has 8.00 GB of 12.00 GB free")):
-        ops.admit(config_of("26b"), lambda: 15 * GB)
-    ops.admit(config_of("nano-like"), lambda: 10**7)
-
-
-def test_the_cpu_counts_nothing() -> None:
-    CardOps("bfloat16", "cpu").admit(config_of("26b"), lambda: pytest.fail("not asked for"))
+        admit(config_of("26b"), 15 * GB, ops)
+    admit(config_of("nano-like"), 10**7, ops)
 
 
 # ---- Out of memory ----------------------------------------------------------------------------------------------
@@ -253,27 +268,33 @@ def test_other_errors_pass() -> None:
         raise ZeroDivisionError
 
 
-@pytest.mark.parametrize("fails_at", ["pack", "new_cache"])
-def test_loading_and_generating_are_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
-    def fail(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+def out_of_memory(*_: Any, **__: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
+
+def test_loading_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `load` on, with a card's numbers made up."""
+    folder = tiny_checkpoint(tmp_path)
+    monkeypatch.setattr("dgemma.backends.torch.device_of", lambda device: "cuda:0")
+    monkeypatch.setattr(cuda, "card_ops", lambda dtype, device: CardOps(dtype, "cpu"))
+    monkeypatch.setattr(passes_module, "free_memory", lambda device: (8 * GB, 12 * GB))
+    monkeypatch.setattr(CardOps, "pack", out_of_memory)
+    with pytest.raises(DgemmaError, match=r"ran out of memory while loading the weights.*smaller recipe"):
+        dgemma.load(folder, backend="torch", device="cuda")
+
+
+@pytest.mark.parametrize("fails_at", ["zeros", "_step"])
+def test_generating_is_guarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: str) -> None:
+    """The request ends with a line, its pool is given back, and the next one is answered."""
     checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path))
     ops = CardOps("float32", "cpu")
-    if fails_at == "pack":
-        import dgemma
-        from dgemma import backends
-
-        monkeypatch.setattr(CardOps, "pack", fail)
-        monkeypatch.setattr(backends, "make", lambda *_, **__: ops)
-        with pytest.raises(DgemmaError, match="ran out of memory while loading the weights"):
-            dgemma.load(tmp_path / "tiny")
-        return
-    engine = Engine(ops, weights.build(ops, checkpoint.config, checkpoint.tensor), None)
-    monkeypatch.setattr(CardOps, "new_cache", fail)
-    from dgemma.core.config import SamplerConfig
-    from dgemma.core.engine import Request
-
-    request = Request(prompt=(5,), max_new_tokens=3, seed=0, eos_token_ids=(), sampler=SamplerConfig(steps=1))
-    with pytest.raises(DgemmaError, match=r"ran out of memory while generating.*a shorter context"):
-        list(engine.generate(request))
+    passes = CardPasses(ops, build(ops, checkpoint.config, checkpoint.tensor))
+    engine = Engine(passes, None, prefix_bytes=0)
+    sampler = SamplerConfig(steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(passes, fails_at, out_of_memory)
+        with pytest.raises(DgemmaError, match=r"ran out of memory while generating.*a shorter context"):
+            list(engine.add(request(5, sampler, max_new_tokens=3)).events())
+        engine.run("looking", lambda: None)
+    assert (passes._pool, passes._canvases, passes._lengths) == ((), {}, {})
+    assert list(engine.add(request(5, sampler, max_new_tokens=3)).events())

@@ -289,9 +289,8 @@ def random_model(
     ops: Any, config: ModelConfig, recipe: str, make: Callable[[tuple[int, ...], Format | None, int], Any]
 ) -> Model:  # fmt: skip
     """A model of a recipe's formats; `make` gets a shape, a format and a seed."""
-    kinds, sizes = bench.formats(config, recipe), weights.shapes(config)
-    seeds = {name: i for i, name in enumerate(sizes)}
-    return weights.build(config, lambda name: ops.pack(make(sizes[name], kinds[name], seeds[name])), ops.stack)
+    weight = bench.weights_of(config, recipe, make)
+    return weights.build(config, lambda name: ops.pack(weight(name)), ops.stack)
 
 
 def meta_weight(shape: tuple[int, ...], kind: Format | None, seed: int) -> torch.Tensor | QuantizedTensor:
