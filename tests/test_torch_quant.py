@@ -209,15 +209,6 @@ def on_torch(kind: Format, *shape: int) -> tuple[QuantizedTensor, torch.Tensor]:
     return QuantizedTensor.from_host(q), torch.from_numpy(quant.dequantize(q))
 
 
-def test_the_custom_ops_are_declared_as_they_behave() -> None:
-    packed, _ = on_torch(Format(), 40, 64)
-    torch.library.opcheck(torch.ops.dgemma.packed_linear.default, (torch.randn(2, 7, 64), *blocks.flat(packed), 0.5))
-    torch.library.opcheck(torch.ops.dgemma.packed_mix.default, (torch.rand(7, 40), *blocks.flat(packed)))
-    up, down = on_torch(Format(symmetric=True), 5, 64, 64)[0], torch.randn(5, 64, 32)
-    args = (torch.randn(7, 64), torch.rand(7, 5).topk(2).indices, torch.rand(7, 2))
-    torch.library.opcheck(torch.ops.dgemma.packed_experts.default, (*args, *blocks.flat(up), *blocks.flat(down)))
-
-
 @pytest.mark.parametrize("block", [64 * 20, 64 * 64 * 2, 1 << 20], ids=["rows", "pairs", "all"])
 def test_only_the_experts_that_are_hit_are_dequantized(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Some alone, some with their neighbours, some in parts; one weight packed, the other not."""

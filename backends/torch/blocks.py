@@ -5,17 +5,14 @@ float32 (`processor.py`). A block of its rows is dequantized or widened into a b
 
 That happens once a pass, whatever the rows of x: reading 256 rows of a canvas with a weight costs several times as
 much. Blocks are long enough for the matrix product and filled in pieces that stay in a processor's own cache.
-
-The custom ops are the same for `torch.compile`, which would otherwise hold whole dequantized weights between nodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from ...checkpoints.quant import Format
 from .packed import QuantizedTensor, Scratch, dequantize_into
 
 Tensor = torch.Tensor
@@ -106,45 +103,3 @@ def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
     for piece in _cut(len(target), target.shape[1], PIECE if weight.device.type == "cpu" else CUDA_BLOCK):
         dequantize_into(target[piece], rows[piece], scratch)
     return out
-
-
-# ---- For torch.compile ----------------------------------------------------------------------------------------------
-
-
-def flat(weight: Weight) -> tuple[list[Tensor | None], str]:
-    """Return a weight as a custom op takes it: its tensors, and its format in a word; none for a dense one."""
-    if isinstance(weight, Tensor):
-        return [weight], ""
-    kind = weight.format
-    return weight.parts, f"{kind.mode} {kind.bits} {kind.group_size} {int(kind.symmetric)}"
-
-
-def weight_of(parts: Sequence[Tensor | None], format: str) -> Weight:
-    """The inverse of `flat`."""
-    if not format:
-        assert parts[0] is not None
-        return parts[0]
-    mode, bits, size, symmetric = format.split()
-    kind = Format(mode=mode, bits=int(bits), group_size=int(size), symmetric=symmetric == "1")
-    return QuantizedTensor.of(parts, kind)
-
-
-@torch.library.custom_op("dgemma::packed_linear", mutates_args=())
-def _linear(x: Tensor, parts: Sequence[Tensor | None], format: str, scale: float) -> Tensor:
-    return linear(x, weight_of(parts, format), Scratch(), scale=scale)
-
-
-@_linear.register_fake
-def _(x: Tensor, parts: Sequence[Tensor | None], format: str, scale: float) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight_of(parts, format).shape[0])
-
-
-@torch.library.custom_op("dgemma::packed_mix", mutates_args=())
-def _mix(shares: Tensor, parts: Sequence[Tensor | None], format: str) -> Tensor:
-    return mix(shares, weight_of(parts, format), Scratch())
-
-
-@_mix.register_fake
-def _(shares: Tensor, parts: Sequence[Tensor | None], format: str) -> Tensor:
-    wide = torch.float64 if shares.dtype == torch.float64 else torch.float32
-    return shares.new_empty(len(shares), weight_of(parts, format).shape[1], dtype=wide)

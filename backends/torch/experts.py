@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
 
 from . import blocks
-from .blocks import Weight, flat, weight_of, whole
+from .blocks import Weight, whole
 from .packed import Scratch
 
 Tensor = torch.Tensor
@@ -46,11 +46,6 @@ def expert_mlp(
     if x.device.type == "cuda" and _grouped_fits(x, gate_up, down):
         # Nearly all experts are hit by a canvas, and to ask which would wait for the device.
         return _grouped(x, index, weights, whole(gate_up, x.dtype), whole(down, x.dtype))
-    if torch.compiler.is_compiling():
-        if blocks.ready(gate_up, x.dtype) and blocks.ready(down, x.dtype):
-            return torch.ops.dgemma.experts(x, index, weights, gate_up, down)
-        return torch.ops.dgemma.packed_experts(x, index, weights, *flat(gate_up), *flat(down))
-    # Called as a custom op it would do the same, after importing the compiler.
     return _sorted_experts(x, index, weights, gate_up, down, scratch or Scratch())
 
 
@@ -81,38 +76,23 @@ def in_order(out: Tensor, order: Tensor, rows: int, dtype: torch.dtype) -> Tenso
     return back.view(rows, -1, out.shape[1]).sum(1, dtype=dtype)
 
 
-@torch.library.custom_op("dgemma::experts", mutates_args=())
-def _experts(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    # A custom op, so that torch.compile takes what depends on the data, the counts, as one node.
-    return _sorted_experts(x, index, weights, gate_up, down, Scratch(keep=False))
-
-
-@torch.library.custom_op("dgemma::packed_experts", mutates_args=())
-def _packed_experts(
-    x: Tensor, index: Tensor, weights: Tensor,
-    gate_up: Sequence[Tensor | None], gate_up_format: str, down: Sequence[Tensor | None], down_format: str,
-) -> Tensor:  # fmt: skip
-    both = weight_of(gate_up, gate_up_format), weight_of(down, down_format)
-    return _sorted_experts(x, index, weights, *both, Scratch())
-
-
 def _sorted_experts(
     x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, scratch: Scratch
 ) -> Tensor:  # fmt: skip
     chosen = index.reshape(-1)
     order = chosen.argsort(stable=True)
-    token, heat = order // index.shape[1], weights.reshape(-1).index_select(0, order)
+    token, shares = order // index.shape[1], weights.reshape(-1).index_select(0, order)
     counts = torch.bincount(chosen, minlength=gate_up.shape[0])
     rows = x.index_select(0, token)
     room = -(-int(counts.max()) // _ROOM) * _ROOM
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dtype == down.dtype == x.dtype):
-        out = _block_by_block(rows, heat, counts.tolist(), gate_up, down, scratch)
+        out = _block_by_block(rows, shares, counts.tolist(), gate_up, down, scratch)
     elif x.element_size() == 2 and room * len(counts) <= _PADDING * len(token):
         first = torch.arange(len(counts), device=x.device) * room - (counts.cumsum(0) - counts)
         place = torch.arange(len(token), device=x.device) + first.index_select(0, chosen.index_select(0, order))
-        out = _together(rows, heat, place, room, gate_up, down)
+        out = _together(rows, shares, place, room, gate_up, down)
     else:
-        out = _one_by_one(rows, heat, counts.tolist(), gate_up, down)
+        out = _one_by_one(rows, shares, counts.tolist(), gate_up, down)
     if x.device.type != "cpu":
         return in_order(out, order, len(x), weights.dtype).to(x.dtype)
     result = torch.zeros(x.shape, dtype=weights.dtype, device=x.device)
@@ -123,17 +103,17 @@ def _sorted_experts(
 # fast so.
 
 
-def _together(rows: Tensor, heat: Tensor, place: Tensor, room: int, gate_up: Tensor, down: Tensor) -> Tensor:
+def _together(rows: Tensor, shares: Tensor, place: Tensor, room: int, gate_up: Tensor, down: Tensor) -> Tensor:
     """Two batched products, each expert's rows padded to `room`; place int [N·k] is where each row goes."""
     count, width = gate_up.shape[0], rows.shape[1]
     padded = rows.new_zeros(count * room, width).index_copy_(0, place, rows).view(count, room, width)
     gate, up = torch.bmm(gate_up, padded.transpose(1, 2)).chunk(2, 1)  # [E, F, room]
-    scale = heat.new_zeros(count * room).index_copy_(0, place, heat).view(count, 1, room)
+    scale = shares.new_zeros(count * room).index_copy_(0, place, shares).view(count, 1, room)
     out = torch.bmm(down, gelu_times(gate, up, scale))  # [E, D, room]
     return out.transpose(1, 2).reshape(-1, width).index_select(0, place)
 
 
-def _one_by_one(rows: Tensor, heat: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+def _one_by_one(rows: Tensor, shares: Tensor, counts: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
     """Two products for each expert that is hit; counts are rows per expert."""
     hit = [expert for expert, count in enumerate(counts) if count]
     runs = [count for count in counts if count]
@@ -141,7 +121,7 @@ def _one_by_one(rows: Tensor, heat: Tensor, counts: list[int], gate_up: Tensor, 
     for expert, run, out in zip(hit, rows.split(runs), both.split(runs, 1), strict=True):
         torch.mm(gate_up[expert], run.T, out=out)
     gate, up = both.chunk(2)
-    hidden = gelu_times(gate, up, heat)
+    hidden = gelu_times(gate, up, shares)
     result = rows.new_empty(len(rows), down.shape[1])  # written in place: a transposed copy would cost a tenth
     for expert, run, out in zip(hit, hidden.split(runs, 1), result.split(runs), strict=True):
         torch.mm(run.T, down[expert].T, out=out)
@@ -149,7 +129,7 @@ def _one_by_one(rows: Tensor, heat: Tensor, counts: list[int], gate_up: Tensor, 
 
 
 def _block_by_block(
-    rows: Tensor, heat: Tensor, counts: list[int], gate_up: Weight, down: Weight, scratch: Scratch
+    rows: Tensor, shares: Tensor, counts: list[int], gate_up: Weight, down: Weight, scratch: Scratch
 ) -> Tensor:  # fmt: skip
     """`_one_by_one` of experts that are packed, or narrower than x: those that are hit are dequantized or widened in
     turn, in one buffer."""
@@ -157,7 +137,7 @@ def _block_by_block(
     for matrix, part, run in _blocks_and_runs(gate_up, rows.dtype, counts, scratch):
         torch.mm(matrix, rows[run].T, out=both[part, run])
     gate, up = both.chunk(2)
-    hidden = gelu_times(gate, up, heat)
+    hidden = gelu_times(gate, up, shares)
     out = rows.new_empty(down.shape[1], len(rows))  # [D, N·k]
     for matrix, part, run in _blocks_and_runs(down, rows.dtype, counts, scratch):
         torch.mm(matrix, hidden[:, run], out=out[part, run])
@@ -193,13 +173,3 @@ def _blocks_and_runs(
                 yield matrix, slice(0, height), run
                 start = run.stop
         expert = stop
-
-
-@_experts.register_fake
-def _(x: Tensor, index: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
-@_packed_experts.register_fake
-def _(x: Tensor, index: Tensor, weights: Tensor, *packed: object) -> Tensor:
-    return torch.empty_like(x)

@@ -6,8 +6,9 @@ fit a core's own cache, in two passes:
     first    logits = x · tileᵀ, soft cap, the maximum of every 512            → the row's maximum
     second   mass = exp((score − maximum) / T), sums, entropy, soft += mass · tile
 
-Off the CPU, and under `torch.compile`, the whole vocabulary is one tile and all rows are one block. A quantized table
-is dequantized twice, block by block (`blocks.py`): its values are never in memory together.
+At most `ROWS` rows have their scores in memory at once, whatever the batch. Off the CPU the whole vocabulary is one
+tile and all rows are one block. A quantized table is dequantized twice, block by block (`blocks.py`): its values are
+never in memory together.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ Tensor = torch.Tensor
 
 TILE = 8192
 """Tokens per tile on the CPU."""
+
+ROWS = 512
+"""Rows whose scores are in memory at once on the CPU: 0.5 GB of float32 for a vocabulary of 262,144."""
 
 BLOCK = 1 << 18
 """Scores worked on at a time on the CPU: 1 MB of float32."""
@@ -46,23 +50,37 @@ class VocabHead:
         self, x: Tensor, table: Weight, softcap: float, temperature: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sampled token, argmax, entropy and mean embedding; see `Ops.vocab_head`."""
-        shape, vocab = x.shape[:2], table.shape[0]
+        shape = x.shape[:2]
         x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, 1).to(temperature.dtype)
         sharpness = (softcap / temperature).expand(shape).reshape(-1, 1)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            if self._kept is None or not self._kept.fit(x, vocab):
-                tile = min(TILE, _whole_blocks(vocab))
-                self._kept = _Buffers.allocate(x, vocab, tile, max(1, BLOCK // tile), temperature.dtype)
-            buffers = self._kept
-        else:
-            buffers = _Buffers.allocate(x, vocab, _whole_blocks(vocab), x.shape[0], temperature.dtype)
+        size = ROWS if x.device.type == "cpu" else len(x)
+        found = [
+            self._rows(*rows, table, softcap)
+            for rows in zip(x.split(size), sharpness.split(size), u.split(size), strict=True)
+        ]
+        token, argmax, entropy, soft = (torch.cat(column) for column in zip(*found, strict=True))
+        return token.view(shape), argmax.int().view(shape), entropy.view(shape), soft.view(*shape, -1)
+
+    def _rows(
+        self, x: Tensor, sharpness: Tensor, u: Tensor, table: Weight, softcap: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same of rows: x [R, D], sharpness and u [R, 1] → three [R], and [R, D]."""
+        buffers = self._buffers(x, table.shape[0], u.dtype)
         peak = _score(buffers, x, table, softcap, self._scratch)
         top = peak.amax(-1, keepdim=True)
         sums, entropy, soft = _weigh(buffers, table, top, sharpness, self._scratch)
         token = _draw(buffers.scores, sums, top, sharpness, u)
         block = peak.argmax(-1)  # the first of equals, and so is the one inside it
         argmax = block * DRAW_BLOCK + _pick(buffers.scores, block).argmax(-1)
-        return token.view(shape), argmax.int().view(shape), entropy.view(shape), soft.view(*shape, -1)
+        return token, argmax, entropy, soft
+
+    def _buffers(self, x: Tensor, vocab: int, wide: torch.dtype) -> _Buffers:
+        if x.device.type != "cpu":
+            return _Buffers.allocate(x, vocab, _whole_blocks(vocab), len(x), wide)
+        if self._kept is None or not self._kept.fit(x, vocab):
+            tile = min(TILE, _whole_blocks(vocab))
+            self._kept = _Buffers.allocate(x, vocab, tile, max(1, BLOCK // tile), wide)
+        return self._kept.first(len(x))
 
 
 class _Buffers(NamedTuple):
@@ -79,9 +97,13 @@ class _Buffers(NamedTuple):
         return cls(scores, x.new_empty(rows, tile), shifted, wide_mass)
 
     def fit(self, x: Tensor, vocab: int) -> bool:
+        """Whether they are of this vocabulary and width, and have room for the rows."""
         tiles, rows, tile = self.scores.shape
-        wanted = (tile * (tiles - 1) < vocab <= tile * tiles, rows == x.shape[0], self.mass.dtype == x.dtype)
+        wanted = (tile * (tiles - 1) < vocab <= tile * tiles, rows >= x.shape[0], self.mass.dtype == x.dtype)
         return all(wanted)
+
+    def first(self, rows: int) -> _Buffers:
+        return self._replace(scores=self.scores[:, :rows], mass=self.mass[:rows])
 
 
 def _whole_blocks(vocab: int) -> int:
@@ -97,10 +119,7 @@ def _score(buffers: _Buffers, x: Tensor, table: Weight, softcap: float, scratch:
         size = part.shape[0]
         whole = size == tile.shape[1]
         out = None if not whole else tile if exact else buffers.mass
-        if torch.compiler.is_compiling() and not blocks.ready(part, x.dtype):
-            logits, out = torch.ops.dgemma.packed_linear(x, *blocks.flat(part), 1 / softcap), None
-        else:
-            logits = blocks.linear(x, part, scratch, scale=1 / softcap, out=out)
+        logits = blocks.linear(x, part, scratch, scale=1 / softcap, out=out)
         tops = []
         for scores, raw in zip(tile.split(block), logits.split(block), strict=True):
             if out is not tile:
@@ -134,10 +153,7 @@ def _weigh(
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
         mass = buffers.mass[:, : part.shape[0]]
-        if torch.compiler.is_compiling() and not blocks.ready(part, mass.dtype):
-            soft += torch.ops.dgemma.packed_mix(mass, *blocks.flat(part))
-        else:
-            blocks.mix(mass, part, scratch, into=soft)
+        blocks.mix(mass, part, scratch, into=soft)
     tiles = len(buffers.scores)
     # Sums of one tile follow each other: those of a block of rows in all tiles belong side by side.
     per_tile = len(sums) // tiles

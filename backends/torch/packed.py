@@ -55,15 +55,8 @@ class QuantizedTensor:
 
     @property
     def parts(self) -> list[Tensor | None]:
-        """Words, scales, biases and global scale: what a custom op takes, with the format beside."""
+        """Words, scales, biases and global scale."""
         return [self.words, self.scales, self.biases, self.global_scale]
-
-    @classmethod
-    def of(cls, parts: Sequence[Tensor | None], format: Format) -> QuantizedTensor:
-        """The inverse of `parts`."""
-        words, scales, biases, factor = parts
-        assert words is not None and scales is not None
-        return cls(words=words, scales=scales, biases=biases, global_scale=factor, format=format)
 
     @property
     def nbytes(self) -> int:
