@@ -247,8 +247,10 @@ def _machine(made: GraphPasses) -> tuple[float | None, dict[str, Any]]:
 
 
 def _uncaptured(made: GraphPasses) -> GraphPasses:
-    from ..backends import cuda  # which alone captures
+    from ..backends import cuda
+    from ..backends.cuda.passes import CardPasses
 
+    assert isinstance(made, CardPasses)  # which alone captures
     return cuda.plain(made)
 
 

@@ -20,9 +20,11 @@ from rich.console import Console
 
 from dgemma import backends
 from dgemma.backends import cuda
+from dgemma.backends.cuda.card import CardOps
+from dgemma.backends.cuda.graph import rerun
+from dgemma.backends.cuda.passes import CardPasses
 from dgemma.backends.torch.blocks import whole
 from dgemma.backends.torch.packed import QuantizedTensor
-from dgemma.backends.torch.passes import TorchPasses
 from dgemma.checkpoints import weights
 from dgemma.checkpoints.files import read_json
 from dgemma.checkpoints.quant import Format, QTensor, dequantize
@@ -33,6 +35,7 @@ from dgemma.core.config import ModelConfig
 from dgemma.core.engine import Engine
 from dgemma.core.errors import DgemmaError
 from dgemma.core.graph_passes import GraphPasses
+from dgemma.core.parts import Model
 from dgemma.tools import bench, bench_size
 from dgemma.tools import bench_card as card
 from dgemma.tools.inspect import inspect_config
@@ -112,8 +115,6 @@ def test_a_model_holds_what_its_recipe_takes(recipe: str) -> None:
 
 
 def test_so_does_one_that_is_made_on_its_device() -> None:
-    from dgemma.backends.cuda.card import CardOps
-
     config = bench.config_of("nano-like")
     model = bench.random_model(CardOps("bfloat16", "cpu"), config, "4bit", card.maker(CPU))
     assert bench.weight_bytes(model) == inspect_config(config, recipes.find("4bit")).held("torch", "bfloat16")
@@ -230,36 +231,32 @@ def test_arriving_requests_share_passes() -> None:
     assert rows == [3] * 8 and seconds > 0 and stats.emitted_tokens == 96
 
 
-class Captured(TorchPasses):
-    """As a card's: the next pass is started before the last one's results are read."""
+class Capturable(CardOps):
+    """Without a card nothing is in the way of a capture."""
 
-    lookahead = 1
+    def can_capture(self, weights: Model) -> bool:
+        return True
 
 
-def plain(passes: GraphPasses) -> GraphPasses:
-    return TorchPasses(passes.ops, passes.model)
+def captured(*_: Any, **__: Any) -> CardPasses:
+    """A card's passes, on the CPU."""
+    ops = Capturable("float32", "cpu")
+    model = bench.random_model(ops, bench.config_of("nano-like"), "bf16")
+    return CardPasses(ops, model, capture=rerun)
 
 
 def test_captured_drafts_are_compared_with_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, passes = bench.Plan(shape="nano-like", steps=2, context=9), made()
-    monkeypatch.setattr(cuda, "plain", plain, raising=False)
-    captured = Captured(passes.ops, passes.model)
-    assert command._captured_equals_plain(captured, plan)
+    passes, plan = captured(), bench.Plan(shape="nano-like", steps=2, context=9)
+    assert passes.lookahead == 1 and cuda.plain(passes).lookahead == 0
+    assert command._captured_equals_plain(passes, plan)
     right, calls = bench.drafts, iter((0, 1))
     monkeypatch.setattr(bench, "drafts", lambda *given: [draft + next(calls) for draft in right(*given)[-1:]])
-    assert not command._captured_equals_plain(captured, plan)
+    assert not command._captured_equals_plain(passes, plan)
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """Bench runs on passes that are captured, on the CPU."""
-    monkeypatch.setattr(cuda, "plain", plain, raising=False)
-    whole = backends.passes_of
-
-    def passes_of(*given: Any, **options: Any) -> GraphPasses:
-        passes = whole(*given, **options)
-        return Captured(passes.ops, passes.model)
-
-    monkeypatch.setattr(backends, "passes_of", passes_of)
+    monkeypatch.setattr(backends, "passes_of", captured)
 
 
 def test_passes_are_captured_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,13 +267,13 @@ def test_passes_are_captured_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_was_measured_is_said_whatever_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> Any:
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2147483648 bytes.")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     on_a_card(monkeypatch)
     monkeypatch.setattr(command, "_captured_equals_plain", fail)
     result = run(*SHORT, "--json", "--check")
     assert result.exit_code == 1 and json.loads(result.stdout)["tokens_per_second"] > 0
-    assert "out of memory while comparing" in result.stderr and result.stderr.count("\n") == 1
+    assert "ran out of memory while comparing" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_a_profile_counts_a_graphs_kernels_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,13 @@ def passes_of(
     return CardPasses(ops, model, capture=CudaCapture(ops.device))
 
 
+def plain(passes: CardPasses) -> CardPasses:
+    """Return passes over the same weights that start every kernel from the host."""
+    from .passes import CardPasses
+
+    return CardPasses(passes.ops, passes.model)
+
+
 def card_ops(dtype: DType, device: str) -> CardOps:
     """Return the ops for a card: with kernels where there is Triton and the card has bfloat16 matrix units."""
     import torch
