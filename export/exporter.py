@@ -72,19 +72,17 @@ def export(
             _bring(original, stage, copied, standalone)
             checkpoint = Checkpoint.open(stage)
         made = _write(checkpoint, stage, say, unified, options)
-    folder = target.path
     from .probe import has_fused_experts, lacking, require
 
     errors: dict[str, float] = {}
     if compare is not None:
         say("verifying")
         require(made.values())
-        errors = compare(folder, original.path)
-    files = Checkpoint.open(folder).files
+        errors = compare(target.path, original.path)
     return Report(
-        path=folder, graphs={name: _nodes(model) for name, model in made.items()},
-        weight_bytes=sum(file.size for file in files), copied=standalone,
-        graph_bytes=sum((folder / f"{name}.onnx").stat().st_size for name in made),
+        path=target.path, graphs={name: _nodes(model) for name, model in made.items()},
+        weight_bytes=sum(file.size for file in Checkpoint.open(target.path).files), copied=standalone,
+        graph_bytes=sum((target.path / f"{name}.onnx").stat().st_size for name in made),
         lacking=lacking(made.values()), fused_experts=has_fused_experts(), errors=errors,
         seconds=time.perf_counter() - began,
     )  # fmt: skip
