@@ -7,8 +7,9 @@ One row is a batch as it is. Several are stacked once and stay so while the same
 has read meanwhile its own entries are written over, which MLX does in place. So a pass gathers nothing, and what is
 compiled for it depends on two sizes, B and S, and on no slot. The price is that rows that share passes are there twice.
 
-Measured on the CPU: stacking 8 rows of 1,000 tokens takes a hundredth of their pass. On Metal it is one copy, at the
-memory's speed, for each row that joins or leaves; it has not been run there.
+Measured on the CPU with 110 M parameters: stacking 8 rows of 1,000 tokens, 100 MB, takes 70 ms of processor time, and a
+pass of one row's 256 positions some 4 s. On Metal it should be a copy of the batch, at the memory's speed, whenever a
+row joins or leaves; it has not been run there.
 """
 
 from __future__ import annotations
