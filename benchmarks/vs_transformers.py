@@ -15,6 +15,7 @@ with its dynamic cache, then with the static one and its own compilation, which 
 from __future__ import annotations
 
 import json
+import math
 import resource
 import statistics
 import time
@@ -31,11 +32,12 @@ import transformers
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
 
 from dgemma import backends
-from dgemma.backends.torch.inference import InferenceOps
 from dgemma.checkpoints import weights
 from dgemma.core.config import ModelConfig, SamplerConfig
-from dgemma.core.engine import Engine, Request
+from dgemma.core.engine import Engine
 from dgemma.core.events import Done
+from dgemma.core.row import Request
+from dgemma.core.sampler import draws_of, first_canvas
 from dgemma.tools import bench
 
 VOCAB, CANVAS = 32_768, 256
@@ -82,10 +84,14 @@ def model_on_card(shape: str) -> Any:
 def compare_on_card(shape: str, *, prompt_length: int, steps: int, canvases: int, repeats: int) -> Iterator[dict]:
     """Yield a row against transformers as it is by default, and one against its static cache, compiled."""
     reference = model_on_card(shape)
-    ops = backends.make("torch", device="cuda", dtype="bfloat16")
     tensors = reference.state_dict()
     config = ModelConfig.from_hf(reference.config.to_dict())
-    engine = Engine(ops, weights.build(ops, config, lambda name: tensors[name].detach()), None)
+    where = backends.device_of("torch", "cuda")
+    held = sum(2 * math.prod(size) for size in weights.shapes(config).values())
+    passes = backends.passes_of(
+        "torch", config, lambda name: tensors[name].detach(), device=where, dtype="bfloat16", nbytes=held
+    )
+    engine = Engine(passes, None, prefix_bytes=0)
     prompt = np.random.default_rng(0).integers(6, config.vocab_size, prompt_length)
     ids = torch.tensor(prompt, device="cuda")[None]
     count = canvases * CANVAS
@@ -120,8 +126,8 @@ def compare_on_card(shape: str, *, prompt_length: int, steps: int, canvases: int
         }  # fmt: skip
 
 
-def our_engine(reference: Any, dtype: Any, *, compile: bool) -> Engine:
-    """Return our engine over the reference's own weights: nothing is copied."""
+def our_engine(reference: Any, dtype: Any) -> Engine:
+    """Return our engine over the reference's own weights: nothing is copied, and no prompt is kept."""
     config = ModelConfig.from_hf(reference.config.to_dict())
     tensors = reference.state_dict()
 
@@ -131,8 +137,7 @@ def our_engine(reference: Any, dtype: Any, *, compile: bool) -> Engine:
             return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return tensor.numpy()
 
-    ops = InferenceOps(dtype, compile=compile)
-    return Engine(ops, weights.build(ops, config, get), None)
+    return Engine(backends.passes_of("torch", config, get, device="cpu", dtype=dtype), None, prefix_bytes=0)
 
 
 def our_run(engine: Engine, prompt: np.ndarray, steps: int, *, canvases: int = 1) -> None:
@@ -140,7 +145,7 @@ def our_run(engine: Engine, prompt: np.ndarray, steps: int, *, canvases: int = 1
         prompt=tuple(prompt.tolist()), max_new_tokens=canvases * CANVAS, seed=0, eos_token_ids=(),
         sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
     )  # fmt: skip
-    done = [event for event in engine.generate(request) if isinstance(event, Done)]
+    done = [event for event in engine.add(request).events() if isinstance(event, Done)]
     assert done[0].stats.steps == steps * canvases and done[0].stats.emitted_tokens == CANVAS * canvases, done
 
 
@@ -167,10 +172,10 @@ def timed(run: Callable[[], None]) -> Cost:
     return Cost(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def compare(dtype: Any, *, prompt_length: int, steps: int, repeats: int, compile: bool) -> dict[str, Any]:
+def compare(dtype: Any, *, prompt_length: int, steps: int, repeats: int) -> dict[str, Any]:
     """Time both sides in turn; return one row."""
     reference = random_model(4096).to(getattr(torch, dtype))
-    engine = our_engine(reference, dtype, compile=compile)
+    engine = our_engine(reference, dtype)
     prompt = np.random.default_rng(0).integers(6, VOCAB, prompt_length)
     pairs = []
     for i in range(repeats + 1):
@@ -185,7 +190,7 @@ def compare(dtype: Any, *, prompt_length: int, steps: int, repeats: int, compile
     count = sum(p.numel() for p in reference.model.decoder.parameters())
     return {
         "benchmark": "vs_transformers", "dtype": dtype, "prompt": prompt_length, "canvas": CANVAS, "steps": steps,
-        "repeats": repeats, "compile": compile, "parameters": count,
+        "repeats": repeats, "parameters": count,
         "transformers_s": middle([a.wall for a, _ in pairs]), "dgemma_s": middle([b.wall for _, b in pairs]),
         "speedup": middle([a.wall / b.wall for a, b in pairs]),
         "transformers_cpu_s": middle([a.cpu for a, _ in pairs]), "dgemma_cpu_s": middle([b.cpu for _, b in pairs]),
@@ -196,42 +201,39 @@ def compare(dtype: Any, *, prompt_length: int, steps: int, repeats: int, compile
 def long_context(dtype: Any, *, steps: int, length: int = 16_384, short: int = 1_024) -> dict[str, Any]:
     """Measure the peak of a long prompt's prefill, and a denoising pass behind it against one behind a short prompt."""
     reference = random_model(2 * length).to(getattr(torch, dtype))
-    engine = our_engine(reference, dtype, compile=False)
+    engine = our_engine(reference, dtype)
     generator = np.random.default_rng(0)
     our_run(engine, generator.integers(6, VOCAB, 64), 1)  # whatever is loaded on first use is not prefill's
     loaded = _resident()
     row: dict[str, Any] = {"benchmark": "context", "dtype": dtype, "length": length, "short": short, "steps": steps}
-    requests = {
-        name: Request(
-            prompt=tuple(generator.integers(6, VOCAB, count).tolist()), max_new_tokens=CANVAS, seed=0, eos_token_ids=(),
-            sampler=SamplerConfig(steps=steps, schedule_steps=steps, confidence=0.0),
-        )
-        for name, count in (("short", short), ("long", length))
-    }  # fmt: skip
-    caches = {}
-    for name, request in requests.items():
-        cost = timed(lambda r=request, n=name: caches.__setitem__(n, engine.prefill(r.prompt, CANVAS)))
+    slots: dict[str, int] = {}
+    for name, count in (("short", short), ("long", length)):
+        prompt = generator.integers(6, VOCAB, count).tolist()
+        cost = timed(lambda p=prompt, n=name: slots.__setitem__(n, _behind(engine, p)))
         row[f"{name}_prefill_s"] = round(cost.wall, 3)
     row["prefill_peak_above_weights_gb"] = round((_peak() - loaded) / 1e9, 3)
-    for name, cost in _passes(engine, caches, steps).items():
+    for name, cost in _passes(engine, slots, steps).items():
         row[f"{name}_step_s"], row[f"{name}_step_cpu_s"] = round(cost.wall, 4), round(cost.cpu, 4)
     row["step_ratio"] = round(row["long_step_s"] / row["short_step_s"], 3)
     row["step_cpu_ratio"] = round(row["long_step_cpu_s"] / row["short_step_cpu_s"], 3)
     return row
 
 
-def _passes(engine: Engine, caches: dict[str, Any], repeats: int) -> dict[str, Cost]:
-    """Median cost of one denoising pass behind each cache, in turn."""
-    from dgemma.core.model import step
-    from dgemma.core.sampler import start
+def _behind(engine: Engine, prompt: list[int]) -> int:
+    """Return a slot that has read a prompt."""
+    return engine.run("reading", lambda: engine.passes.open_behind(prompt, CANVAS))
 
-    ops, config = engine.ops, engine.model.config
-    uniforms, noise = torch.rand(1, CANVAS), torch.randint(VOCAB, (1, CANVAS), dtype=torch.int32)
-    state, heat = start(ops, noise, config.hidden_size), torch.full((1, 1), 0.6)
-    costs: dict[str, list[Cost]] = {name: [] for name in caches}
+
+def _passes(engine: Engine, slots: dict[str, int], repeats: int) -> dict[str, Cost]:
+    """Median cost of one denoising pass in each slot, in turn."""
+    passes, costs = engine.passes, {name: [] for name in slots}
     for i in range(repeats + 1):
-        for name, cache in caches.items():
-            cost = timed(lambda c=cache: step(ops, engine.model, SamplerConfig(), c, state, heat, uniforms, noise))
+        given = {"seed": 0, "canvas": 0, "length": CANVAS, "vocab_size": VOCAB}
+        draws = draws_of(SamplerConfig(), step=i, **given)
+        for name, slot in slots.items():
+            starts = {} if i else {slot: first_canvas(0, 0, CANVAS, VOCAB)}
+            work = lambda s=slot, n=starts: passes.step([s], draws, n)()  # noqa: B023, E731
+            cost = timed(lambda w=work: engine.run("denoising", w))
             if i:
                 costs[name].append(cost)
     return {name: Cost(*map(statistics.median, zip(*several, strict=True))) for name, several in costs.items()}
@@ -252,13 +254,12 @@ def _peak() -> int:
 @click.option("--steps", default=8, show_default=True, help="Denoising passes.")
 @click.option("--repeats", default=5, show_default=True, help="Timed pairs.")
 @click.option("--threads", default=2, show_default=True)
-@click.option("--compile", is_flag=True, help="Our pass through torch.compile.")
 @click.option("--context", is_flag=True, help="Prefill memory and step time at 16,384 tokens instead.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--shape", type=click.Choice(["26b", "110m"]), default="26b", show_default=True, help="On a card.")
 @click.option("--canvases", default=2, show_default=True, help="On a card.")
 def main(
-    dtypes: tuple[str, ...], prompt: int, steps: int, repeats: int, threads: int, compile: bool, context: bool,
+    dtypes: tuple[str, ...], prompt: int, steps: int, repeats: int, threads: int, context: bool,
     device: str, shape: str, canvases: int,
 ) -> None:  # fmt: skip
     torch.set_num_threads(threads)
@@ -274,7 +275,7 @@ def main(
         if context:
             row = long_context(dtype, steps=steps)
         else:
-            row = compare(dtype, prompt_length=prompt, steps=steps, repeats=repeats, compile=compile)
+            row = compare(dtype, prompt_length=prompt, steps=steps, repeats=repeats)
         taken.append(rows.append("vs_transformers", row | {"threads": threads}, "torch", "transformers"))
     click.echo(json.dumps(taken if len(taken) > 1 else taken[0]))
 
