@@ -4,8 +4,9 @@
 
 Prompts of 1 to 3,000 tokens, every sampler setting, stop strings, canvas lengths, and some that are cancelled after a
 random number of events. Prints how many answers were compared, those that differ, and for each of these the first event
-that does, with how near the differing decision was: of two runs that round differently, one may accept a position or
-find a canvas stable where the other all but does.
+that does, how far apart the passes before it were, and how near their decisions: of two runs that round differently,
+one may accept a position or find a canvas stable where the other all but does, and a low temperature divides what is
+rounded, pass by pass, by itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import numpy as np
 
 import dgemma
 from dgemma import Commit, DiffusionGemma, Draft
+from dgemma.backends.numpy import NumpyOps, NumpyPasses
+from dgemma.checkpoints import weights
+from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
 from dgemma.core.handle import Handle
@@ -101,17 +105,52 @@ def tokens(events: list[Any]) -> list[int]:
 
 
 def first_difference(alone: list[Any], shared: list[Any]) -> str:
-    """Say where two runs of one request part, and how near the decision was."""
+    """Say where two runs of one request part, and how far apart the passes before it were."""
     a, b = ([event for event in events if isinstance(event, Draft)] for events in (alone, shared))
+    apart: list[str] = []
     for one, other in zip(a, b, strict=False):
         where = f"canvas {one.canvas} pass {one.step}"
-        worst = float(np.abs(one.entropy - other.entropy).max())
-        for what, x, y in (("accepted", one.accepted, other.accepted), ("argmax", one.tokens, other.tokens)):
+        apart.append(f"{np.abs(one.entropy - other.entropy).max():.1e}")
+        for what in ("accepted", "tokens", "following"):
+            x, y = getattr(one, what), getattr(other, what)
             if not np.array_equal(x, y):
-                return f"{where}: {what} differs at {np.flatnonzero(x != y)[:5]}, entropies by {worst:.1e}"
-        if worst > 1e-3:
-            return f"{where}: entropies differ by {worst:.1e}: the pass before drew another token"
-    return f"lengths {len(a)} and {len(b)}"
+                return f"{where}: {what} differ at {np.flatnonzero(x != y)[:5]}; entropies by {', '.join(apart)} nats"
+    return f"drafts {len(a)} and {len(b)}"
+
+
+class Watching(NumpyOps):
+    """The float64 oracle, noting of each pass how near its closest decision was to another."""
+
+    def __init__(self) -> None:
+        super().__init__("float64")
+        self.seen: list[dict[str, float]] = []
+
+    def vocab_head(self, x: Any, table: Any, softcap: float, temperature: Any, u: Any) -> Any:
+        scores = self.logits(x, table, softcap) / temperature[..., None]
+        mass = np.exp(scores - scores.max(-1, keepdims=True))
+        ends = np.cumsum(mass / mass.sum(-1, keepdims=True), -1)
+        top = np.sort(scores, -1)
+        gap = float((top[..., -1] - top[..., -2]).min())
+        self.seen.append({"the draw": float(np.abs(ends - u[..., None]).min()), "the argmax": gap})
+        return super().vocab_head(x, table, softcap, temperature, u)
+
+    def advance(self, draws: Any, state: Any, token: Any, argmax: Any, entropy: Any, soft: Any) -> Any:
+        order = np.sort(entropy, -1)
+        before = np.cumsum(order, -1) - order
+        self.seen[-1] |= {
+            "the entropy bound": float(np.abs(before - draws.entropy_bound).min()),
+            "confidence": float(np.abs(entropy.mean(-1) - draws.confidence).min()),
+        }
+        return super().advance(draws, state, token, argmax, entropy, soft)
+
+
+def margins(folder: Any, request: Request) -> list[dict[str, float]]:
+    """Return how near each pass's decisions were, by the oracle: probabilities, logits, nats."""
+    ops, checkpoint = Watching(), Checkpoint.open(folder)
+    passes = NumpyPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(checkpoint.tensor(name))))
+    for _ in Engine(passes, None, prefix_bytes=0).add(replace(request, stop=())).events():
+        pass
+    return ops.seen
 
 
 def main() -> None:
@@ -138,6 +177,8 @@ def main() -> None:
         if got != (want if finished else want[: len(got)]):
             differing += 1
             print(f"request {i} ({'finished' if finished else 'cancelled'}): {first_difference(alone, events)}")
+            for step, found in enumerate(margins(model.path, case.request)):
+                print(f"    pass {step}:", ", ".join(f"{what} by {how:.1e}" for what, how in found.items()))
     print(
         f"{options.backend}: {compared} finished and {len(asked) - compared} cancelled requests, up to {most} at once; "
         f"{differing} differ from the same alone; {shared:.0f} s together, {time.perf_counter() - began:.0f} s alone"
