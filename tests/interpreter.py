@@ -97,18 +97,12 @@ def _fma(self: Any, x: Any, y: Any, z: Any) -> Any:
 
 
 def _dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """Add up 16 products at a time, as matrix units do, each sum rounded once to float32.
+    """Add a block's products up in float64 and round once to float32: near enough to a matrix unit's own sums.
 
     A row's result is then the same bits wherever the row stands, which no BLAS library promises of its float32.
     """
     left, right = (_decode(x).astype(np.float64) for x in (a, b))
-    depth, step = left.shape[-1], min(16, left.shape[-1])
-    left = np.moveaxis(left.reshape(*left.shape[:-1], depth // step, step), -2, 0)  # [K / 16, …, M, 16]
-    right = np.moveaxis(right.reshape(*right.shape[:-2], depth // step, step, right.shape[-1]), -3, 0)
-    total = d.data
-    for part in np.matmul(np.ascontiguousarray(left), np.ascontiguousarray(right)).astype(d.data.dtype):
-        total = total + part
-    return interpreter.TensorHandle(total, d.dtype.scalar)
+    return interpreter.TensorHandle(np.matmul(left, right).astype(d.data.dtype) + d.data, d.dtype.scalar)
 
 
 def _get_bf16(self: Any, value: float) -> Any:
@@ -277,7 +271,8 @@ def _filled() -> Iterator[None]:
 def interpreted(order: str = "shuffled") -> Iterator[Watch]:
     """Within, kernels run in Triton's interpreter, on the CPU, in one of `ORDERS`.
 
-    bfloat16 rounds to nearest even after every operation, and `tl.dot` of it has exact products and float32 sums.
+    bfloat16 rounds to nearest even after every operation, and `tl.dot` of it has exact products and sums that are
+    rounded to float32.
 
     Raises:
         interpreter.InterpreterError: a launch touches memory as `Memory` forbids.

@@ -171,11 +171,11 @@ def test_captured_tokens_are_plain_tokens(checkpoint: Checkpoint, device: str) -
 
 def test_captured_rows_are_plain_rows(checkpoint: Checkpoint, device: str) -> None:
     """Three requests at once, a row filling the batch up: each canvas's tokens bit for bit those of plain passes."""
-    sampler = SamplerConfig(steps=2, schedule_steps=2, confidence=0.0)
+    sampler = SamplerConfig(steps=1, schedule_steps=1, confidence=0.0)
 
     def answers(passes: CardPasses) -> list[Any]:
         engine = Engine(passes, None, prefix_bytes=0)
-        handles = [engine.add(loops.request(9 + 2 * i, sampler, max_new_tokens=12, seed=i)) for i in range(3)]
+        handles = [engine.add(loops.request(9 + 2 * i, sampler, max_new_tokens=CANVAS + 1, seed=i)) for i in range(3)]
         return [loops.seen(handle) for handle in handles]
 
     with running(device):

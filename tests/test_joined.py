@@ -14,18 +14,19 @@ import torch
 import dgemma
 import loops
 import test_cuda_fake as fake
-from dgemma.backends.cuda.card import CardOps
-from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
+import under_test
+from dgemma.backends.cuda.graph import rerun
 from dgemma.backends.cuda.ops import CudaOps
+from dgemma.backends.cuda.passes import CardPasses
 from dgemma.backends.numpy.ops import NumpyOps
-from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
 from dgemma.core.events import Draft
-from dgemma.core.model import Cache, Model, denoise, encode, encode_and_denoise, encode_and_step, new_cache
+from dgemma.core.graph_passes import GraphPasses
+from dgemma.core.model import denoise, encode, encode_and_denoise, encode_and_step, new_cache
 from dgemma.core.ops import Ops
-from dgemma.core.sampler import StepState
+from dgemma.core.parts import Cache, Draws, Model, StepState
 from dgemma.text.tokens import Tokenizer
 from dgemma.tools import bench
 from fake_card import Card
@@ -33,9 +34,10 @@ from kernel_harness import launched, running
 from law import assert_close_f32, assert_low_precision, nmse
 from loops import FIXED, SAMPLERS
 from test_cuda_fake import card as card
-from test_cuda_ops import SHAPE, empty, meta_weight
+from test_cuda_graph import Capturable
+from test_cuda_ops import SHAPE, card_passes, empty, meta_cache, meta_ops, meta_weight, random_model
 from tiny import tiny_checkpoint
-from under_test import BACKENDS, make_ops, values
+from under_test import BACKENDS, make_ops, passes_of, values
 
 CANVAS, WINDOW = 16, 12
 
@@ -58,9 +60,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_checkpoint(tmp_path_factory.mktemp("small"), **shape))
 
 
-def build(ops: Ops, checkpoint: Checkpoint) -> Model:
+def build(ops: Any, checkpoint: Checkpoint) -> Model:
     width = ml_dtypes.bfloat16 if ops.dtype == "bfloat16" else np.float32
-    return weights.build(ops, checkpoint.config, lambda name: np.asarray(checkpoint.tensor(name)).astype(width))
+    return under_test.build(ops, checkpoint.config, lambda name: np.asarray(checkpoint.tensor(name)).astype(width))
 
 
 # ---- One pass -----------------------------------------------------------------------------------------------------
@@ -74,8 +76,9 @@ def apart(ops: Ops, model: Model, cache: Cache, tokens: Any, canvas: Any, soft: 
 
 
 def turns(
-    ops: Ops, model: Model, turn: Turn, *lengths: int, read: int, canvas: int, ragged: bool = False
-) -> np.ndarray:
+    ops: Ops, model: Model, turn: Turn, *lengths: int, read: int, canvas: int, ragged: bool = False,
+    slots: list[int] | None = None,
+) -> np.ndarray:  # fmt: skip
     """Two turns behind prompts of some lengths: the second shows what the first left in the cache. → [2, B, L, D]"""
     config, batch = model.config, len(lengths)
     draw = np.random.default_rng(sum(lengths))
@@ -84,11 +87,14 @@ def turns(
         return ops.asarray(draw.integers(0, config.vocab_size, (batch, count), np.int32))
 
     longest = max(lengths)
-    cache = new_cache(ops, config, batch=batch, capacity=longest + 2 * read, chunk=max(longest, read + canvas))
+    slots = range(batch) if slots is None else slots
+    scratch = max(longest, read + canvas)
+    pool = new_cache(ops, config, slots=max(slots) + 1, capacity=longest + 2 * read, scratch=scratch)
     prompt, fresh = tokens(longest), np.asarray(lengths, np.int32)
+    where = ops.asarray(np.asarray(slots, np.int32))
+    cache = Cache(pool.layers, ops.asarray(np.zeros(batch, np.int32)), where)
     if ragged:
-        start = ops.asarray(np.zeros(batch, np.int32))
-        cache = encode(ops, model, Cache(cache.layers, start), prompt, ops.asarray(fresh))
+        cache = encode(ops, model, cache, prompt, ops.asarray(fresh))
     else:
         cache = encode(ops, model, cache, prompt)
     found = []
@@ -106,6 +112,7 @@ CASES = {
     "beyond the window": dict(lengths=(WINDOW + 9,), read=CANVAS, canvas=CANVAS),
     "less than the window": dict(lengths=(30,), read=2, canvas=3),
     "ragged": dict(lengths=(5, 30, 11), read=CANVAS, canvas=6, ragged=True),
+    "ragged, in slots": dict(lengths=(5, 30, 11), read=CANVAS, canvas=6, ragged=True, slots=[3, 0, 2]),
 }
 
 
@@ -123,11 +130,11 @@ def test_joined_states_are_those_of_two_passes(checkpoint: Checkpoint, case: str
         assert_close_f32(got, want, name)
 
 
-@pytest.mark.parametrize("lengths, ragged", [((WINDOW - 3,), False), ((2, 10), True)], ids=["one", "ragged"])
+@pytest.mark.parametrize("lengths, slots", [((WINDOW - 3,), None), ((2, 10), [2, 0])], ids=["one", "ragged"])
 def test_joined_states_through_the_kernels(
-    small: Checkpoint, device: str, lengths: tuple[int, ...], ragged: bool
+    small: Checkpoint, device: str, lengths: tuple[int, ...], slots: list[int] | None
 ) -> None:
-    options: dict[str, Any] = dict(read=5, canvas=3, ragged=ragged)
+    options: dict[str, Any] = dict(read=5, canvas=3, ragged=slots is not None, slots=slots)
     exact, rounded = (
         turns(oracle, build(oracle, small), apart, *lengths, **options)
         for oracle in (NumpyOps("float64"), NumpyOps("bfloat16"))
@@ -141,44 +148,55 @@ def test_joined_states_through_the_kernels(
 # ---- The loop -----------------------------------------------------------------------------------------------------
 
 
-def captured() -> CardOps:
-    return CardOps("float32", "cpu", capture=rerun, encode_sizes=(CANVAS, 40))
+def captured(checkpoint: Checkpoint, *, joined: bool) -> CardPasses:
+    ops = Capturable("float32", "cpu")
+    passes = CardPasses(ops, build(ops, checkpoint), capture=rerun, joined=joined)
+    passes.read_sizes = (CANVAS, 40)
+    return passes
 
 
-OPS: dict[str, Callable[[], Ops]] = {
-    "numpy": NumpyOps,
-    "torch": lambda: make_ops("inference", "float32"),
-    "mlx": lambda: make_ops("mlx", "float32"),
-    "captured": captured,
-}
+def plain(name: str) -> Callable[..., GraphPasses]:
+    def make(checkpoint: Checkpoint, *, joined: bool) -> GraphPasses:
+        ops = make_ops(name, "float32")
+        return passes_of(ops, build(ops, checkpoint), joined=joined)
+
+    return make
 
 
-def engine(ops: Ops, checkpoint: Checkpoint, *, joined: bool) -> Engine:
-    ops.joined = joined
+PASSES: dict[str, Callable[..., GraphPasses]] = {
+    "numpy": plain("numpy"), "torch": plain("inference"), "mlx": plain("mlx"), "captured": captured
+}  # fmt: skip
+
+
+def engine(passes: GraphPasses, checkpoint: Checkpoint) -> Engine:
+    passes.chunk = 40
     tokenizer = Tokenizer(checkpoint.path, vocab_size=checkpoint.config.vocab_size)
-    return Engine(ops, build(ops, checkpoint), tokenizer)
+    return Engine(passes, tokenizer, prefix_bytes=0)
 
 
 def written(one: Engine, prompt: int, sampler: SamplerConfig, **options: Any) -> tuple[list[Any], int]:
     """Everything a reader sees, and how often the layers were run."""
-    passes = 0
-    plain = one.ops.layers
+    count = 0
+    assert isinstance(one.passes, GraphPasses)
+    ops = one.passes.ops
+    body = ops.layers
 
     def layers(*arguments: Any) -> Any:
-        nonlocal passes
-        passes += 1
-        return plain(*arguments)
+        nonlocal count
+        count += 1
+        return body(*arguments)
 
-    one.ops.layers = layers  # type: ignore[method-assign]
+    ops.layers = layers  # type: ignore[method-assign]
     seen = loops.written(one, prompt, sampler, **{"max_new_tokens": 3 * CANVAS - 3, **options})
-    del one.ops.layers
-    return seen, passes
+    one.step()  # what was begun is over
+    del ops.layers
+    return seen, count
 
 
-@pytest.fixture(scope="module", params=OPS)
+@pytest.fixture(scope="module", params=PASSES)
 def pair(request: pytest.FixtureRequest, checkpoint: Checkpoint) -> tuple[Engine, Engine]:
     """One backend's engine with passes apart, and with passes joined."""
-    off, on = (engine(OPS[request.param](), checkpoint, joined=joined) for joined in (False, True))
+    off, on = (engine(PASSES[request.param](checkpoint, joined=joined), checkpoint) for joined in (False, True))
     return off, on
 
 
@@ -223,7 +241,7 @@ def test_a_trained_model_writes_the_same() -> None:
     model = dgemma.load("nano", backend="torch")
     options: dict[str, Any] = dict(max_new_tokens=4 * model.config.canvas_length, eos=[])
     want = model.generate(".3.1 .2.. .... ...4", **options)
-    model.ops.joined = True
+    model.engine.passes.joined = True
     got = model.generate(".3.1 .2.. .... ...4", **options)
     assert (got.token_ids, got.stats.steps) == (want.token_ids, want.stats.steps)
     assert want.stats.canvases == 4
@@ -232,50 +250,74 @@ def test_a_trained_model_writes_the_same() -> None:
 def test_passes_that_are_sessions_run_apart(folder: Path) -> None:
     model = dgemma.load(folder, backend="onnx")
     want = model.generate([5] * 9, max_new_tokens=3 * CANVAS, steps=2, eos=[]).token_ids
-    model.ops.joined = True
+    model.engine.passes.joined = True
     assert model.generate([5] * 9, max_new_tokens=3 * CANVAS, steps=2, eos=[]).token_ids == want
 
 
 def test_captured_joined_tokens_are_plain_ones(small: Checkpoint, device: str) -> None:
     """Through the kernels. In bfloat16 a pass of other rows rounds otherwise, so joined is compared with joined."""
-    capture: Capture = rerun if device == "cpu" else CudaCapture(torch.device(device))
-    ops = CudaOps("bfloat16", device, capture=capture, encode_sizes=(4, 12))
+    ops = CudaOps("bfloat16", device)
     sampler = SamplerConfig(steps=2, schedule_steps=2, confidence=0.0)
     with running(device):
+        model = build(ops, small)
         (want, _), (got, _) = (
-            written(engine(one, small, joined=True), 11, sampler, max_new_tokens=7) for one in (ops.plain(), ops)
-        )
+            written(
+                engine(card_passes(ops, model, captured=on, joined=True, reads=(4, 12)), small), 11, sampler,
+                max_new_tokens=7,
+            )
+            for on in (False, True)
+        )  # fmt: skip
     assert len(want) == 2 * 3 + 1 and got == want
+
+
+def test_rows_that_join_together_or_not_at_all(checkpoint: Checkpoint) -> None:
+    """Three rows finish canvases at once, a batch of four: with a free slot joined, else read and then begun."""
+    sampler = SamplerConfig(steps=2, schedule_steps=2, confidence=0.0)
+    given = [loops.request(5 + i, sampler, max_new_tokens=2 * CANVAS, seed=i) for i in range(4)]
+    given[3] = loops.request(9, SamplerConfig(steps=9, schedule_steps=9, confidence=0.0), max_new_tokens=CANVAS)
+    for requests in (given[:3], given):
+        answers = []
+        for on in (False, True):
+            one = engine(captured(checkpoint, joined=on), checkpoint)
+            handles = [one.add(request) for request in requests]
+            answers.append([loops.seen(handle) for handle in handles])
+        assert answers[0] == answers[1]
 
 
 # ---- What a card would run ----------------------------------------------------------------------------------------
 
 
 def test_a_card_captures_a_joined_pass_and_waits_for_nothing(card: Card) -> None:
-    one = fake.engine(fake.make_ops())
-    one.ops.joined = True
+    one = fake.engine(joined=True)
     fake.generate(one)
     assert card.captures == 3, "the pass, reading 1,024 tokens, and both at once; reading 256 is not needed"
     card.steady, card.waits = True, 0
     card.launches.clear()
-    drafts = [event for event in fake.generate(one) if isinstance(event, Draft)]
+    (events,) = fake.generate(one)
+    drafts = [event for event in events if isinstance(event, Draft)]
     assert (card.captures, card.waits, len(drafts)) == (3, 0, fake.STEPS * fake.CANVASES)
     assert not card.launches, "every pass is a replay"
 
 
 def test_a_joined_pass_of_the_26b_is_so_many_launches() -> None:
     """As many as a denoising pass: what reads a canvas adds rows, and no launch but where its window moves."""
-    ops = CudaOps("bfloat16", "cpu")
-    ops.device = torch.device("meta")
-    config = bench.config_of("26b")
-    model = bench.random_model(ops, config, "4bit", meta_weight)
-    cache = Cache(new_cache(ops, config, batch=1, capacity=2048, chunk=1024).layers, empty(1, dtype=torch.int32))
-    tokens = empty(1, 256, dtype=torch.int32)
+    ops, config = meta_ops(), bench.config_of("26b")
+    model = random_model(ops, config, "4bit", meta_weight)
+    cache = meta_cache(config, 2048, scratch=1024)
+    tokens, count = empty(1, 256, dtype=torch.int32), empty(1, dtype=torch.int32)
     state = StepState(
-        canvas=tokens, soft=empty(1, 256, config.hidden_size), argmax=tokens, stable=empty(1, dtype=torch.int32),
-        accepted=empty(1, 256, dtype=torch.bool), entropy=empty(1, 256, dtype=torch.float32),
-        stop=empty(1, dtype=torch.bool),
+        canvas=tokens, soft=empty(1, 256, config.hidden_size), argmax=tokens, stable=count, accepted=None,
+        entropy=None, stop=None,
     )  # fmt: skip
-    heat, u = (empty(1, size, dtype=torch.float32) for size in (1, 256))
-    kernels = launched(lambda: encode_and_step(ops, model, SamplerConfig(), cache, tokens, state, heat, u, tokens))
+    draws = meta_draws(tokens)
+    kernels = launched(lambda: encode_and_step(ops, model, cache, tokens, state, draws))
     assert 400 < len(kernels) <= 440
+
+
+def meta_draws(tokens: torch.Tensor) -> Draws:
+    wide = {"dtype": torch.float32}
+    return Draws(
+        temperature=empty(1, 1, **wide), uniforms=empty(*tokens.shape, **wide), noise=tokens,
+        entropy_bound=empty(1, 1, **wide), confidence=empty(1, **wide), stability=empty(1, dtype=torch.int32),
+        greedy=empty(1, 1, dtype=torch.bool),
+    )  # fmt: skip
