@@ -271,6 +271,8 @@ class Engine:
                 self._snapshot(row)
 
     def _denoise(self) -> None:
+        if not self.passes.lookahead:
+            self._take_results(len(self._pending))  # of joined passes, which may have finished their canvases
         behind = len(self._pending)
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
         for group in _by_length(rows):
@@ -280,8 +282,10 @@ class Engine:
             slots = [row.slot for row in group]
             with self._for(group):
                 self._pending.append((marks, self.passes.step(slots, draws, starts)))
-        ready = behind if self.passes.lookahead and rows else len(self._pending)
-        for _ in range(ready):
+        self._take_results(behind if self.passes.lookahead and rows else len(self._pending))
+
+    def _take_results(self, count: int) -> None:
+        for _ in range(count):
             marks, results = self._pending.popleft()
             with self._for([row for row, _, _ in marks]):
                 self._look_at(marks, results())

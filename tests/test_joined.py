@@ -93,10 +93,7 @@ def turns(
     prompt, fresh = tokens(longest), np.asarray(lengths, np.int32)
     where = ops.asarray(np.asarray(slots, np.int32))
     cache = Cache(pool.layers, ops.asarray(np.zeros(batch, np.int32)), where)
-    if ragged:
-        cache = encode(ops, model, cache, prompt, ops.asarray(fresh))
-    else:
-        cache = encode(ops, model, cache, prompt)
+    cache = encode(ops, model, cache, prompt, ops.asarray(fresh)) if ragged else encode(ops, model, cache, prompt)
     found = []
     for i in range(2):
         soft = ops.asarray(values(i, batch, canvas, config.hidden_size), ops.dtype)

@@ -287,15 +287,14 @@ class CardPasses(GraphPasses):
 
     @contextmanager
     def guarded(self, doing: str) -> Iterator[None]:
-        try:
-            with releasing(self.ops.device, doing, REMEDY):
+        with releasing(self.ops.device, doing, REMEDY):
+            try:
                 yield
-        except DgemmaError:
-            # Rows that are open end with this error, and the pool with the last of them.
-            self._short = True
-            if not self._lengths:
-                self._give_back()
-            raise
+            except torch.OutOfMemoryError:
+                self._short = True  # and the pool ends with the last row that is open
+                if not self._lengths:
+                    self._give_back()
+                raise
 
 
 def _taken(rows: _Rows) -> StepState:
