@@ -7,11 +7,13 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import dgemma
 from dgemma.cli import options as command
 from dgemma.core.options import SAID, GenerateOptions, spread
+from dgemma.core.random import step_noise
 from dgemma.runtime import DiffusionGemma
 from said import says
 from tiny import tiny_checkpoint
@@ -73,6 +75,15 @@ def test_lists_of_values_are_for_each_prompt() -> None:
     assert [(one.stops, one.eos) for one in each] == [(("a",), [5]), (("b",), None)]
     with says("seed has 3 values for 2 prompts"):
         spread({"seed": [1, 2, 3]}, 2)
+
+
+def test_a_draft_says_what_the_next_pass_reads(tiny: DiffusionGemma) -> None:
+    """What is accepted, as it was drawn, and the noise of the pass elsewhere."""
+    drafts = [one for one in tiny.stream([5, 6], 16, seed=3, greedy=True) if isinstance(one, dgemma.Draft)]
+    for one in drafts:
+        noise = step_noise(seed=3, canvas=0, step=one.step + 1, length=16, vocab_size=tiny.config.vocab_size)[1]
+        assert one.following is not None
+        np.testing.assert_array_equal(one.following, np.where(one.accepted, one.tokens, noise))
 
 
 # ---- Many prompts -----------------------------------------------------------------------------------------------
