@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,11 +13,8 @@ from dgemma.backends.torch.primitives import TorchOps
 from dgemma.checkpoints.weights import build, shapes
 from dgemma.core import reference
 from dgemma.core.config import ModelConfig
-from dgemma.core.model import Cache, Layer, Model, denoise, encode_hidden, new_cache
-from dgemma.core.ops import KV, Rope, Span
-
-if TYPE_CHECKING:
-    from dgemma.core.model import Experts, Router
+from dgemma.core.model import denoise, encode_hidden, layer
+from dgemma.core.parts import KV, Cache, Experts, Mlp, Model, Router, Span
 
 Tensor = torch.Tensor
 
@@ -25,24 +22,26 @@ Tensor = torch.Tensor
 class TrainOps(TorchOps):
     """Float32 activations and norms, matrix products in `low` (bfloat16 has its own units on recent CPUs).
 
-    Two default bodies are replaced. The experts are computed all at once and weighted, zero where a token was not
-    routed: at this size that is one large product instead of a sort and eight small ones. Attention skips the mask
-    where nothing is hidden.
+    Some default bodies are replaced. The experts are computed all at once and weighted, zero where a token was not
+    routed: at this size that is one large product instead of a sort and eight small ones. All rows of a batch are
+    equally long, so that a cache is what they read and no more, and attention has no mask where nothing is hidden.
     """
 
-    def __init__(self, low: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, low: torch.dtype = torch.bfloat16, *, compiled: bool = False) -> None:
         super().__init__("float32")
         self.low = low
+        # Compiled once for each layer kind and mode, not for each layer.
+        self.run = torch.compile(layer, dynamic=False) if compiled else layer
 
-    def pack(self, weight: Any) -> Tensor:
-        return weight  # the parameters themselves: gradients end there
+    def layers(self, run: Callable[..., Any], *given: Any) -> tuple[Tensor, tuple[KV, ...]]:
+        return super().layers(self.run, *given)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x.to(self.low), weight.to(self.low)).float()
 
-    def geglu(self, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-        x = x.to(self.low)
-        return F.gelu(F.linear(x, gate.to(self.low)), approximate="tanh") * F.linear(x, up.to(self.low))
+    def geglu(self, x: Tensor, mlp: Mlp) -> Tensor:
+        x, gate, up = (one.to(self.low) for one in (x, mlp.gate_proj, mlp.up_proj))
+        return F.gelu(F.linear(x, gate), approximate="tanh") * F.linear(x, up)
 
     def moe(self, h: Tensor, r: Tensor, router: Router, experts: Experts) -> Tensor:
         count, inner, width = experts.gate_up_proj.shape
@@ -67,29 +66,19 @@ class TrainOps(TorchOps):
         scores = q.to(low).reshape(batch, kv_heads, -1, width) @ keys.transpose(2, 3)  # [B, K, H/K·L, S+L]
         scores = scores.float().view(batch, kv_heads, heads // kv_heads, length, total)
         if span.causal:
-            scores = scores.masked_fill(~reference.visible(self, span, batch, length, total - length), -1e9)
+            scores = scores.masked_fill(~reference.visible(self, span, length, total - length), -1e9)
         weights = torch.softmax(scores, -1).to(low).view(batch, kv_heads, -1, total)
         out = (weights @ values).view(batch, heads, length, width)
         return out.transpose(1, 2).reshape(batch, length, heads * width)
 
-
-class CompiledLayer:
-    """A layer that runs through torch.compile: compiled once for each layer kind and mode, not for each layer."""
-
-    def __init__(self, layer: Layer, run: Any) -> None:
-        self.layer, self.run, self.self_attn = layer, run, layer.self_attn
-
-    def __call__(self, ops: TrainOps, x: Tensor, rope: Rope, context: KV, span: Span) -> tuple[Tensor, Tensor, Tensor]:
-        return self.run(self.layer, ops, x, rope, context, span)
+    def cache_write(self, context: KV, k: Tensor, v: Tensor, span: Span, fresh: int | Tensor) -> KV:
+        kept = slice(None) if span.window is None else slice(1 - span.window, None)
+        return KV(*(torch.cat([old, new], 2)[:, :, kept] for old, new in ((context.keys, k), (context.values, v))))
 
 
-def make_model(ops: TrainOps, config: ModelConfig, parameters: dict[str, Tensor], *, compiled: bool) -> Model:
+def make_model(config: ModelConfig, parameters: dict[str, Tensor]) -> Model:
     """The graph over the parameters themselves, so that an optimizer's in-place update is all a step needs."""
-    model = build(ops, config, parameters.__getitem__)
-    if not compiled:
-        return model
-    run = torch.compile(Layer.__call__, dynamic=False)
-    return replace(model, layers=tuple(CompiledLayer(layer, run) for layer in model.layers))  # type: ignore[arg-type]
+    return build(config, parameters.__getitem__)
 
 
 def initial(config: ModelConfig, seed: int) -> dict[str, Tensor]:
@@ -128,15 +117,17 @@ def loss(
     """
     config, canvas = model.config, noise["canvas"]
     copies, half = len(canvas) // len(prompt), len(canvas) // 2
-    cache = new_cache(ops, config, batch=len(prompt), capacity=prompt.shape[1], chunk=0)
+    empty = (torch.zeros(len(prompt), one.kv_heads, 0, one.head_dim) for one in config.layers)
+    cache = Cache(tuple(KV(x, x) for x in empty), torch.zeros(len(prompt), dtype=torch.int32))
     cache, hidden = encode_hidden(ops, model, cache, prompt)
     ahead = ops.logits(hidden[:, :-1], model.embed_tokens, config.softcap)
     next_token = F.cross_entropy(ahead.flatten(0, 1), prompt[:, 1:].flatten().long())
 
-    cache = Cache(tuple(KV(*(torch.cat([x] * copies) for x in kv)) for kv in cache.layers), cache.length)
+    repeated = tuple(KV(*(torch.cat([x] * copies) for x in kv)) for kv in cache.layers)
+    cache = Cache(repeated, cache.length.repeat(copies))
     soft = torch.zeros(*canvas.shape, config.hidden_size)
     with torch.no_grad():
-        first = Cache(tuple(KV(*(x[:half] for x in kv)) for kv in cache.layers), cache.length)
+        first = Cache(tuple(KV(*(x[:half] for x in kv)) for kv in cache.layers), cache.length[:half])
         scores = ops.logits(denoise(ops, model, first, canvas[:half], soft[:half]), model.embed_tokens, config.softcap)
         # As in sampling, where self-conditioning reads the distribution after the temperature.
         probabilities = torch.softmax(scores / noise["temperature"][:, None, None], -1)

@@ -1,4 +1,4 @@
-"""Many boards at once: the project's own sampling step, run on a batch. `evaluate.py` checks it against the engine."""
+"""Many boards at once: rows of one engine, which is how `train.py` and `evaluate.py` find out how many are solved."""
 
 from __future__ import annotations
 
@@ -6,71 +6,46 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 import boards
 import nano
-from dgemma.backends.torch.inference import InferenceOps
-from dgemma.checkpoints.weights import build
-from dgemma.core import sampler as sampling
+from dgemma import backends
 from dgemma.core.config import ModelConfig, SamplerConfig
-from dgemma.core.model import Cache, Model, encode, new_cache, step
-from dgemma.core.ops import KV
-from dgemma.core.random import step_noise
+from dgemma.core.engine import Engine
+from dgemma.core.events import Commit, Done
+from dgemma.core.row import Request
+
+ROWS = 256
+"""Boards in a pass."""
 
 
-def inference_model(config: ModelConfig, weights: Mapping[str, Any]) -> tuple[InferenceOps, Model]:
+def inference_engine(config: ModelConfig, weights: Mapping[str, Any]) -> Engine:
     """The fast torch backend in float32 over float32 weights."""
-    ops = InferenceOps("float32")
-    return ops, build(ops, config, lambda name: np.asarray(weights[name]))
-
-
-def _noise(config: ModelConfig, seeds: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
-    draws = [
-        step_noise(seed=int(s), canvas=0, step=index, length=config.canvas_length, vocab_size=config.vocab_size)
-        for s in seeds
-    ]
-    return np.stack([u for u, _ in draws]), np.stack([t for _, t in draws])
-
-
-@torch.no_grad()
-def denoise_batch(
-    ops: InferenceOps, model: Model, sampler: SamplerConfig, prompts: np.ndarray, seeds: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Denoise the first canvas after each prompt: prompts int32 [B, P], seeds [B] → argmax [B, L], steps taken [B]."""
-    config, count, length = model.config, *prompts.shape
-    cache = new_cache(ops, config, batch=count, capacity=length, chunk=max(length, config.canvas_length))
-    cache = encode(ops, model, cache, ops.asarray(prompts))
-    state = sampling.start(ops, ops.asarray(_noise(config, seeds, 0)[1]), config.hidden_size)
-    out = np.zeros((count, config.canvas_length), np.int32)
-    steps, alive = np.zeros(count, int), np.arange(count)
-    for i in range(sampler.steps):
-        uniforms, noise = _noise(config, seeds[alive], i + 1)
-        temperature = ops.asarray(np.full((len(alive), 1), sampler.temperature(i), np.float32))
-        state = step(ops, model, sampler, cache, state, temperature, ops.asarray(uniforms), ops.asarray(noise))
-        out[alive], steps[alive] = ops.to_numpy(state.argmax), i + 1
-        going = ~state.stop
-        if not bool(going.any()):
-            break
-        if not bool(going.all()):  # finished boards leave the batch
-            alive = alive[going.numpy()]
-            state = sampling.StepState(*(x[going] for x in state))
-            cache = Cache(tuple(KV(*(x[going] for x in kv)) for kv in cache.layers), cache.length)
-    return out, steps
+    passes = backends.passes_of("torch", config, lambda name: np.asarray(weights[name]), device="cpu", dtype="float32")
+    return Engine(passes, None, most_rows=ROWS, prefix_bytes=0)
 
 
 def solve_rate(
-    ops: InferenceOps, model: Model, sampler: SamplerConfig, tests: np.ndarray, solutions: np.ndarray, seed: int = 0
+    engine: Engine, sampler: SamplerConfig, tests: np.ndarray, solutions: np.ndarray, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """Solve boards [N, cells]: which answers are exactly right, bool [N], and the steps they took [N]."""
-    right, steps = [], []
-    for at in range(0, len(tests), 256):
-        chunk = slice(at, at + 256)
-        seeds = seed + np.arange(at, at + len(tests[chunk]))
-        got, took = denoise_batch(ops, model, sampler, nano.prompts(tests[chunk]), seeds)
-        right.append((got == nano.answers(solutions[chunk])).all(1))  # rows, end of turn and fill
-        steps.append(took)
-    return np.concatenate(right), np.concatenate(steps)
+    handles = [
+        engine.add(
+            Request(
+                prompt=tuple(prompt.tolist()), max_new_tokens=nano.CANVAS, seed=seed + i, sampler=sampler,
+                eos_token_ids=(), drafts=False,
+            )
+        )
+        for i, prompt in enumerate(nano.prompts(tests))
+    ]  # fmt: skip
+    right, steps = np.zeros(len(handles), bool), np.zeros(len(handles), int)
+    for i, (handle, want) in enumerate(zip(handles, nano.answers(solutions), strict=True)):
+        for event in handle.events():
+            if isinstance(event, Commit):
+                right[i] = event.tokens == tuple(want.tolist())  # rows, end of turn and fill
+            elif isinstance(event, Done):
+                steps[i] = event.stats.steps
+    return right, steps
 
 
 def by_givens(tests: np.ndarray, right: np.ndarray) -> dict[int, tuple[int, int]]:

@@ -63,11 +63,11 @@ def export(folder: Path, settings: dict[str, Any], weights: dict[str, torch.Tens
 def measure(config: ModelConfig, weights: dict[str, torch.Tensor], tests: dict[int, Any]) -> dict[str, Any]:
     """Solve rates of held-out boards, with the weights rounded as they will be shipped."""
     rounded = {name: t.bfloat16().float().numpy() for name, t in weights.items()}
-    ops, model = sampling.inference_model(config, rounded)
+    engine = sampling.inference_engine(config, rounded)
     sampler = GenerationConfig.from_hf(nano.GENERATION).sampler
     result: dict[str, Any] = {}
     for side, (held, solutions) in tests.items():
-        right, steps = sampling.solve_rate(ops, model, sampler, held, solutions)
+        right, steps = sampling.solve_rate(engine, sampler, held, solutions)
         groups: dict[int, list[int]] = {}
         for givens, (solved, count) in sampling.by_givens(held, right).items():
             group = groups.setdefault(givens // 4 * 4, [0, 0])
@@ -130,8 +130,8 @@ class Worker:
             parameter.requires_grad_(not name.endswith("layer_scalar"))  # buffers in the reference: kept at one
         rates = optimizer.Rates(muon=o.muon, adam=o.adam)
         self.learner = optimizer.Optimizer(self.parameters, rates, saved.get("optimizer"))
-        self.ops = objective.TrainOps(torch.bfloat16 if o.bf16 else torch.float32)
-        self.model = objective.make_model(self.ops, self.config, self.parameters, compiled=o.compile)
+        self.ops = objective.TrainOps(torch.bfloat16 if o.bf16 else torch.float32, compiled=o.compile)
+        self.model = objective.make_model(self.config, self.parameters)
 
     def differentiate(self, step: int, side: int) -> torch.Tensor:
         """Leave this worker's gradients in the parameters; returns its two losses."""
