@@ -31,6 +31,7 @@ from dgemma.checkpoints import safetensors, weights
 from dgemma.convert import convert
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.ops import NUMPY_DTYPES
+from dgemma.core.sampler import draws_of, first_canvas
 from dgemma.tools.bench import Shape, settings
 
 CANVAS, PROMPT = 256, 128
@@ -80,21 +81,18 @@ def passes(
     import torch
 
     import dgemma
-    from dgemma.core.model import step
-    from dgemma.core.sampler import start
 
     torch.set_num_threads(threads)
     runs = {}
     for key, folder in folders.items():
-        engine = dgemma.load(folder, backend="torch", device="cpu", dtype=key[1]).engine
-        ops, model = engine.ops, engine.model
-        vocab = model.config.vocab_size
-        generator = np.random.default_rng(0)
-        cache = engine.prefill(generator.integers(6, vocab, PROMPT).tolist(), CANVAS)
-        noise = ops.asarray(generator.integers(6, vocab, (1, CANVAS)).astype(np.int32))
-        state = start(ops, noise, model.config.hidden_size)
-        rest = torch.full((1, 1), 0.6), torch.rand(1, CANVAS), noise
-        runs[key] = lambda o=ops, m=model, c=cache, s=state, r=rest: step(o, m, SamplerConfig(), c, s, *r)
+        passes = dgemma.load(folder, backend="torch", device="cpu", dtype=key[1]).engine.passes
+        vocab, generator = passes.config.vocab_size, np.random.default_rng(0)
+        slot = passes.open(PROMPT, CANVAS)
+        passes.read([(slot, generator.integers(6, vocab, PROMPT).astype(np.int32))])
+        noise = first_canvas(0, 0, CANVAS, vocab)
+        draws = draws_of(SamplerConfig(), seed=0, canvas=0, step=0, length=CANVAS, vocab_size=vocab)
+        # Every pass is the first of a canvas, so that all of them do the same.
+        runs[key] = lambda p=passes, d=draws, s={slot: noise}: p.step(list(s), d, s)()
     times: dict[tuple[Key, str], list[float]] = {key: [] for key in runs}
     for i in range(repeats + 2):
         for key, run in runs.items():
