@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -30,8 +28,10 @@ import torch
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import CudaCapture, rerun
 from dgemma.backends.cuda.kernels import configs
-from dgemma.core.model import Cache, Model
-from dgemma.core.sampler import StepState
+from dgemma.backends.cuda.passes import CardPasses
+from dgemma.checkpoints import weights
+from dgemma.core.parts import Model
+from dgemma.core.sampler import draws_of, first_canvas, stacked
 from dgemma.tools import bench
 from dgemma.tools.bench_card import describe, maker, timed
 
@@ -49,57 +49,56 @@ def switched(early: bool) -> Iterator[None]:
             configs.card.cache_clear()
 
 
-def variant(ops: CardOps, options: tuple[str, ...]) -> CardOps:
-    """Return the same ops over the same weights with an option on."""
-    twin = copy(ops)
-    if "beside" in options and ops.device.type == "cuda":
-        from dgemma.backends.cuda.ops import CudaOps
+def card_ops(where: torch.device, *, beside: bool = False) -> CardOps:
+    if where.type != "cuda":
+        return CardOps("bfloat16", str(where))
+    from dgemma.backends.cuda.ops import CudaOps
 
-        assert isinstance(twin, CudaOps)
-        twin._side = torch.cuda.Stream(ops.device)
-    return twin
+    return CudaOps("bfloat16", str(where), beside=beside)
 
 
-def captured(ops: CardOps, model: Model, plan: bench.Plan) -> tuple[Callable[[], None], list[np.ndarray]]:
+def passes_of(ops: CardOps, model: Model, *, joined: bool = False) -> CardPasses:
+    capture = CudaCapture(ops.device) if ops.device.type == "cuda" else rerun
+    return CardPasses(ops, model, capture=capture, joined=joined)
+
+
+def captured(passes: CardPasses, plan: bench.Plan) -> tuple[Callable[[], None], list[np.ndarray]]:
     """Capture a pass; return what replays `plan.steps` of them, and the drafts of one canvas."""
-    passes = bench.Loop(ops, model, plan)
+    batch = bench.Batch(passes, plan, room=3 * passes.config.canvas_length)
     drafts: list[np.ndarray] = []
-    cache = passes.canvas(passes.prompt(room=3 * model.config.canvas_length), 0, drafts.append)
-    inside = Cache(cache.layers, ops.extent(int(cache.length)))
-    state = passes.state(1)
+    batch.read(batch.steps(0, drafts.append))
 
     def run() -> None:
-        nonlocal state
         for i in range(plan.steps):
-            state = passes.step(inside, state, i, 1)
+            batch.step(i, 1)
 
     return run, drafts
 
 
-def canvas(passes: bench.Loop, *, joined: bool) -> tuple[Callable[[], object], list[np.ndarray]]:
-    """Return what reads a canvas and denoises the next, and that one's drafts."""
-    ops = passes.ops
-    cache = passes.prompt(room=2 * passes.model.config.canvas_length)
-    tokens = passes.state(2).canvas
+def canvas(passes: CardPasses, plan: bench.Plan) -> tuple[Callable[[], Any], list[np.ndarray]]:
+    """Return what reads a canvas and denoises the next, and that one's drafts; the cache is as long each time."""
+    length, vocab = passes.config.canvas_length, passes.config.vocab_size
+    batch = bench.Batch(passes, plan, room=2 * length)
+    kept = [passes.save(slot) for slot in batch.slots]
+    tokens = [first_canvas(2, row, length, vocab) for row in range(plan.batch)]
+    sampler = bench._sampler(plan)
 
-    def states() -> Iterator[StepState]:
-        if joined:
-            after, state = passes.join(cache, tokens, 1)
-            yield state
-        else:
-            after, state = passes.encode(cache, tokens), passes.state(1)
-        inside = Cache(after.layers, ops.extent(int(after.length)))
-        for i in range(joined, passes.plan.steps):
-            state = passes.step(inside, state, i, 1)
-            yield state
+    def results() -> list[Callable[[], Any]]:
+        for slot, snapshot in zip(batch.slots, kept, strict=True):
+            passes._load(slot, snapshot)
+        draws = [
+            draws_of(sampler, seed=1, canvas=row, step=0, length=length, vocab_size=vocab) for row in range(plan.batch)
+        ]
+        starts = {slot: first_canvas(1, row, length, vocab) for row, slot in enumerate(batch.slots)}
+        first = passes.read_and_step(list(zip(batch.slots, tokens, strict=True)), stacked(draws), starts)
+        return [first, *(batch.step(i, 1) for i in range(1, plan.steps))]
 
-    return lambda: deque(states(), 0), [ops.fetch(state.argmax)()[0] for state in states()]
+    return results, [result().argmax for result in results()]
 
 
 def compared(ops: CardOps, model: Model, plan: bench.Plan, repeats: int) -> dict[str, Any]:
-    """Time canvases joined and apart, in turn."""
-    passes = bench.Loop(ops, model, plan)
-    (apart, want), (joined, got) = (canvas(passes, joined=on) for on in (False, True))
+    """Time canvases joined and apart, in turn; both begin by putting the cache back, which is in both figures."""
+    (apart, want), (joined, got) = (canvas(passes_of(ops, model, joined=on), plan) for on in (False, True))
     times = [(timed(apart, ops.device), timed(joined, ops.device)) for _ in range(repeats + 1)][1:]
     own, of_joined = (statistics.median(column) for column in zip(*times, strict=True))
     tokens = plan.batch * model.config.canvas_length
@@ -122,13 +121,9 @@ def compared(ops: CardOps, model: Model, plan: bench.Plan, repeats: int) -> dict
 @click.option("--repeats", default=7, show_default=True)
 def main(device: str, shape: bench.Shape, recipe: str, context: int, steps: int, repeats: int) -> None:
     where = torch.device(device)
-    if where.type == "cuda":
-        from dgemma.backends.cuda.ops import CudaOps
-
-        ops: CardOps = CudaOps("bfloat16", device, capture=CudaCapture(where))
-    else:
-        ops = CardOps("bfloat16", device, capture=rerun)
-    model = bench.random_model(ops, bench.config_of(shape), recipe, maker(where))
+    ops = card_ops(where)
+    weight = bench.weights_of(bench.config_of(shape), recipe, maker(where))
+    model = weights.build(bench.config_of(shape), lambda name: ops.pack(weight(name)), ops.stack)
     plan = bench.Plan(shape=shape, recipe=recipe, context=context, steps=8)
     ready: dict[str, Callable[[], None]] = {}
     same: dict[str, bool] = {}
@@ -136,7 +131,8 @@ def main(device: str, shape: bench.Shape, recipe: str, context: int, steps: int,
     for name, options in OPTIONS.items():
         try:
             with switched("early" in options):
-                ready[name], drafts = captured(variant(ops, options), model, plan)
+                passes = passes_of(card_ops(where, beside="beside" in options), model)
+                ready[name], drafts = captured(passes, plan)
         except Exception as error:  # whatever is said of an option that this card or this Triton does not take
             click.echo(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", err=True)
             continue

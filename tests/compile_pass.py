@@ -2,9 +2,9 @@
 
     python tests/compile_pass.py --recipe 4bit --arch sm_90        # half a minute; exit code 1 if one spills
 
-A denoising pass, the pass that reads a canvas, a prompt's chunk of 1,024, and a canvas read in the next one's first
-pass. The kernels' own tests do this for each at its shipped sizes; this finds what a whole pass launches beside, and
-shows it together.
+A denoising pass, passes that read 64, 256 and 1,024 tokens, and a canvas read in the next one's first pass. The
+kernels' own tests do this for each at its shipped sizes; this finds what a whole pass launches beside, and shows it
+together.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 
 from dgemma.backends.cuda.kernels import configs
 from dgemma.backends.cuda.ops import CudaOps
-from dgemma.core.config import SamplerConfig
-from dgemma.core.model import Cache, Model, encode, encode_and_step, new_cache, step
-from dgemma.core.sampler import StepState
+from dgemma.core.model import encode, encode_and_step, step
+from dgemma.core.parts import Model, StepState
 from dgemma.tools import bench
 from kernel_harness import ARCHITECTURES, Launch, compile_ahead_launch, launched
-from test_cuda_ops import empty, meta_weight
+from test_cuda_ops import empty, meta_cache, meta_ops, meta_weight, random_model
+from test_joined import meta_draws
 
 CONTEXT = 2048
 CARDS = {"sm_80": (80, 108), "sm_89": (89, 128), "sm_90": (90, 132), "sm_100": (100, 148)}
@@ -30,27 +30,19 @@ CARDS = {"sm_80": (80, 108), "sm_89": (89, 128), "sm_90": (90, 132), "sm_100": (
 
 
 def launches(ops: CudaOps, model: Model) -> list[Launch]:
-    """Return what the four passes launch; nothing has contents, and nothing runs."""
-    config = model.config
-    held = new_cache(ops, config, batch=1, capacity=CONTEXT, chunk=1024)
-    cache = Cache(held.layers, empty(1, dtype=torch.int32))
-    fresh = empty(1, dtype=torch.int32)
-
-    tokens = empty(1, 256, dtype=torch.int32)
-
-    def state(length: int = 256) -> StepState:
-        return StepState(
-            canvas=tokens, soft=empty(1, length, config.hidden_size), argmax=tokens, stable=empty(1, dtype=torch.int32),
-            accepted=empty(1, length, dtype=torch.bool), entropy=empty(1, length, dtype=torch.float32),
-            stop=empty(1, dtype=torch.bool),
-        )  # fmt: skip
+    """Return what these passes launch; nothing has contents, and nothing runs."""
+    cache = meta_cache(model.config, CONTEXT, scratch=1024)
+    tokens, number = empty(1, 256, dtype=torch.int32), empty(1, dtype=torch.int32)
+    state = StepState(
+        canvas=tokens, soft=empty(1, 256, model.config.hidden_size), argmax=tokens, stable=number, accepted=None,
+        entropy=None, stop=None,
+    )  # fmt: skip
 
     def run() -> None:
-        heat, u = (empty(1, size, dtype=torch.float32) for size in (1, 256))
-        step(ops, model, SamplerConfig(), cache, state(), heat, u, tokens)
-        encode_and_step(ops, model, SamplerConfig(), cache, tokens, state(), heat, u, tokens)
-        for length in (256, 1024):
-            encode(ops, model, cache, empty(1, length, dtype=torch.int32), fresh)
+        step(ops, model, cache, state, meta_draws(tokens))
+        encode_and_step(ops, model, cache, tokens, state, meta_draws(tokens))
+        for length in (64, 256, 1024):
+            encode(ops, model, cache, empty(1, length, dtype=torch.int32), number)
 
     return launched(run)
 
@@ -65,11 +57,11 @@ def same(launch: Launch) -> Any:
 @click.option("--recipe", default="4bit", show_default=True)
 @click.option("--arch", type=click.Choice(ARCHITECTURES), default="sm_90", show_default=True)
 def main(recipe: str, arch: str) -> None:
-    ops = CudaOps("bfloat16", "cpu")
-    ops.device, ops._arch = torch.device("meta"), arch
+    ops = meta_ops()
+    ops._arch = arch
     generation, multiprocessors = CARDS[arch]
     configs.ASSUMED = configs.Card(generation=generation, multiprocessors=multiprocessors)
-    found = launches(ops, bench.random_model(ops, bench.config_of("26b"), recipe, meta_weight))
+    found = launches(ops, random_model(ops, bench.config_of("26b"), recipe, meta_weight))
     kinds = {same(launch): launch for launch in found}
     click.echo(f"{len(found)} launches, {len(kinds)} kernels for {arch}")
     spilt = 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import loops
+from dgemma.backends import cuda
 from dgemma.backends.cuda import graph as graphs
 from dgemma.backends.cuda.card import CardOps
 from dgemma.backends.cuda.graph import Canvases, CapturedFunction, rerun
@@ -344,6 +345,19 @@ def test_a_large_pool_is_given_back_for_a_small_request(
         slot = passes.open(10, CANVAS)
         assert passes._capacity == capacity
         passes.close(slot)
+
+
+def test_plain_passes_are_filled_up_as_captured_ones(checkpoint: Checkpoint) -> None:
+    """Low precision follows the length of slots and the size of batches."""
+    captured = card_passes(checkpoint)
+    plain = cuda.plain(captured)
+    assert captured.captures and not plain.captures and plain.lookahead == 0
+    for one in (captured, plain):
+        one.chunk = 40
+        for _ in range(3):
+            one.open(10, CANVAS)
+    shapes = [[x.shape for layer in one._pool for x in layer] for one in (captured, plain)]
+    assert shapes[0] == shapes[1] and captured._filled(3) == plain._filled(3) == [0, 1, 2, 2]
 
 
 def test_without_capture_nothing_looks_ahead(checkpoint: Checkpoint) -> None:

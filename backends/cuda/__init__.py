@@ -49,7 +49,10 @@ def plain(passes: CardPasses) -> CardPasses:
     """Return passes over the same weights that start every kernel from the host."""
     from .passes import CardPasses
 
-    return CardPasses(passes.ops, passes.model)
+    twin = CardPasses(passes.ops, passes.model)
+    # Filled up alike: attention cuts its keys by the length of slots and the size of a batch, and rounds by that.
+    twin.batch_sizes, twin.read_sizes = passes.batch_sizes, passes.read_sizes
+    return twin
 
 
 def card_ops(dtype: DType, device: str) -> CardOps:
