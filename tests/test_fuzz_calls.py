@@ -54,7 +54,7 @@ PLAIN = {
 
 
 def check_generation(made: Any, options: dict[str, Any]) -> None:
-    assert len(made.token_ids) <= options.get("max_new_tokens", 256) and made.finish_reason in ("stop", "length")
+    assert len(made.token_ids) <= (options.get("max_new_tokens") or 256) and made.finish_reason in ("stop", "length")
     assert all(0 <= token < tiny.VOCAB for token in made.token_ids)
     ends = options.get("eos", ())
     assert not set(made.token_ids) & set([ends] if isinstance(ends, int) else ends or ())

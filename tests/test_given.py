@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import dgemma
-from dgemma import DiffusionGemma, runtime
-from dgemma.checkpoints import safetensors
+from dgemma import DiffusionGemma
+from dgemma.checkpoints import loading, safetensors
 from dgemma.checkpoints.safetensors import SafetensorsFile
 from said import says
 from tiny import tiny_checkpoint
@@ -86,7 +86,7 @@ def test_a_small_model_outlives_its_file(backend: str, tmp_path: Path) -> None:
 def test_a_large_model_is_refused_once_its_file_has_changed(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "HELD", 0)
+    monkeypatch.setattr(loading, "HELD", 0)
     folder = tiny_checkpoint(tmp_path)
     path = folder / "model.safetensors"
     model = dgemma.load(folder, backend=backend)
