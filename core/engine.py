@@ -96,6 +96,7 @@ class Engine:
         Raises:
             DgemmaError: it cannot be run; see `check`.
         """
+        self._check_process()
         self.check(request)
         row = Row(request, self.passes.config, self.tokenizer, self._peak, share)
         with self._lock:
@@ -126,9 +127,10 @@ class Engine:
             return row.events.get_nowait()
         self._check_process()
         with self._lock:
-            idle, self._driving = not self._driving, True
-        running = self._owner.post(self._drive) if idle else self._owner.alive()
-        while not running and row.events.empty():  # the process exits, and the thread has ended: here, then
+            driven = self._driving
+        # An interrupt may come between any two lines here, so it is the engine's thread that says who drives.
+        running = self._owner.alive() if driven else self._owner.post(self._begin)
+        while (not running or self._owner.here()) and row.events.empty():  # as the process exits, or in `run`: here
             self.step()
         return row.events.get()
 
@@ -143,15 +145,18 @@ class Engine:
 
     # ---- Rounds -----------------------------------------------------------------------------------------------
 
+    def _begin(self) -> None:
+        """Drive, where nothing does: of many who wait for the first round each has asked."""
+        with self._lock:
+            driven, self._driving = self._driving, True
+        if not driven:
+            self._drive()
+
     def _drive(self) -> None:
         """Run a round, and ask for the next one while anything is left."""
-        try:
-            with self.passes.guarded("generating"):
-                left = self._round()
-        except BaseException as error:  # not of one row: a bug, or the process's end
-            left = False
-            self._fail(self._all(), error)
-            self._sweep()
+        left = False
+        with suppress(BaseException):  # every reader has been told
+            left = self._round()
         with self._lock:
             self._driving = left = left or bool(self._waiting)
         if left:
@@ -159,12 +164,18 @@ class Engine:
 
     def _round(self) -> bool:
         self._rounds += 1
-        self._sweep()
-        self._admit()
-        self._read_canvases()
-        self._read_prompts()
-        self._denoise()
-        self._sweep()
+        try:
+            with self.passes.guarded("generating"):
+                self._sweep()
+                self._admit()
+                self._read_canvases()
+                self._read_prompts()
+                self._denoise()
+                self._sweep()
+        except BaseException as error:  # not of one row: a bug, or the process's end
+            self._fail(self._all(), error)
+            self._sweep()
+            raise
         with self._lock:
             return bool(self._rows or self._waiting)
 
@@ -211,14 +222,17 @@ class Engine:
         return any(
             one.request.prompt == row.request.prompt
             and not one.prompted
-            and (self.prefixes.budget > 0 or (one.share is not None and one.share is row.share))
+            and ((one.share is not None and one.share is row.share) or self._may_be_kept(one))
             for one in self._rows
         )
 
+    def _may_be_kept(self, row: Row) -> bool:
+        return self.prefixes.budget > 0 and self.passes.saved_bytes(row.slot) <= self.prefixes.budget
+
     def _take(self, row: Row) -> None:
         snapshot = (row.share and row.share.snapshot) or self.prefixes.find(row.request.prompt)
-        if snapshot is not None:
-            row.share = None
+        if snapshot is not None and row.share is not None and snapshot.length == len(row.request.prompt):
+            row.share.snapshot, row.share = snapshot, None  # the next sample's too, whatever is given up meanwhile
         slot = self.passes.open(row.capacity, row.length, snapshot)
         self._rows.append(row)
         row.opened(slot, snapshot.length if snapshot else 0)
@@ -246,8 +260,10 @@ class Engine:
         pieces: dict[Row, np.ndarray] = {}
         for row in sorted(self._rows, key=lambda row: row.served):  # who has waited longest
             if row.stage == "reading" and not row.prompted and left > 0:
-                pieces[row] = row.coming[: self._piece(row, left)]
-                left -= len(pieces[row])
+                if (size := self._piece(row, left)) == 0:
+                    continue
+                pieces[row] = row.coming[:size]
+                left -= size
                 row.served = self._rounds + 1  # behind those that come now
         self._read(pieces)
 
@@ -330,7 +346,12 @@ class Engine:
         wanted = self.prefixes.wants(tokens, self.passes.saved_bytes(row.slot))
         if not (shared or wanted):
             return
-        snapshot = self.passes.save(row.slot)
+        try:
+            with self.passes.guarded("generating"):
+                snapshot = self.passes.save(row.slot)
+        except DgemmaError:  # memory has run out: what is kept makes room, and this one is read again
+            self.prefixes.clear()
+            return
         if share is not None and shared:
             share.snapshot = snapshot
         if wanted:

@@ -47,7 +47,7 @@ class GraphPasses(Passes):
         self._lengths: dict[int, int] = {}  # of open slots: tokens read
         self._asked: dict[int, int] = {}  # of open slots: room
         self._states: dict[int, tuple[StepState, int]] = {}  # slot → a batch, and its row there
-        self._spoilt: set[int] = set()  # slots in whose entries NaN or infinity may stand
+        self._spoilt: set[int] = set()  # slots in whose entries NaN or infinity may stand: nobody has seen otherwise
         self._batch: tuple[int, ...] = ()  # slots of the batch that the last pass left
         self._step = self.compile(partial(model.step, ops, weights))
         self._encode = self.compile(partial(model.encode, ops, weights))
@@ -64,19 +64,26 @@ class GraphPasses(Passes):
         slot = next((i for i in range(self._slots) if i not in self._lengths), self._slots)
         self._make_room(slot + 1, tokens, self._needed_scratch(tokens, canvas))
         self._lengths[slot], self._asked[slot] = 0, tokens
-        if after is not None:
-            self._load(slot, after)
+        try:
+            if slot in self._spoilt:  # where what a row does not see is masked, it is still multiplied: by zero
+                self._clean(slot)
+            if after is not None:
+                self._load(slot, after)
+        except BaseException:  # memory that runs out, and nobody else would close it
+            self.close(slot)
+            raise
         return slot
+
+    def _clean(self, slot: int) -> None:
+        self._pool = tuple(
+            KV(*(self.placed(x, self.zeros((1, *x.shape[1:])), slot) for x in layer)) for layer in self._pool
+        )
+        self._spoilt.remove(slot)
 
     def close(self, slot: int) -> None:
         self._lengths.pop(slot)
         self._asked.pop(slot)
         self._states.pop(slot, None)
-        if slot in self._spoilt:  # where what a row does not see is masked, it is still multiplied: by zero
-            self._spoilt.remove(slot)
-            self._pool = tuple(
-                KV(*(self.placed(x, self.zeros((1, *x.shape[1:])), slot) for x in layer)) for layer in self._pool
-            )
         if not self._lengths:
             self._batch, self._states = (), {}
             self.idle()
@@ -111,19 +118,22 @@ class GraphPasses(Passes):
         count = self._slots or 1
         while count < slots:
             count *= 2
-        old, kept = self._pool, self._slots
-        self._slots, self._scratch = count, max(scratch, self._scratch)
-        self._capacity = self.rounded_up(max(tokens, self._capacity))
-        pool = []
-        for i, one in enumerate(self.config.layers):
-            rows = self._capacity if one.window is None else min(self._capacity, one.window - 1)
-            shape = (count, one.kv_heads, rows + self._scratch, one.head_dim)
-            fresh = KV(self.zeros(shape), self.zeros(shape))
-            pool.append(KV(*(self.placed(x, y, 0) for x, y in zip(fresh, old[i], strict=True))) if kept else fresh)
-            if kept:
-                old = (*old[:i], KV(None, None), *old[i + 1 :])  # one layer at a time is there twice
-                self._pool = ()
-        self._pool = tuple(pool)
+        scratch, capacity = max(scratch, self._scratch), self.rounded_up(max(tokens, self._capacity))
+        pool, self._pool, kept = list(self._pool), (), self._slots
+        try:
+            for i, one in enumerate(self.config.layers):
+                rows = capacity if one.window is None else min(capacity, one.window - 1)
+                shape = (count, one.kv_heads, rows + scratch, one.head_dim)
+                fresh = KV(self.zeros(shape), self.zeros(shape))
+                if kept:  # one layer at a time is there twice
+                    pool[i] = KV(*(self.placed(x, y, 0) for x, y in zip(fresh, pool[i], strict=True)))
+                else:
+                    pool.append(fresh)
+        except BaseException:  # memory that runs out: whoever is in the pool has what was theirs
+            self._pool = tuple(KV(*(x[:kept] for x in layer)) for layer in pool) if kept else ()
+            raise
+        self._pool, self._slots, self._capacity, self._scratch = tuple(pool), count, capacity, scratch
+        self._spoilt = {slot for slot in self._spoilt if slot < kept}
 
     def _wasteful(self, slots: int, tokens: int) -> bool:
         return (self._slots > 1 and self._slots >= 2 * slots) or self._capacity > 2 * tokens
@@ -137,6 +147,7 @@ class GraphPasses(Passes):
             given = [self.ops.asarray(padded[index])]
             if self.read_sizes or min(counts) < length:
                 given.append(self.ops.asarray(np.asarray(counts, np.int32)[index]))
+            self._spoilt |= set(slots)
             self._keep(self._encode(cache, *given))
             for slot, count in zip(slots, counts, strict=True):
                 self._lengths[slot] += count
@@ -185,7 +196,8 @@ class GraphPasses(Passes):
 
         def results() -> StepResult:
             canvas, argmax, accepted, entropy, stop = (x[:count] for x in read())
-            self._spoilt |= {slot for slot, row in zip(slots, entropy, strict=True) if not np.isfinite(row).all()}
+            finite = {slot for slot, row in zip(slots, entropy, strict=True) if np.isfinite(row).all()}
+            self._spoilt = (self._spoilt | set(slots)) - finite
             return StepResult(canvas=canvas, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
 
         return results

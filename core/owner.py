@@ -8,6 +8,7 @@ keeps belong to the thread that made them, and OpenMP's workers to the thread th
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -38,8 +39,11 @@ class Owner:
         self._home, self._anywhere = home, anywhere
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._busy = threading.RLock()  # held while work runs
+        self._starting, self._launched, self._ready = threading.RLock(), False, threading.Event()
         # A daemon, because ordinary threads are waited for before anybody could tell this one to end.
-        self._thread = threading.Thread(target=_serve, args=(self._queue, self._busy, home), name="dgemma", daemon=True)
+        self._thread = threading.Thread(
+            target=_serve, name="dgemma", daemon=True, args=(self._queue, self._busy, home, self._ready)
+        )
         # Python ends daemon threads where they come back from C++, which aborts the process there ("terminate called
         # without an active exception"): at its exit the thread ends by itself, with the pass that is running.
         weakref.finalize(self, _end, self._queue, self._thread, os.getpid())
@@ -50,7 +54,7 @@ class Owner:
         Raises:
             DgemmaError: the process is exiting, and the runtime has ended.
         """
-        if threading.current_thread() is self._thread:
+        if self.here():
             return work()
         if not self._started():
             with self._busy, self._home():
@@ -77,6 +81,10 @@ class Owner:
         if self._thread.is_alive():
             self._queue.put(work)
 
+    def here(self) -> bool:
+        """Whether the thread that asks is this one."""
+        return threading.current_thread() is self._thread
+
     def alive(self) -> bool:
         """Whether the thread runs; False where work runs in the thread that asks.
 
@@ -90,12 +98,19 @@ class Owner:
         self._busy.acquire()
 
     def go_on(self) -> None:
-        self._busy.release()
+        with suppress(RuntimeError):  # one that came into being since the others were paused
+            self._busy.release()
 
     def _started(self) -> bool:
-        if self._thread.ident is None:
-            with suppress(RuntimeError):  # two threads may be the first at once
-                self._thread.start()
+        if not self._ready.is_set():
+            with self._starting:  # two threads may be the first at once, and one of them be interrupted
+                launched, self._launched = self._launched, True
+                try:
+                    if not launched:
+                        self._thread.start()
+                    self._ready.wait()
+                except RuntimeError:  # no more threads can be had
+                    self._launched = False
         if self._thread.is_alive():
             return True
         if not self._anywhere:
@@ -110,11 +125,15 @@ def _carry(work: Callable[[], Result], future: Future[Result]) -> None:
         future.set_exception(error)
 
 
-def _serve(queue: SimpleQueue[_Work | None], busy: Any, home: Home) -> None:
+def _serve(queue: SimpleQueue[_Work | None], busy: Any, home: Home, ready: threading.Event) -> None:
+    ready.set()
     with home():
         while (work := queue.get()) is not None:
             with busy:
-                work()
+                try:
+                    work()
+                except Exception:  # a bug: it is told as a thread's end is, and who waits for other work still gets it
+                    threading.excepthook(threading.ExceptHookArgs((*sys.exc_info(), threading.current_thread())))
             del work  # or what it holds would live until the next work comes
 
 

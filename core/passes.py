@@ -10,8 +10,8 @@ ONNX Runtime, brings its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from . import memory
 from .config import ModelConfig
+from .errors import DgemmaError
 from .parts import Draws
 from .primitives import DType
 
@@ -168,6 +169,10 @@ class Passes(ABC):
         """What the thread that runs passes is inside of."""
         return nullcontext()
 
-    def guarded(self, doing: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def guarded(self, doing: str) -> Iterator[None]:
         """Within, running out of memory releases what was taken and is a DgemmaError that says what would fit."""
-        return nullcontext()
+        try:
+            yield
+        except MemoryError:
+            raise DgemmaError(f"out of memory while {doing}; take a shorter context or a smaller model") from None

@@ -375,7 +375,7 @@ def test_rows_of_any_settings_share_passes_and_nothing_is_left(checkpoint: Check
     got = [answer(one) for one in handles]
     assert_nothing_is_left(engine)
     assert 0 < len(engine.prefixes) <= engine.prefixes.most and engine.prefixes.nbytes <= 1 << 16
-    assert threading.active_count() == threads + 1
+    assert threading.active_count() <= threads + 1  # and others of earlier tests may end meanwhile
     for i in range(0, count, 6):
         assert got[i] == answer(single.add(wanted[i])), f"request {i}"
 
