@@ -221,8 +221,8 @@ def test_what_was_fetched_stays_when_the_buffers_are_overwritten(checkpoint: Che
 
 def test_no_buffer_is_kept_from_call_to_call() -> None:
     """A captured pass writes where it was captured for good, so nobody may replace a buffer by a larger one."""
-    scratch = CardOps("float32", "cpu")._scratch
-    first, second = (scratch.take("block", (4,), torch.float32, CPU) for _ in range(2))
+    workspace = CardOps("float32", "cpu")._workspace
+    first, second = (workspace.take("block", (4,), torch.float32, CPU) for _ in range(2))
     assert first.data_ptr() != second.data_ptr()
 
 

@@ -153,10 +153,10 @@ def every_kernel() -> dict[str, torch.Tensor]:
         "linear in parts": linear.linear(x, packed[80], config=replace(cut, split=2)),
         "geglu": linear.geglu(x, packed[128], out_bits=8, config=cut),
     }
-    heat, index = routing.route(x, normal(rng, 5, 64), w, normal(rng, 5).abs(), 2, 1e-6)
+    chosen, index = routing.route(x, normal(rng, 5, 64), w, normal(rng, 5).abs(), 2, 1e-6)
     plan = routing.schedule(index, 5, 16)
-    results |= {"route": heat, "schedule": plan.order, "tiles": plan.tiles}
-    results["experts"] = experts.expert_mlp(x, index, heat, experts_in, experts_out, cuts=(cut, cut))
+    results |= {"route": chosen, "schedule": plan.order, "tiles": plan.tiles}
+    results["experts"] = experts.expert_mlp(x, index, chosen, experts_in, experts_out, cuts=(cut, cut))
 
     keys, values = (torch.full((4, 2, 60, 32), torch.nan) for _ in range(2))
     keys[:, :, :50], values[:, :, :50] = wide(4, 2, 50, 32), wide(4, 2, 50, 32)
@@ -171,8 +171,8 @@ def every_kernel() -> dict[str, torch.Tensor]:
     cuts = head.Tiling(rows=16, tokens=128, depth=32, warps=4, stages=1, mean_rows=16, mean_width=32, mean_depth=64,
                        mean_warps=4, mean_stages=1, programs=12, chunk=16)  # fmt: skip
     u = torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
-    heats = torch.tensor([[0.4], [0.8]])
-    token, argmax, entropy, soft = head.vocab_head(normal(rng, 2, 12, 64), table, 30.0, heats, u, sizes=cuts)
+    temperature = torch.tensor([[0.4], [0.8]])
+    token, argmax, entropy, soft = head.vocab_head(normal(rng, 2, 12, 64), table, 30.0, temperature, u, sizes=cuts)
     count, flag = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
     before = StepState(
         canvas=token, soft=soft, argmax=argmax, stable=count, accepted=torch.zeros(2, 12, dtype=torch.bool),

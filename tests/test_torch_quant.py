@@ -18,7 +18,7 @@ from dgemma.backends.numpy import NumpyOps
 from dgemma.backends.torch import blocks
 from dgemma.backends.torch.experts import expert_mlp
 from dgemma.backends.torch.inference import InferenceOps
-from dgemma.backends.torch.packed import QuantizedTensor, Scratch, dequantize
+from dgemma.backends.torch.packed import QuantizedTensor, Workspace, dequantize
 from dgemma.checkpoints import quant, weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, QTensor, quantize
@@ -95,11 +95,11 @@ def test_blocks_hold_the_same_values(kind: Format, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(blocks, "BLOCK", 128 * 7)
     monkeypatch.setattr(blocks, "PIECE", 128 * 3)
     q = random_tensor(kind, 23, 128, largest=0x3F)
-    packed, scratch = QuantizedTensor.from_host(q), Scratch()
+    packed, workspace = QuantizedTensor.from_host(q), Workspace()
     for dtype, width in DTYPES.items():
         want = torch.from_numpy(quant.dequantize(q, "float32")).to(width)
         for part in (packed, packed[:20], packed):
-            found = [(rows, block.clone()) for rows, block in blocks.blocks(part, width, scratch)]
+            found = [(rows, block.clone()) for rows, block in blocks.blocks(part, width, workspace)]
             assert len(found) == 4 if len(part.words) == 23 else 3
             assert [rows.start for rows, _ in found[1:]] == [rows.stop for rows, _ in found[:-1]]
             got = torch.cat([block for _, block in found])

@@ -45,13 +45,13 @@ def passes_of(
     return CardPasses(ops, model, capture=CudaCapture(ops.device))
 
 
-def plain(passes: CardPasses) -> CardPasses:
+def plain(captured: CardPasses) -> CardPasses:
     """Return passes over the same weights that start every kernel from the host."""
     from .passes import CardPasses
 
-    twin = CardPasses(passes.ops, passes.model)
+    twin = CardPasses(captured.ops, captured.model)
     # Filled up alike: attention cuts its keys by the length of slots and the size of a batch, and rounds by that.
-    twin.batch_sizes, twin.read_sizes = passes.batch_sizes, passes.read_sizes
+    twin.batch_sizes, twin.read_sizes = captured.batch_sizes, captured.read_sizes
     return twin
 
 

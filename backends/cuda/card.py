@@ -17,7 +17,7 @@ from ...core.primitives import DType
 from ..torch.blocks import Weight
 from ..torch.head import VocabHead
 from ..torch.inference import InferenceOps
-from ..torch.packed import QuantizedTensor, Scratch, as_scales
+from ..torch.packed import QuantizedTensor, Workspace, as_scales
 from ..torch.primitives import TORCH_DTYPES, Array
 from .load import Stager
 
@@ -33,8 +33,8 @@ class CardOps(InferenceOps):
             torch.cuda.set_device(self.device)  # for who uses ops by themselves; passes see to it: `CardPasses.home`
         # A graph goes on writing where it was captured: a buffer that is kept from call to call, and replaced when it
         # becomes too small, would by then be somebody else's memory. torch's allocator makes new ones cheap here.
-        self._scratch = Scratch(keep=False)
-        self._head = VocabHead(self._scratch)
+        self._workspace = Workspace(keep=False)
+        self._head = VocabHead(self._workspace)
         self._constants: dict[Any, Array] = {}
 
     def can_capture(self, weights: Model) -> bool:

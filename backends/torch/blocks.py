@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from .packed import QuantizedTensor, Scratch, dequantize_into
+from .packed import QuantizedTensor, Workspace, dequantize_into
 
 Tensor = torch.Tensor
 Weight = Tensor | QuantizedTensor
@@ -37,7 +37,7 @@ def ready(weight: Weight, dtype: torch.dtype) -> bool:
     return isinstance(weight, Tensor) and weight.dtype == dtype
 
 
-def blocks(weight: Weight, dtype: torch.dtype, scratch: Scratch) -> Iterator[tuple[slice, Tensor]]:
+def blocks(weight: Weight, dtype: torch.dtype, workspace: Workspace) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of a weight [R, N] in order, in a dtype; each block is gone when the next one comes.
 
     A dense weight of that dtype is one block, as it is.
@@ -48,15 +48,15 @@ def blocks(weight: Weight, dtype: torch.dtype, scratch: Scratch) -> Iterator[tup
             yield slice(0, count), weight
             return
         for rows in _cut(count, width, WIDENED):
-            out = scratch.take("block", (rows.stop - rows.start, width), dtype, weight.device)
+            out = workspace.take("block", (rows.stop - rows.start, width), dtype, weight.device)
             yield rows, out.copy_(weight[rows])
         return
     on_cpu = weight.device.type == "cpu"
     for rows in _cut(count, width, BLOCK if on_cpu else CUDA_BLOCK):
-        out = scratch.take("block", (rows.stop - rows.start, width), dtype, weight.device)
+        out = workspace.take("block", (rows.stop - rows.start, width), dtype, weight.device)
         for piece in _cut(len(out), width, PIECE if on_cpu else CUDA_BLOCK):
             part = weight[rows.start + piece.start : rows.start + piece.stop]
-            dequantize_into(out[piece], part, scratch)
+            dequantize_into(out[piece], part, workspace)
         yield rows, out
 
 
@@ -68,25 +68,25 @@ def _cut(count: int, width: int, size: int) -> Iterator[slice]:
 
 
 def linear(
-    x: Tensor, weight: Weight, scratch: Scratch, *, scale: float = 1.0, out: Tensor | None = None
+    x: Tensor, weight: Weight, workspace: Workspace, *, scale: float = 1.0, out: Tensor | None = None
 ) -> Tensor:  # fmt: skip
     """Return scale · x [..., N] · weightᵀ, weight [F, N] → [..., F], in the width of x; `out` is [R, F]."""
     if out is None:
         out = x.new_empty(x.numel() // x.shape[-1], weight.shape[0])
     flat, nothing = x.reshape(-1, x.shape[-1]), x.new_zeros(1)
-    for rows, block in blocks(weight, x.dtype, scratch):
+    for rows, block in blocks(weight, x.dtype, workspace):
         torch.addmm(nothing, flat, block.T, beta=0, alpha=scale, out=out[:, rows])
     return out.view(*x.shape[:-1], -1)
 
 
-def mix(shares: Tensor, weight: Weight, scratch: Scratch, *, into: Tensor | None = None) -> Tensor:
+def mix(shares: Tensor, weight: Weight, workspace: Workspace, *, into: Tensor | None = None) -> Tensor:
     """Return shares [R, V] · weight [V, N], summed over blocks in float32, or float64 → [R, N].
 
     `into` is what the sum starts from, and where it goes.
     """
     wide = torch.float64 if shares.dtype == torch.float64 else torch.float32
     total = shares.new_zeros(len(shares), weight.shape[1], dtype=wide) if into is None else into
-    for rows, block in blocks(weight, shares.dtype, scratch):
+    for rows, block in blocks(weight, shares.dtype, workspace):
         if shares.dtype == total.dtype:
             total.addmm_(shares[:, rows], block)
         else:
@@ -99,7 +99,7 @@ def whole(weight: Weight, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, Tensor):
         return weight
     out = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    target, rows, scratch = out.flatten(0, -2), weight.rows(), Scratch()
+    target, rows, workspace = out.flatten(0, -2), weight.rows(), Workspace()
     for piece in _cut(len(target), target.shape[1], PIECE if weight.device.type == "cpu" else CUDA_BLOCK):
-        dequantize_into(target[piece], rows[piece], scratch)
+        dequantize_into(target[piece], rows[piece], workspace)
     return out

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from . import blocks
 from .blocks import Weight, whole
-from .packed import Scratch
+from .packed import Workspace
 
 Tensor = torch.Tensor
 
@@ -37,7 +37,7 @@ def gelu_times(gate: Tensor, up: Tensor, scale: Tensor | float = 1.0) -> Tensor:
 
 
 def expert_mlp(
-    x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, scratch: Scratch | None = None
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, workspace: Workspace | None = None
 ) -> Tensor:
     """Run every row through its experts and add up the results.
 
@@ -46,7 +46,7 @@ def expert_mlp(
     if x.device.type == "cuda" and _grouped_fits(x, gate_up, down):
         # Nearly all experts are hit by a canvas, and to ask which would wait for the device.
         return _grouped(x, index, weights, whole(gate_up, x.dtype), whole(down, x.dtype))
-    return _sorted_experts(x, index, weights, gate_up, down, scratch or Scratch())
+    return _sorted_experts(x, index, weights, gate_up, down, workspace or Workspace())
 
 
 def _grouped_fits(x: Tensor, gate_up: Weight, down: Weight) -> bool:
@@ -77,7 +77,7 @@ def in_order(out: Tensor, order: Tensor, rows: int, dtype: torch.dtype) -> Tenso
 
 
 def _sorted_experts(
-    x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, scratch: Scratch
+    x: Tensor, index: Tensor, weights: Tensor, gate_up: Weight, down: Weight, workspace: Workspace
 ) -> Tensor:  # fmt: skip
     chosen = index.reshape(-1)
     order = chosen.argsort(stable=True)
@@ -86,7 +86,7 @@ def _sorted_experts(
     rows = x.index_select(0, token)
     room = -(-int(counts.max()) // _ROOM) * _ROOM
     if not (isinstance(gate_up, Tensor) and isinstance(down, Tensor) and gate_up.dtype == down.dtype == x.dtype):
-        out = _block_by_block(rows, shares, counts.tolist(), gate_up, down, scratch)
+        out = _block_by_block(rows, shares, counts.tolist(), gate_up, down, workspace)
     elif x.element_size() == 2 and room * len(counts) <= _PADDING * len(token):
         first = torch.arange(len(counts), device=x.device) * room - (counts.cumsum(0) - counts)
         place = torch.arange(len(token), device=x.device) + first.index_select(0, chosen.index_select(0, order))
@@ -129,23 +129,23 @@ def _one_by_one(rows: Tensor, shares: Tensor, counts: list[int], gate_up: Tensor
 
 
 def _block_by_block(
-    rows: Tensor, shares: Tensor, counts: list[int], gate_up: Weight, down: Weight, scratch: Scratch
+    rows: Tensor, shares: Tensor, counts: list[int], gate_up: Weight, down: Weight, workspace: Workspace
 ) -> Tensor:  # fmt: skip
     """`_one_by_one` of experts that are packed, or narrower than x: those that are hit are dequantized or widened in
     turn, in one buffer."""
     both = rows.new_empty(gate_up.shape[1], len(rows))  # [2F, N·k]
-    for matrix, part, run in _blocks_and_runs(gate_up, rows.dtype, counts, scratch):
+    for matrix, part, run in _blocks_and_runs(gate_up, rows.dtype, counts, workspace):
         torch.mm(matrix, rows[run].T, out=both[part, run])
     gate, up = both.chunk(2)
     hidden = gelu_times(gate, up, shares)
     out = rows.new_empty(down.shape[1], len(rows))  # [D, N·k]
-    for matrix, part, run in _blocks_and_runs(down, rows.dtype, counts, scratch):
+    for matrix, part, run in _blocks_and_runs(down, rows.dtype, counts, workspace):
         torch.mm(matrix, hidden[:, run], out=out[part, run])
     return out.T.contiguous()
 
 
 def _blocks_and_runs(
-    weight: Weight, dtype: torch.dtype, counts: list[int], scratch: Scratch
+    weight: Weight, dtype: torch.dtype, counts: list[int], workspace: Workspace
 ) -> Iterator[tuple[Tensor, slice, slice]]:
     """Yield blocks [r, N] of the experts' matrices [E, R, N]: which of the R rows, and which columns of x it meets."""
     height, width = weight.shape[1:]
@@ -161,13 +161,13 @@ def _blocks_and_runs(
             stop += 1
         if stop == expert + 1:
             run = slice(start, start + counts[expert])
-            for part, matrix in blocks.blocks(weight[expert], dtype, scratch):
+            for part, matrix in blocks.blocks(weight[expert], dtype, workspace):
                 yield matrix, part, run
             start = run.stop
         else:
             several = weight[expert:stop]
             flat = several.flatten(0, 1) if isinstance(several, Tensor) else several.rows()
-            ((_, matrices),) = blocks.blocks(flat, dtype, scratch)
+            ((_, matrices),) = blocks.blocks(flat, dtype, workspace)
             for i, matrix in enumerate(matrices.split(height)):
                 run = slice(start, start + counts[expert + i])
                 yield matrix, slice(0, height), run

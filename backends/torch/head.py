@@ -21,7 +21,7 @@ import torch
 from ...core.reference import _BELOW_ONE, DRAW_BLOCK
 from . import blocks
 from .blocks import Weight
-from .packed import Scratch
+from .packed import Workspace
 
 Tensor = torch.Tensor
 
@@ -42,9 +42,9 @@ class VocabHead:
     """Keeps its buffers between passes: memory fresh from the kernel is cleared page by page, which costs more time
     than most of the arithmetic here."""
 
-    def __init__(self, scratch: Scratch) -> None:
+    def __init__(self, workspace: Workspace) -> None:
         self._kept: _Buffers | None = None
-        self._scratch = scratch
+        self._workspace = workspace
 
     def __call__(
         self, x: Tensor, table: Weight, softcap: float, temperature: Tensor, u: Tensor
@@ -66,9 +66,9 @@ class VocabHead:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same of rows: x [R, D], sharpness and u [R, 1] → three [R], and [R, D]."""
         buffers = self._buffers(x, table.shape[0], u.dtype)
-        peak = _score(buffers, x, table, softcap, self._scratch)
+        peak = _score(buffers, x, table, softcap, self._workspace)
         top = peak.amax(-1, keepdim=True)
-        sums, entropy, soft = _weigh(buffers, table, top, sharpness, self._scratch)
+        sums, entropy, soft = _weigh(buffers, table, top, sharpness, self._workspace)
         token = _draw(buffers.scores, sums, top, sharpness, u)
         block = peak.argmax(-1)  # the first of equals, and so is the one inside it
         argmax = block * DRAW_BLOCK + _pick(buffers.scores, block).argmax(-1)
@@ -110,7 +110,7 @@ def _whole_blocks(vocab: int) -> int:
     return -(-vocab // DRAW_BLOCK) * DRAW_BLOCK
 
 
-def _score(buffers: _Buffers, x: Tensor, table: Weight, softcap: float, scratch: Scratch) -> Tensor:
+def _score(buffers: _Buffers, x: Tensor, table: Weight, softcap: float, workspace: Workspace) -> Tensor:
     """Fill `buffers.scores` with tanh(x · tableᵀ / softcap); return the maximum of every 512, [R, blocks]."""
     exact = buffers.mass.dtype == buffers.scores.dtype
     block = buffers.shifted.shape[0]
@@ -119,7 +119,7 @@ def _score(buffers: _Buffers, x: Tensor, table: Weight, softcap: float, scratch:
         size = part.shape[0]
         whole = size == tile.shape[1]
         out = None if not whole else tile if exact else buffers.mass
-        logits = blocks.linear(x, part, scratch, scale=1 / softcap, out=out)
+        logits = blocks.linear(x, part, workspace, scale=1 / softcap, out=out)
         tops = []
         for scores, raw in zip(tile.split(block), logits.split(block), strict=True):
             if out is not tile:
@@ -136,7 +136,7 @@ def _tiles(table: Weight, size: int) -> Iterator[Weight]:
 
 
 def _weigh(
-    buffers: _Buffers, table: Weight, top: Tensor, sharpness: Tensor, scratch: Scratch
+    buffers: _Buffers, table: Weight, top: Tensor, sharpness: Tensor, workspace: Workspace
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mass of every 512 [R, blocks], the entropy [R] and the mean embedding [R, D]."""
     exact = buffers.mass.dtype == buffers.scores.dtype
@@ -153,7 +153,7 @@ def _weigh(
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
         mass = buffers.mass[:, : part.shape[0]]
-        blocks.mix(mass, part, scratch, into=soft)
+        blocks.mix(mass, part, workspace, into=soft)
     tiles = len(buffers.scores)
     # Sums of one tile follow each other: those of a block of rows in all tiles belong side by side.
     per_tile = len(sums) // tiles

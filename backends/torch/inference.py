@@ -29,7 +29,7 @@ from . import blocks, processor
 from .blocks import Weight
 from .experts import expert_mlp, gelu_times
 from .head import VocabHead
-from .packed import QuantizedTensor, Scratch, dequantize, from_numpy
+from .packed import QuantizedTensor, Workspace, dequantize, from_numpy
 from .primitives import TORCH_DTYPES, Array, TorchOps
 
 
@@ -44,8 +44,8 @@ class InferenceOps(TorchOps):
         super().__init__(dtype, device)
         by_default = processor.multiplies(dtype) if self.device.type == "cpu" else dtype
         self._product = TORCH_DTYPES[products or by_default]
-        self._scratch = Scratch()
-        self._head = VocabHead(self._scratch)
+        self._workspace = Workspace()
+        self._head = VocabHead(self._workspace)
 
     # ---- Weights and dense layers -----------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class InferenceOps(TorchOps):
         wide = x.to(self._product)
         if blocks.ready(weight, wide.dtype):
             return F.linear(wide, weight).to(x.dtype)  # type: ignore[arg-type]
-        return blocks.linear(wide, weight, self._scratch).to(x.dtype)
+        return blocks.linear(wide, weight, self._workspace).to(x.dtype)
 
     def rms_norm(self, x: Array, weight: Array | None, eps: float) -> Array:
         wide = x.float()
@@ -105,7 +105,7 @@ class InferenceOps(TorchOps):
         # The softmax of the chosen scores is the softmax over all experts, renormalised.
         weights = top.softmax(-1) * router.per_expert_scale[index]
         both = experts.gate_up_proj, experts.down_proj
-        out = expert_mlp(h.reshape(rows.shape).to(self._product), index, weights, *both, self._scratch)
+        out = expert_mlp(h.reshape(rows.shape).to(self._product), index, weights, *both, self._workspace)
         return out.to(h.dtype).view(h.shape)
 
     # ---- Attention and its cache ------------------------------------------------------------------------------
@@ -166,14 +166,14 @@ class InferenceOps(TorchOps):
     def logits(self, x: Array, table: Weight, softcap: float) -> Array:
         wide = x.to(self._product)
         ready = blocks.ready(table, wide.dtype)
-        raw = F.linear(wide, table) if ready else blocks.linear(wide, table, self._scratch)  # type: ignore[arg-type]
+        raw = F.linear(wide, table) if ready else blocks.linear(wide, table, self._workspace)  # type: ignore[arg-type]
         return raw.to(TORCH_DTYPES[self.wide]).div_(softcap).tanh_().mul_(softcap)
 
     def mean_embedding(self, probabilities: Array, table: Weight) -> Array:
         shares = probabilities.to(self._product)
         if blocks.ready(table, shares.dtype):
             return self.cast(torch.matmul(shares, table), self.dtype)  # type: ignore[arg-type]
-        mean = blocks.mix(shares.reshape(-1, shares.shape[-1]), table, self._scratch)
+        mean = blocks.mix(shares.reshape(-1, shares.shape[-1]), table, self._workspace)
         return self.cast(mean, self.dtype).view(*shares.shape[:-1], -1)
 
     def vocab_head(

@@ -101,7 +101,7 @@ def from_numpy(array: np.ndarray) -> Tensor:
     return tensor.view(torch.bfloat16) if low else tensor
 
 
-class Scratch:
+class Workspace:
     """Buffers by name, kept from call to call: memory fresh from the kernel is cleared page by page, which costs more
     time than most of the arithmetic on it. Where nothing is kept, each is new."""
 
@@ -125,21 +125,21 @@ def dequantize(part: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     Computed in float32 and rounded once; see the definition at the top of checkpoints/quant.py.
     """
     out = torch.empty(part.shape, dtype=dtype, device=part.device)
-    return dequantize_into(out, part, Scratch(keep=False), exact=True)
+    return dequantize_into(out, part, Workspace(keep=False), exact=True)
 
 
-def dequantize_into(out: Tensor, part: QuantizedTensor, scratch: Scratch, *, exact: bool = False) -> Tensor:
+def dequantize_into(out: Tensor, part: QuantizedTensor, workspace: Workspace, *, exact: bool = False) -> Tensor:
     """`dequantize` into contiguous [..., N].
 
     Unless `exact`, symmetric codes are centred before they are scaled, not after: the same values, without a pass over
     floats, but for the signs of zeros, and for weights beyond 2^125, which may be infinite instead of NaN.
     """
-    value = out if out.dtype == torch.float32 else scratch.take("float32", out.shape, torch.float32, out.device)
+    value = out if out.dtype == torch.float32 else workspace.take("float32", out.shape, torch.float32, out.device)
     kind = part.format
     groups = value.unflatten(-1, (-1, kind.group_size))
     if kind.mode == "affine":
         middle = 1 << (kind.bits - 1)
-        _integers(scratch, part.words, kind.bits, 0 if exact or part.biases is not None else middle, value)
+        _integers(workspace, part.words, kind.bits, 0 if exact or part.biases is not None else middle, value)
         scale = part.scales.float()[..., None]
         groups.mul_(scale)  # exact, which leaves one rounding
         if part.biases is not None:
@@ -147,7 +147,7 @@ def dequantize_into(out: Tensor, part: QuantizedTensor, scratch: Scratch, *, exa
         elif exact:
             groups.sub_(scale * middle)
     else:
-        (_e4m3 if kind.bits == 8 else _e2m1)(scratch, part.words, value)
+        (_e4m3 if kind.bits == 8 else _e2m1)(workspace, part.words, value)
         scale = part.scales.view(torch.float8_e4m3fn).float() if kind.mode == "nvfp4" else _e8m0(part.scales)
         if part.global_scale is not None:
             scale = scale * part.global_scale
@@ -155,32 +155,32 @@ def dequantize_into(out: Tensor, part: QuantizedTensor, scratch: Scratch, *, exa
     return value if value is out else out.copy_(value)
 
 
-def _integers(scratch: Scratch, words: Tensor, bits: int, zero_point: int, out: Tensor) -> None:
+def _integers(workspace: Workspace, words: Tensor, bits: int, zero_point: int, out: Tensor) -> None:
     """Write codes minus a zero point of 0 or 2^(bits-1) as floats: int32 [..., N·bits/32] → [..., N]."""
     # A pass over bytes costs the least: codes are moved and centred as such, and widened last.
     mask, device = (1 << bits) - 1, words.device
     if bits == 8:
         codes = words.view(torch.uint8)
         if zero_point:
-            codes = torch.bitwise_xor(codes, 0x80, out=scratch.take("codes", codes.shape, torch.uint8, device))
+            codes = torch.bitwise_xor(codes, 0x80, out=workspace.take("codes", codes.shape, torch.uint8, device))
         out.copy_(codes.view(torch.int8) if zero_point else codes)
     elif bits == 4:
         pairs = words.view(torch.uint8)
-        wide, other = (scratch.take(name, pairs.shape, torch.int16, device) for name in ("pairs", "codes"))
+        wide, other = (workspace.take(name, pairs.shape, torch.int16, device) for name in ("pairs", "codes"))
         wide.copy_(pairs)
         torch.bitwise_left_shift(wide, 4, out=other)
         codes = other.bitwise_or_(wide).bitwise_and_(0x0F0F).view(torch.int8)
         out.copy_(codes.sub_(zero_point) if zero_point else codes)
     elif bits == 2:
         several = words.view(torch.int8)
-        one = scratch.take("codes", several.shape, torch.int8, device)
+        one = workspace.take("codes", several.shape, torch.int8, device)
         for i in range(4):
             torch.bitwise_right_shift(several, 2 * i, out=one)
             out[..., i::4].copy_(one.bitwise_and_(mask).sub_(zero_point))
     else:
         period, words = PERIOD[bits], words.reshape(-1, PERIOD[bits] * bits // 32)
-        planes = scratch.take("planes", words.shape[::-1], torch.int32, device).copy_(words.T)
-        codes = scratch.take("codes", (period, len(words)), torch.int32, device)
+        planes = workspace.take("planes", words.shape[::-1], torch.int32, device).copy_(words.T)
+        codes = workspace.take("codes", (period, len(words)), torch.int32, device)
         for i, code in enumerate(codes):
             word, shift = divmod(i * bits, 32)
             torch.bitwise_right_shift(planes[word], shift, out=code)
@@ -194,10 +194,10 @@ def _integers(scratch: Scratch, words: Tensor, bits: int, zero_point: int, out: 
 # and exact, subnormals included. torch's own conversions are slower by far on the CPU, or do not exist.
 
 
-def _e2m1(scratch: Scratch, words: Tensor, out: Tensor) -> None:
+def _e2m1(workspace: Workspace, words: Tensor, out: Tensor) -> None:
     """Write 4-bit floats, 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives: int32 [..., N/8] → [..., N]."""
     pairs = words.view(torch.int8)
-    half = scratch.take("codes", pairs.shape, torch.int16, words.device)
+    half = workspace.take("codes", pairs.shape, torch.int16, words.device)
     for i in range(2):
         half.copy_(pairs)
         if i == 0:
@@ -208,12 +208,12 @@ def _e2m1(scratch: Scratch, words: Tensor, out: Tensor) -> None:
     out.mul_(2.0**14)
 
 
-def _e4m3(scratch: Scratch, words: Tensor, out: Tensor) -> None:
+def _e4m3(workspace: Workspace, words: Tensor, out: Tensor) -> None:
     """Write 8-bit floats: int32 [..., N/4] → [..., N]."""
     if words.device.type != "cpu":
         out.copy_(words.view(torch.float8_e4m3fn))
         return
-    half = scratch.take("codes", out.shape, torch.int16, words.device)
+    half = workspace.take("codes", out.shape, torch.int16, words.device)
     half.copy_(words.view(torch.int8)).bitwise_left_shift_(7).bitwise_and_(-0x8000 | 0x3FFF)
     # All ones are NaN. In float16 the exponent's top bit, so far empty, makes them so: one more carries there.
     half.bitwise_or_((half + 0x80).bitwise_and_(0x4000))

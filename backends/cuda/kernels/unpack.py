@@ -38,11 +38,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ....core.errors import DgemmaError
-from ...torch.packed import QuantizedTensor
+from ...torch.blocks import Weight
 from .configs import Config, card
 
 Tensor = torch.Tensor
-Weight = Tensor | QuantizedTensor
 
 MAGIC = 0x43004300
 """The bf16 pair (128, 128). A kernel's argument and no constant, or two operands of each logic operation would be
