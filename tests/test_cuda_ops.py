@@ -39,7 +39,7 @@ from law import assert_low_precision
 from tiny import tiny_checkpoint
 from under_test import values
 
-CANVAS, WINDOW = 8, 12
+CANVAS, SHORT, WINDOW = 8, 4, 12
 # Every token goes to every expert: between two that all but tie, low precision may choose either, which is another
 # answer and no error. That the right ones are chosen is tested where routing is.
 SHAPE: dict[str, Any] = dict(
@@ -51,6 +51,13 @@ SHAPE: dict[str, Any] = dict(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(tiny_checkpoint(tmp_path_factory.mktemp("cuda"), **SHAPE))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """For several rows in Triton's interpreter."""
+    shape: dict[str, Any] = SHAPE | {"canvas_length": SHORT}
+    return Checkpoint.open(tiny_checkpoint(tmp_path_factory.mktemp("small"), **shape))
 
 
 def card_passes(
@@ -169,49 +176,47 @@ def test_captured_tokens_are_plain_tokens(checkpoint: Checkpoint, device: str) -
     assert len(want) == 2 + 2 and got == want
 
 
-def test_captured_rows_are_plain_rows(checkpoint: Checkpoint, device: str) -> None:
+def test_captured_rows_are_plain_rows(small: Checkpoint, device: str) -> None:
     """Three requests at once, a row filling the batch up: each canvas's tokens bit for bit those of plain passes."""
     sampler = SamplerConfig(steps=1, schedule_steps=1, confidence=0.0)
 
     def answers(passes: CardPasses) -> list[Any]:
         engine = Engine(passes, None, prefix_bytes=0)
-        handles = [engine.add(loops.request(9 + 2 * i, sampler, max_new_tokens=CANVAS + 1, seed=i)) for i in range(3)]
+        handles = [engine.add(loops.request(4 + i, sampler, max_new_tokens=SHORT + 1, seed=i)) for i in range(3)]
         return [loops.seen(handle) for handle in handles]
 
     with running(device):
         ops = CudaOps("bfloat16", device)
-        model = build(ops, checkpoint, "4bit")
-        plain, captured = (answers(card_passes(ops, model, captured=on)) for on in (False, True))
+        model = build(ops, small, "4bit")
+        plain, captured = (answers(card_passes(ops, model, captured=on, reads=(SHORT, 6))) for on in (False, True))
     assert [one[:-1] for one in captured] == [one[:-1] for one in plain]
 
 
-def test_a_row_is_the_same_whatever_shares_its_batch(checkpoint: Checkpoint, device: str) -> None:
+def test_a_row_is_the_same_whatever_shares_its_batch(small: Checkpoint, device: str) -> None:
     """Bit by bit, through whole passes: beside other rows, in another place and slot, and filling a batch up."""
     with running(device):
         ops = CudaOps("bfloat16", device)
-        model = build(ops, checkpoint, "4bit")
+        model = build(ops, small, "4bit")
 
         def row(place: int, others: list[int], copies: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            """A prompt of 9 beside others; `copies` of a batch of 4 are the last row again."""
-            passes = card_passes(ops, model, captured=False)
-            lengths = [*others[:place], 9, *others[place:]]
-            slots = [passes.open(32, CANVAS) for _ in lengths]
-            seeds = [1 if one == 9 else 10 + at for at, one in enumerate(lengths)]
+            """A prompt of 5 beside others; `copies` of a batch of 4 are the last row again."""
+            passes = card_passes(ops, model, captured=False, reads=(SHORT, 7))
+            lengths = [*others[:place], 5, *others[place:]]
+            slots = [passes.open(32, SHORT) for _ in lengths]
+            seeds = [1 if one == 5 else 10 + at for at, one in enumerate(lengths)]
             passes.read([
                 (slot, np.random.default_rng(seed).integers(0, 200, count, np.int32))
                 for slot, seed, count in zip(slots, seeds, lengths, strict=True)
             ])  # fmt: skip
-            starts = {
-                slot: sampling.first_canvas(seed, 0, CANVAS, 200) for slot, seed in zip(slots, seeds, strict=True)
-            }
+            starts = {slot: sampling.first_canvas(seed, 0, SHORT, 200) for slot, seed in zip(slots, seeds, strict=True)}
             draws = sampling.stacked([
-                sampling.draws_of(QUICK, seed=seed, canvas=0, step=0, length=CANVAS, vocab_size=200) for seed in seeds
+                sampling.draws_of(QUICK, seed=seed, canvas=0, step=0, length=SHORT, vocab_size=200) for seed in seeds
             ])  # fmt: skip
             assert len(passes._filled(len(slots))) - len(slots) == copies
             result = passes.step(slots, draws, starts)()
             return result.argmax[place], result.entropy[place], passes.soft(slots[place])
 
-        first, *rest = row(0, [10, 11, 12], 0), row(3, [12, 11, 10], 0), row(2, [11, 10], 1)
+        first, *rest = row(0, [6, 7, 4], 0), row(3, [4, 7, 6], 0), row(2, [7, 6], 1)
     for one in rest:
         for x, y in zip(first, one, strict=True):
             np.testing.assert_array_equal(x, y)
