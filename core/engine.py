@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import os
 import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from . import sampler
+from . import forks, sampler
 from .errors import DgemmaError
 from .events import Event
 from .finite import check_results
@@ -32,15 +31,13 @@ from .memory import peak_memory
 from .owner import Owner
 from .passes import Passes, StepResult
 from .prefix import Prefixes
-from .row import Request, Row, Share, check_tokens
+from .row import Request, Row, Share, by_length, check_tokens
 from .tokens import Vocabulary
 
 Result = TypeVar("Result")
 
 MOST_ROWS = 32
 """Rows at once, where nothing else is asked for: more of them bring a CPU nothing, and each waits for all."""
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()  # for forks alone: see `_before_fork`
 
 
 class Engine:
@@ -67,7 +64,7 @@ class Engine:
         self._rows: list[Row] = []  # in slots
         self._pending: deque[tuple[list[tuple[Row, int, int]], Callable[[], StepResult]]] = deque()
         if passes.survives_fork:
-            _engines.add(self)
+            forks.survive(self)
 
     # ---- For everybody ----------------------------------------------------------------------------------------
 
@@ -150,7 +147,7 @@ class Engine:
         with self._lock:
             driven, self._driving = self._driving, True
         if not driven:
-            self._drive()
+            self._owner.post(self._drive)
 
     def _drive(self) -> None:
         """Run a round, and ask for the next one while anything is left."""
@@ -245,7 +242,7 @@ class Engine:
         if not self.passes.joined:
             self._read({row: row.coming for row in rows})
             return
-        for group in _by_length(rows):
+        for group in by_length(rows):
             given = [(row.slot, row.coming) for row in group]
             starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
             marks = [(row, row.index, row.begun) for row in group]
@@ -291,7 +288,7 @@ class Engine:
             self._take_results(len(self._pending))  # of joined passes, which may have finished their canvases
         behind = len(self._pending)
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
-        for group in _by_length(rows):
+        for group in by_length(rows):
             starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
             marks = [(row, row.index, row.begun) for row in group]
             draws = sampler.stacked([row.draws() for row in group])
@@ -380,6 +377,18 @@ class Engine:
             if row.stage != "over":
                 row.fail(error)
 
+    # ---- Forks: see `core.forks` ------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        self._owner.pause()
+
+    def go_on(self) -> None:
+        self._owner.go_on()
+
+    def in_child(self) -> None:
+        self._owner = Owner(self.passes.home, anywhere=True)
+        self._lock, self._driving, self._process = threading.Lock(), False, os.getpid()
+
     def _check_process(self) -> None:
         if os.getpid() == self._process:
             return
@@ -388,34 +397,3 @@ class Engine:
                 f"this model was loaded by process {self._process}, and the {self.passes.name} backend does not work "
                 "in a process forked off it; load it again there, or start processes by 'spawn'"
             )
-
-
-def _by_length(rows: list[Row]) -> list[list[Row]]:
-    """Rows whose canvases are of one length, in the order in which they came."""
-    groups: dict[int, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row.length, []).append(row)
-    return list(groups.values())
-
-
-# A fork waits for the pass that is running, where the backend survives one at all: the child has caches that are whole.
-
-
-def _before_fork() -> None:
-    for engine in list(_engines):
-        engine._owner.pause()
-
-
-def _after_fork() -> None:
-    for engine in list(_engines):
-        engine._owner.go_on()
-
-
-def _in_child() -> None:
-    for engine in list(_engines):
-        engine._owner = Owner(engine.passes.home, anywhere=True)
-        engine._lock, engine._driving, engine._process = threading.Lock(), False, os.getpid()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_in_child)

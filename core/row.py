@@ -229,6 +229,14 @@ class Row:
         )
 
 
+def by_length(rows: list[Row]) -> list[list[Row]]:
+    """Rows whose canvases are of one length, in the order in which they came."""
+    groups: dict[int, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.length, []).append(row)
+    return list(groups.values())
+
+
 def check_tokens(ids: Sequence[int], vocab_size: int, images: Sequence[int] = (), *, what: str = "the prompt") -> None:
     """Refuse token ids that the model cannot read.
 
