@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 import dgemma
 from dgemma.cli import main
-from dgemma.tools.batch import Results, read_items
+from dgemma.tools.batch import Item, Results, read_items
 from said import says
 from scripted import ScriptedModel
 
@@ -231,7 +231,7 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     code = """
 import resource, sys
 from pathlib import Path
-from dgemma.tools.batch import Results
+from dgemma.tools.batch import Item, Results
 from dgemma.core.errors import DgemmaError
 import signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -264,3 +264,10 @@ def test_killed_and_gone_on(tmp_path: Path) -> None:
     subprocess.run([*base, str(pieces)], check=True, capture_output=True)
     got, want = ([{k: v for k, v in one.items() if k != "stats"} for one in lines(path)] for path in (pieces, whole))
     assert got == want and len(got) == 12
+
+
+def test_options_that_came_later_leave_the_keys_of_earlier_results() -> None:
+    item = Item(line=1, asked="x", options={}, carried={})
+    assert item.key({"seed": 0, "canvas_length": None}) == item.key({"seed": 0})
+    assert item.key({"seed": 0, "canvas_length": 16}) != item.key({"seed": 0})
+    assert item.key({"seed": 0, "steps": None}) != item.key({"seed": 0})  # as it was

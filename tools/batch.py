@@ -30,6 +30,8 @@ OWN = ("line", "key", "text", "thinking", "token_ids", "finish_reason", "stats")
 DEEPEST = 100
 """Lists and objects within each other in one line."""
 _BEGINS = b'{"line": '
+LATER = ("canvas_length",)
+"""Options that are younger than the key: where one is not given, results are those of before it."""
 LARGEST = 1 << 32
 """Bytes of results that are read again."""
 
@@ -47,7 +49,9 @@ class Item:
 
     def key(self, settings: Mapping[str, Any]) -> str:
         """Return what tells that a result answers this line with these settings."""
-        what = json.dumps([self.asked, dict(settings) | dict(self.options)], sort_keys=True, default=list)
+        given = {**settings, **self.options}
+        given = {name: value for name, value in given.items() if value is not None or name not in LATER}
+        what = json.dumps([self.asked, given], sort_keys=True, default=list)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
