@@ -44,7 +44,8 @@ class Engine:
     """Generates with one model: any number of requests, from any threads.
 
     One thread of the engine's own runs all passes (`core.owner`); `add`, `cancel`, `step` and `run` may be called from
-    any other. The thread starts with the first pass and ends with the engine, or as the process exits.
+    any other. The thread starts with the first pass and ends with the engine, or as the process exits. Passes have one
+    engine at a time.
     """
 
     def __init__(
@@ -272,14 +273,12 @@ class Engine:
 
     def _read(self, pieces: dict[Row, np.ndarray]) -> None:
         """Read some of rows' tokens."""
-        pieces = {row: tokens for row, tokens in pieces.items() if len(tokens)}
-        rows = list(pieces)
         given = [(row.slot, tokens) for row, tokens in pieces.items()]
-        if not rows:
+        if not given:
             return
-        with self._for(rows):
+        with self._for(list(pieces)):
             self.passes.read(given)
-            for row in rows:
+            for row in pieces:
                 row.has_read(len(pieces[row]))
                 self._snapshot(row)
 

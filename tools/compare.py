@@ -288,9 +288,9 @@ def _follow(
         try:
             previous = None
             for i, canvas in enumerate(read):
-                heat = sampler.temperature(i)
-                logits = ask(lambda c=canvas, p=previous, t=heat: take(passes.states(slot, c, p), t))  # noqa: B023
-                previous = logits / np.float32(heat)
+                temperature = sampler.temperature(i)
+                logits = ask(lambda c=canvas, p=previous, t=temperature: take(passes.states(slot, c, p), t))  # noqa: B023
+                previous = logits / np.float32(temperature)
         finally:
             ask(lambda: passes.close(slot))  # noqa: B023
         prefix.extend(committed.tolist())

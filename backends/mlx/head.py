@@ -35,24 +35,24 @@ def vocab_head(
     """
     shape, most = u.shape, max(1, HELD // table.shape[0])
     rows, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, 1)
-    heat = mx.broadcast_to(temperature, shape).reshape(-1, 1)
+    temperatures = mx.broadcast_to(temperature, shape).reshape(-1, 1)
     found: list[tuple[Array, ...]] = []
     for at in range(0, len(rows), most):
         part = rows[at : at + most]
         if found:  # one after the other
             part = mx.depends([part], list(found[-1]))[0]
-        found.append(_rows(ops, part, table, softcap, heat[at : at + most], u[at : at + most]))
+        found.append(_rows(ops, part, table, softcap, temperatures[at : at + most], u[at : at + most]))
     parts = found[0] if len(found) == 1 else tuple(mx.concatenate(list(column)) for column in zip(*found, strict=True))
     token, argmax, entropy, soft = parts
     return token.reshape(shape), argmax.reshape(shape), entropy.reshape(shape), soft.reshape(x.shape)
 
 
 def _rows(
-    ops: Ops, rows: Array, table: Weight, softcap: float, heat: Array, u: Array
+    ops: Ops, rows: Array, table: Weight, softcap: float, temperatures: Array, u: Array
 ) -> tuple[Array, Array, Array, Array]:
-    """rows [N, D], heat and u [N, 1] → token, argmax and entropy [N, 1], soft [N, D]."""
+    """rows [N, D], temperatures and u [N, 1] → token, argmax and entropy [N, 1], soft [N, D]."""
     vocab = table.shape[0]
-    scores = capped(project(rows, table), softcap) / heat  # [N, V] <- very big
+    scores = capped(project(rows, table), softcap) / temperatures  # [N, V] <- very big
     top = scores.max(-1, keepdims=True)
     size = max(1, PART // (len(rows) * DRAW_BLOCK)) * DRAW_BLOCK
     sums, moments, means = [], [], []
