@@ -19,7 +19,7 @@ from dgemma.backends.cuda.kernels import configs, experts, routing, unpack
 from dgemma.checkpoints.quant import Format
 from dgemma.core import reference
 from dgemma.core.errors import DgemmaError
-from dgemma.core.model import Experts, Router
+from dgemma.core.parts import Experts, Router
 from kernel_harness import ARCHITECTURES, Launch, compile_ahead_launch, launched, running
 from kernel_weights import EXACT, FORMATS, ROUNDED, exact, guarded, meta, meta_weight, narrow, normal, weight
 from law import assert_close_f32, assert_low_precision

@@ -8,7 +8,7 @@ import torch
 
 from dgemma.backends.cuda.kernels import routing
 from dgemma.core import reference
-from dgemma.core.model import Router
+from dgemma.core.parts import Router
 from kernel_harness import ARCHITECTURES, compile_ahead_launch, launched, running
 from kernel_weights import EXACT, exact, guarded, meta, normal
 from law import assert_close_f32
