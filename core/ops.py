@@ -105,12 +105,7 @@ class Ops(Primitives):
         """
         batch, length, width = h.shape
         rows, k = batch * length, router.experts_per_token
-        scale = self.cast(router.scale, self.dtype) * self.rounded(width**-0.5)
-        normed = self.rms_norm(self.reshape(r, (rows, width)), None, router.eps)
-        scores = self.linear(normed * scale, router.proj)
-        top, index = self.top_k(reference.softmax(self, self.cast(scores, self.wide)), k)
-        top = top / self.reduce(top, "sum", -1, True)
-        weights = top * self.cast(self.take(router.per_expert_scale, index, 0), self.wide)
+        weights, index = self._route(self.reshape(r, (rows, width)), router)
         flat = self.reshape(index, (rows * k,))
         order = self.argsort(flat)  # (token, choice) pairs, expert by expert
         ids = self.reshape(self.arange(router.experts), (router.experts, 1))
@@ -121,6 +116,14 @@ class Ops(Primitives):
         back = self.take(out, self.argsort(order), 0)  # argsort of a permutation is its inverse
         back = self.reshape(self.cast(back, self.wide), (rows, k, width)) * self.reshape(weights, (rows, k, 1))
         return self.cast(self.reshape(self.reduce(back, "sum", 1), (batch, length, width)), self.dtype)
+
+    def _route(self, r: Array, router: Router) -> tuple[Array, Array]:
+        """Choose each row's experts: r [N, D] → their weights, wide [N, k], and numbers, int32 [N, k]."""
+        scale = self.cast(router.scale, self.dtype) * self.rounded(r.shape[-1] ** -0.5)
+        scores = self.linear(self.rms_norm(r, None, router.eps) * scale, router.proj)
+        top, index = self.top_k(reference.softmax(self, self.cast(scores, self.wide)), router.experts_per_token)
+        top = top / self.reduce(top, "sum", -1, True)
+        return top * self.cast(self.take(router.per_expert_scale, index, 0), self.wide), index
 
     def layers(
         self, run: Callable[..., tuple[Array, Array, Array]], layers: Sequence[Layer], x: Array,

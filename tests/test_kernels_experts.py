@@ -19,6 +19,7 @@ from dgemma.backends.cuda.kernels import configs, experts, routing, unpack
 from dgemma.checkpoints.quant import Format
 from dgemma.core import reference
 from dgemma.core.errors import DgemmaError
+from dgemma.core.ops import Ops
 from dgemma.core.parts import Experts, Router
 from kernel_harness import ARCHITECTURES, Launch, compile_ahead_launch, launched, running
 from kernel_weights import EXACT, FORMATS, ROUNDED, exact, guarded, meta, meta_weight, narrow, normal, weight
@@ -29,15 +30,15 @@ SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 2
 
 
 def oracle(ops: Any, x: Any, index: np.ndarray, weights: np.ndarray, gate_up: Any, down: Any) -> np.ndarray:
-    """`reference.moe` with the routing given."""
+    """`Ops.moe` with the routing given."""
     unused = np.zeros(1)
     router = Router(
         experts=len(gate_up), experts_per_token=index.shape[1], eps=0.0, proj=unused, scale=unused,
         per_expert_scale=unused,
     )  # fmt: skip
     given = ops.asarray(weights, ops.wide), index.astype(np.int32)
-    with mock.patch.object(reference, "route", lambda *_: given):
-        return reference.moe(ops, x[None], x[None], router, Experts(gate_up_proj=gate_up, down_proj=down))[0]
+    with mock.patch.object(Ops, "_route", lambda *_: given):
+        return ops.moe(x[None], x[None], router, Experts(gate_up_proj=gate_up, down_proj=down))[0]
 
 
 def cut(rows: int, tokens: int, block: int) -> configs.Config:

@@ -12,9 +12,9 @@ import torch
 from dgemma.backends.cuda.kernels import attention, configs, linear, norm, unpack
 from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints.quant import Format, dequantize, quantize
-from dgemma.core import reference
 from dgemma.core.errors import DgemmaError
 from dgemma.core.ops import Ops
+from dgemma.core.parts import Mlp
 from kernel_harness import ARCHITECTURES, compile_ahead_launch, launched, running
 from kernel_weights import EXACT, FORMATS, ROUNDED, exact, guarded, meta, meta_weight, narrow, normal, weight
 from law import assert_close_f32, assert_low_precision
@@ -46,7 +46,7 @@ def test_the_weights_that_are_multiplied_are_those_that_are_defined(device: str,
 
 def products(ops: Ops, x: Any, made: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     gate, up = np.split(made, 2)
-    return reference.linear(ops, x, made), reference.geglu(ops, x, gate, up)
+    return ops.linear(x, made), ops.geglu(x, Mlp(gate_proj=gate, up_proj=up, down_proj=None))
 
 
 @pytest.mark.parametrize("form", FORMATS)
