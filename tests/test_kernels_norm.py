@@ -31,14 +31,14 @@ def test_norms(shape: tuple[int, ...], width: str, device: str) -> None:
         a, b, c, scale = (cast(one, ops) for one in (x, second, residual, scalar))
         w = [cast(one, ops) for one in weights]
         mixed = ops.rms_norm(a, w[0], EPS) + ops.rms_norm(b, w[1], EPS)
-        added = ops.norm_add(a, c, w[2], EPS)
+        added = c + ops.rms_norm(a, w[2], EPS)
         return {
             "rms_norm": ops.rms_norm(a, w[0], EPS),
             "without a weight": ops.rms_norm(a, None, EPS),
             "sum_norm": ops.rms_norm(a + b, None, EPS),
             "norm_add": added,
             "norm_add, scaled, two norms": then(ops, added * scale, 2),
-            "mix_norm_add": then(ops, ops.norm_add(mixed, c, w[2], EPS) * scale, 1),
+            "mix_norm_add": then(ops, (c + ops.rms_norm(mixed, w[2], EPS)) * scale, 1),
         }
 
     with bench(device) as on:
@@ -69,7 +69,7 @@ def test_a_canvas_has_a_scalar_of_its_own(device: str) -> None:
 
     def oracle(ops: NumpyOps) -> Any:
         x, y, z, *w = (cast(one, ops) for one in (a, b, c, *weights))
-        mixed = ops.norm_add(ops.rms_norm(x, w[0], EPS) + ops.rms_norm(y, w[1], EPS), z, w[2], EPS)
+        mixed = z + ops.rms_norm(ops.rms_norm(x, w[0], EPS) + ops.rms_norm(y, w[1], EPS), w[2], EPS)
         first, last = (mixed[:, at] * scale for at, scale in zip((slice(3), slice(3, None)), scalars, strict=True))
         return (np.concatenate([first, last], 1),)
 
