@@ -120,6 +120,7 @@ class GraphPasses(Passes):
             count *= 2
         scratch, capacity = max(scratch, self._scratch), self.rounded_up(max(tokens, self._capacity))
         pool, self._pool, kept = list(self._pool), (), self._slots
+        entries = [layer.keys.shape[2] for layer in pool]
         try:
             for i, one in enumerate(self.config.layers):
                 rows = capacity if one.window is None else min(capacity, one.window - 1)
@@ -130,7 +131,8 @@ class GraphPasses(Passes):
                 else:
                     pool.append(fresh)
         except BaseException:  # memory that runs out: whoever is in the pool has what was theirs
-            self._pool = tuple(KV(*(x[:kept] for x in layer)) for layer in pool) if kept else ()
+            held = zip(pool, entries, strict=True) if kept else ()
+            self._pool = tuple(KV(*(x[:kept, :, :count] for x in layer)) for layer, count in held)
             raise
         self._pool, self._slots, self._capacity, self._scratch = tuple(pool), count, capacity, scratch
         self._spoilt = {slot for slot in self._spoilt if slot < kept}
