@@ -230,10 +230,10 @@ class Row:
 
 
 def by_length(rows: list[Row]) -> list[list[Row]]:
-    """Rows whose canvases are of one length, in the order in which they came."""
-    groups: dict[int, list[Row]] = {}
+    """Rows whose canvases, and what is to be read before, are of one length, in the order in which they came."""
+    groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault(row.length, []).append(row)
+        groups.setdefault((row.length, len(row.tokens) - row.read), []).append(row)
     return list(groups.values())
 
 

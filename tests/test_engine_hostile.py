@@ -189,6 +189,15 @@ def test_nobody_waits_for_a_cache_that_is_too_large_to_be_kept(config: ModelConf
     assert [answer(one) for one in handles] == [alone(config, request(prompt, seed=i)) for i in range(3)]
 
 
+def test_canvases_that_shrink_are_read_with_the_next_by_their_own_length(config: ModelConfig) -> None:
+    """Joined passes: two rows' next canvases are equally long, and those that they have finished are not."""
+    engine = Engine(FakePasses(config, joined=True), None)
+    asked = [request(5, 40, canvas_length=length, fit=True) for length in (32, 16)]
+    handles = [engine.add(one) for one in asked]
+    finish(engine)
+    assert [answer(one) for one in handles] == [alone(config, one) for one in asked]
+
+
 def test_a_leader_that_leaves_hands_the_prompt_on(config: ModelConfig) -> None:
     passes, share = FakePasses(config, chunk=CHUNK), Share()
     engine = Engine(passes, None, prefix_bytes=0)
