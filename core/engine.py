@@ -192,6 +192,8 @@ class Engine:
                 row.stage = "over"
         for row in [row for row in self._rows if row.stage == "over"]:
             self._rows.remove(row)
+            if row.finished and row.index:  # its prompt's end is kept, and now the answer's
+                self._snapshot(row)
             self.passes.close(row.slot)
         live = set(self._rows)
         self._pending = deque(one for one in self._pending if any(row in live for row, _, _ in one[0]))
@@ -280,7 +282,8 @@ class Engine:
             self.passes.read(given)
             for row in pieces:
                 row.has_read(len(pieces[row]))
-                self._snapshot(row)
+                if not row.index:
+                    self._snapshot(row)
 
     def _denoise(self) -> None:
         if not self.passes.lookahead:
@@ -338,20 +341,9 @@ class Engine:
         """Keep a row's cache for whoever begins with the same tokens."""
         share, row.share = row.share, None if row.prompted else row.share
         shared = share is not None and row.read == len(row.request.prompt)
-        tokens = tuple(row.tokens[: row.read])
-        wanted = self.prefixes.wants(tokens, self.passes.saved_bytes(row.slot))
-        if not (shared or wanted):
-            return
-        try:
-            with self.passes.guarded("generating"):
-                snapshot = self.passes.save(row.slot)
-        except DgemmaError:  # memory has run out: what is kept makes room, and this one is read again
-            self.prefixes.clear()
-            return
+        snapshot = self.prefixes.take(self.passes, row.slot, tuple(row.tokens[: row.read]), needed=shared)
         if share is not None and shared:
             share.snapshot = snapshot
-        if wanted:
-            self.prefixes.keep(tokens, snapshot)
 
     # ---- Errors and ends --------------------------------------------------------------------------------------
 

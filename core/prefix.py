@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from .passes import Snapshot
+from .errors import DgemmaError
+from .passes import Passes, Snapshot
 
 Tokens = tuple[int, ...]
 
@@ -35,6 +36,24 @@ class Prefixes:
             return None
         self._kept.move_to_end(best)
         return self._kept[best]
+
+    def take(self, passes: Passes, slot: int, tokens: Tokens, *, needed: bool = False) -> Snapshot | None:
+        """Copy a slot's cache, which stands behind these tokens, and keep it where it is wanted.
+
+        With `needed` it is copied in any case. None where it is not, or memory has run out: then what is kept goes.
+        """
+        wanted = self.wants(tokens, passes.saved_bytes(slot))
+        if not (wanted or needed):
+            return None
+        try:
+            with passes.guarded("keeping a prompt"):
+                snapshot = passes.save(slot)
+        except DgemmaError:
+            self.clear()
+            return None
+        if wanted and snapshot.length == len(tokens):  # no canvas was read behind them whose text then ended the answer
+            self.keep(tokens, snapshot)
+        return snapshot
 
     def wants(self, tokens: Tokens, nbytes: int) -> bool:
         """Whether a snapshot of so many bytes, behind these tokens, would be kept."""

@@ -80,7 +80,7 @@ class Row:
         self.request, self.config, self.share = request, config, share
         self._peak = peak
         self.events: SimpleQueue[Event | BaseException | None] = SimpleQueue()
-        self.cancelled = False
+        self.cancelled = self.finished = False
         self.stage: Stage = "waiting"
         self.slot = -1
         self.clock = _Clock()
@@ -204,7 +204,7 @@ class Row:
         self.events.put(event)
 
     def finish(self, reason: FinishReason) -> None:
-        self.stage = "over"
+        self.stage, self.finished = "over", True
         self.tell(Done(finish_reason=reason, stats=self._stats()))
 
     def fail(self, error: BaseException) -> None:
