@@ -28,7 +28,7 @@ from .events import Event
 from .finite import check_results
 from .handle import Handle
 from .memory import peak_memory
-from .owner import Owner
+from .owner import Owner, owner_of
 from .passes import Passes, StepResult
 from .prefix import Prefixes
 from .row import Request, Row, Share, by_length, check_tokens
@@ -56,7 +56,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.most_rows = most_rows
         self.prefixes = Prefixes(passes.spare() if prefix_bytes is None else prefix_bytes)
-        self._owner = Owner(passes.home, anywhere=passes.anywhere)
+        self._owner = owner_of(passes)
         self._process = os.getpid()
         self._lock = threading.Lock()  # of what follows; never held while anything runs
         self._waiting: deque[Row] = deque()
@@ -290,6 +290,7 @@ class Engine:
             self._take_results(len(self._pending))  # of joined passes, which may have finished their canvases
         behind = len(self._pending)
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
+        rows.sort(key=lambda row: row.slot)  # neighbours in the pool, where all its rows take a pass
         for group in by_length(rows):
             starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
             marks = [(row, row.index, row.begun) for row in group]

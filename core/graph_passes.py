@@ -218,7 +218,7 @@ class GraphPasses(Passes):
 
     def _given(self, draws: Draws, index: Sequence[int]) -> Draws:
         wide = NUMPY_DTYPES[self.ops.wide]
-        rows = Draws(*(x[index] for x in draws))
+        rows = draws if len(index) == len(draws.noise) else Draws(*(x[index] for x in draws))
         bounds = rows.entropy_bound.astype(wide), rows.confidence.astype(wide)
         return Draws(*map(self.ops.asarray, rows._replace(entropy_bound=bounds[0], confidence=bounds[1])))
 

@@ -2,7 +2,9 @@
 
 A pass reads and writes what belongs to the model: its cache, buffers to work in, compiled functions, sessions. So
 whoever asks for a pass, one thread runs it. Some runtimes would have it so anyway: MLX's streams and what `mx.compile`
-keeps belong to the thread that made them, and OpenMP's workers to the thread that called.
+keeps belong to the thread that made them, and OpenMP's workers to the thread that called. Where two threads have
+called, there are workers for both, more than processors, and GNU's OpenMP then no longer waits for work in a loop but
+sleeps: a pass of a small model takes 2.5 times as long. So models on torch's CPU have one thread together.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from .errors import DgemmaError
+from .passes import Passes
 
 Result = TypeVar("Result")
 _Work = Callable[[], None]
@@ -26,6 +29,17 @@ Home = Callable[[], AbstractContextManager[None]]
 
 LAST_PASS = 60.0
 """Seconds that the process's exit waits for a pass that is running."""
+
+
+_shared: weakref.WeakValueDictionary[tuple[str, int], Owner] = weakref.WeakValueDictionary()
+
+
+def owner_of(passes: Passes) -> Owner:
+    """Return the thread for some passes: their own, or that of all in this process with the same workers."""
+    if not passes.workers:
+        return Owner(passes.home, anywhere=passes.anywhere)
+    key = (passes.workers, os.getpid())
+    return _shared.get(key) or _shared.setdefault(key, Owner(passes.home, anywhere=passes.anywhere))
 
 
 class Owner:

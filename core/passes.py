@@ -62,6 +62,9 @@ class Passes(ABC):
     """Denoising passes that may be started before the results of the one before are read."""
     joined: bool = False
     """Whether `read_and_step` costs less than its two halves, so that the engine should use it."""
+    workers: ClassVar[str] = ""
+    """The name of worker threads that belong to the thread which called them first; models that name the same ones have
+    one thread together. `home` is then a static method: it must not hold a model."""
     survives_fork: ClassVar[bool] = False
     """Whether a forked child can go on with a model that its parent loaded: not where the runtime keeps threads."""
     anywhere: ClassVar[bool] = True

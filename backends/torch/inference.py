@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,12 @@ from . import blocks, processor
 from .blocks import Weight
 from .experts import expert_mlp, gelu_times
 from .head import VocabHead
-from .packed import QuantizedTensor, Workspace, dequantize, from_numpy
+from .packed import QuantizedTensor, Workspace, converted, dequantize, from_numpy
 from .primitives import TORCH_DTYPES, Array, TorchOps
+
+TOGETHER = 1 << 21
+"""Scores, up to which rows that hold differently much attend in one call with a mask: beyond, a call for each of them
+costs less than what a mask computes in vain."""
 
 
 class InferenceOps(TorchOps):
@@ -61,7 +66,7 @@ class InferenceOps(TorchOps):
         narrow = stored.is_floating_point() and stored.element_size() < dtype.itemsize
         if narrow and self.device.type == "cpu" and stays_narrow(stored.shape):
             return stored
-        return stored.to(device=self.device, dtype=dtype)
+        return converted(stored, dtype) if self.device.type == "cpu" else stored.to(device=self.device, dtype=dtype)
 
     def embed(self, table: Weight, tokens: Array, scale: float) -> Array:
         if isinstance(table, QuantizedTensor):
@@ -120,11 +125,16 @@ class InferenceOps(TorchOps):
             # Their keys now stand behind the cached ones, and are to the canvas what those are.
             ahead = replace(span, held=span.held + read, causal=False, canvas=0)
             return torch.cat([first, self.attention(last_q, last_k, last_v, context, ahead)], 1)
-        out = [
-            self._attend(q[rows], k[rows], v[rows], context, slots, held, span)
-            for rows, slots, held in _runs(span, batch)
-        ]
-        whole = out[0] if len(out) == 1 else torch.cat(out)
+        runs = list(_runs(span, batch))
+        reach = max(held for _, _, held in runs) + length
+        first, last = runs[0][1].start, runs[-1][1].stop
+        neighbours = all(one[1].stop == other[1].start for one, other in pairwise(runs))
+        if len(runs) > 1 and neighbours and batch * heads * length * reach <= TOGETHER:
+            part = KV(*(x[first:last, :, :reach] for x in context))
+            whole = self._attend_together(q, k, v, part, span)
+        else:
+            out = [self._attend(q[rows], k[rows], v[rows], context, slots, held, span) for rows, slots, held in runs]
+            whole = out[0] if len(out) == 1 else torch.cat(out)
         return whole.transpose(1, 2).reshape(batch, length, heads * width)
 
     def _attend(
@@ -143,6 +153,23 @@ class InferenceOps(TorchOps):
         out = F.scaled_dot_product_attention(
             *(x.to(self._product) for x in (q, keys, values)),
             attn_mask=mask, is_causal=causal, scale=1.0, enable_gqa=q.shape[1] != k.shape[1],
+        )  # fmt: skip
+        return out.to(q.dtype)
+
+    def _attend_together(self, q: Array, k: Array, v: Array, context: KV, span: Span) -> Array:
+        """Attention of rows that hold differently much, each over its own slot of [B, K, S, A], with room for it."""
+        rows, i = torch.arange(len(q), device=q.device)[:, None], torch.arange(q.shape[2], device=q.device)
+        held, length = span.held[:, None], q.shape[2]
+        for cached, new in ((context.keys, k), (context.values, v)):
+            cached[rows, :, held + i] = new.transpose(1, 2)
+        j = torch.arange(context.keys.shape[2], device=q.device)
+        ahead = held[:, :, None] + (i[:, None] if span.causal else 0) - j  # query's place minus key's, [B, L or 1, S]
+        seen = ahead >= (0 if span.causal else 1 - length)
+        if span.window is not None:
+            seen &= ahead < span.window
+        out = F.scaled_dot_product_attention(
+            *(x.to(self._product) for x in (q, *context)),
+            attn_mask=seen[:, None], scale=1.0, enable_gqa=q.shape[1] != k.shape[1],
         )  # fmt: skip
         return out.to(q.dtype)
 

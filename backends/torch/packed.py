@@ -119,6 +119,21 @@ class Workspace:
         return kept[:size].view(tuple(shape))
 
 
+INLINE = 1 << 15
+"""Elements that torch works on in the thread that asks; with more it calls OpenMP's workers."""
+
+
+def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another dtype, without a call of OpenMP's workers: they are for the engine's thread alone."""
+    if x.dtype == dtype:
+        return x
+    made = torch.empty(x.shape, dtype=dtype)
+    source, target = x.reshape(-1), made.view(-1)
+    for start in range(0, len(source), INLINE):
+        target[start : start + INLINE] = source[start : start + INLINE]
+    return made
+
+
 def dequantize(part: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Return the weights [..., N] that a tensor, or a part of one, means; bit for bit those of `quant.dequantize`.
 

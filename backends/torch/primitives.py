@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ...core.ops import Ops
-from ...core.primitives import DType, Reduction, Unary
+from ...core.primitives import NUMPY_DTYPES, DType, Reduction, Unary
 
 Array = torch.Tensor
 
@@ -30,9 +30,9 @@ class TorchOps(Ops):
     def asarray(self, x: Any, dtype: DType | None = None) -> Array:
         if isinstance(x, np.ndarray):
             # torch cannot read ml_dtypes' bfloat16; its bits are the same
-            bits = x.view(np.int16) if x.dtype.name == "bfloat16" else x
-            tensor = torch.from_numpy(np.ascontiguousarray(bits))
-            x = tensor.view(torch.bfloat16) if x.dtype.name == "bfloat16" else tensor
+            narrow = x.dtype == NUMPY_DTYPES["bfloat16"]
+            tensor = torch.from_numpy(np.ascontiguousarray(x.view(np.int16) if narrow else x))
+            x = tensor.view(torch.bfloat16) if narrow else tensor
         return torch.as_tensor(x, dtype=None if dtype is None else TORCH_DTYPES[dtype], device=self.device)
 
     def to_numpy(self, x: Array) -> np.ndarray:
