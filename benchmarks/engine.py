@@ -26,6 +26,7 @@ import rows as results
 
 import dgemma
 from dgemma import DiffusionGemma, backends
+from dgemma.checkpoints import weights
 from dgemma.core.engine import Engine
 from dgemma.core.graph_passes import GraphPasses
 from dgemma.core.row import Request
@@ -62,9 +63,10 @@ def seconds(engine: Engine, asked: list[Request], at_once: int) -> float:
 
 
 def random_passes(shape: str) -> GraphPasses:
-    """Return torch's passes over random float32 weights of a benchmark's shape."""
+    """Return torch's passes over random float32 weights of a benchmark's shape, stored as wide as they act."""
     config = bench.config_of(shape)
-    return backends.passes_of("torch", config, bench.weights_of(config, "bf16"), device="cpu", dtype="float32")
+    tensors = weights.random_weights(config)
+    return backends.passes_of("torch", config, tensors.__getitem__, device="cpu", dtype="float32")
 
 
 @main.command()
