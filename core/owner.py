@@ -39,7 +39,7 @@ def owner_of(passes: Passes) -> Owner:
     if not passes.workers:
         return Owner(passes.home, anywhere=passes.anywhere)
     key = (passes.workers, os.getpid())
-    return _shared.get(key) or _shared.setdefault(key, Owner(passes.home, anywhere=passes.anywhere))
+    return _shared.get(key) or _shared.setdefault(key, Owner(passes.among_workers, anywhere=passes.anywhere))
 
 
 class Owner:

@@ -63,8 +63,8 @@ class Passes(ABC):
     joined: bool = False
     """Whether `read_and_step` costs less than its two halves, so that the engine should use it."""
     workers: ClassVar[str] = ""
-    """The name of worker threads that belong to the thread which called them first; models that name the same ones have
-    one thread together. `home` is then a static method: it must not hold a model."""
+    """The name of worker threads that belong to the thread which called them first. Models that name the same ones have
+    one thread together, and it is inside of `among_workers`, not of `home`."""
     survives_fork: ClassVar[bool] = False
     """Whether a forked child can go on with a model that its parent loaded: not where the runtime keeps threads."""
     anywhere: ClassVar[bool] = True
@@ -167,6 +167,11 @@ class Passes(ABC):
     def peak(self) -> int | None:
         """Return the peak bytes held on the accelerator, or None where the process's own peak says it."""
         return None
+
+    @staticmethod
+    def among_workers() -> AbstractContextManager[None]:
+        """What the thread of `workers` is inside of; it holds no model."""
+        return nullcontext()
 
     def home(self) -> AbstractContextManager[None]:
         """What the thread that runs passes is inside of."""

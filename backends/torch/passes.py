@@ -16,6 +16,12 @@ from .primitives import TORCH_DTYPES, Array
 class TorchPasses(GraphPasses):
     workers = "openmp"
 
+    @staticmethod
+    def among_workers() -> AbstractContextManager[None]:
+        # Asking sets it: in a new thread OpenMP's number of threads is every logical core, until torch has looked.
+        torch.get_num_threads()
+        return nullcontext()
+
     def zeros(self, shape: tuple[int, ...]) -> Array:
         # NumPy's zeros are pages that the kernel has not given yet: what no row reaches takes no memory.
         dtype = TORCH_DTYPES[self.ops.dtype]
@@ -27,12 +33,6 @@ class TorchPasses(GraphPasses):
 
     def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
         return lambda: [self.ops.to_numpy(x) for x in arrays]
-
-    @staticmethod
-    def home() -> AbstractContextManager[None]:
-        # Asking sets it: in a new thread OpenMP's number of threads is every logical core, until torch has looked.
-        torch.get_num_threads()
-        return nullcontext()
 
     @contextmanager
     def guarded(self, doing: str) -> Iterator[None]:
