@@ -248,12 +248,14 @@ class DiffusionGemma:
         ids = tuple(self.prompt_ids(prompt, thinking=options.thinking, raw=options.raw, specials=options.specials))
         request = Request(
             prompt=ids,
-            max_new_tokens=options.max_new_tokens or self.generation.budget(len(ids)),
-            seed=options.seed,
+            max_new_tokens=int(
+                options.max_new_tokens or self.generation.budget(len(ids))
+            ),  # not a NumPy integer, which
+            seed=int(options.seed),  # counts up to 2^63 only
             sampler=sampler,
             eos_token_ids=self._ends(options.eos),
             stop=options.stops,
-            canvas_length=None if fit else cast("int | None", length),
+            canvas_length=None if fit or length is None else int(length),
             fit=fit,
         )
         self.engine.check(request)
