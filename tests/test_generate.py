@@ -171,6 +171,6 @@ def test_what_an_engine_has_room_for_is_an_option_of_load(tmp_path: Path) -> Non
 
 def test_numbers_of_numpy_are_numbers(tiny: DiffusionGemma) -> None:
     want = tiny.generate([5, 6, 7], 8, 3, 1, canvas_length=16).token_ids
-    given = np.int64(8), np.int64(3), np.int32(1)
+    given = np.int64(8), np.int64(3), 1
     assert tiny.generate([5, 6, 7], *given, canvas_length=np.int16(16)).token_ids == want  # type: ignore[arg-type]
     assert len(tiny.generate([5, 6, 7], 8, np.uint64((1 << 64) - 1), 1, n=2)) == 2  # type: ignore[arg-type]
