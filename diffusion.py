@@ -145,6 +145,7 @@ class DiffusionGemma:
             for i, (one, options) in enumerate(zip(prompts, spread(given, len(prompts)), strict=True), 1):
                 try:
                     requests.append(self._request(one, options))
+                    self.engine.check(requests[-1])  # all of them before the first is added, which checks it again
                 except DgemmaError as error:
                     raise DgemmaError(f"prompt {i}: {error}") from None
         results = self._written(requests, n)
@@ -238,28 +239,25 @@ class DiffusionGemma:
         return self.engine.add(self._request(prompt, options)).events()
 
     def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
-        """Return what the engine is asked for; checked, and with every default filled in."""
+        """Return what the engine is asked for, with every default filled in."""
         sampler = settings(self.generation.sampler, **options.sampling)
         if options.stops and self.engine.tokenizer is None:
             raise DgemmaError("stop: the checkpoint has no tokenizer, so there is no text to search")
-        length, fit = options.canvas_length, options.canvas_length == "fit"
-        if isinstance(length, int):
+        wanted = options.canvas_length
+        length = None if wanted is None or wanted == "fit" else int(wanted)
+        if length is not None:
             check_canvas(self.config, length)
         ids = tuple(self.prompt_ids(prompt, thinking=options.thinking, raw=options.raw, specials=options.specials))
-        request = Request(
+        return Request(
             prompt=ids,
-            max_new_tokens=int(
-                options.max_new_tokens or self.generation.budget(len(ids))
-            ),  # not a NumPy integer, which
-            seed=int(options.seed),  # counts up to 2^63 only
+            max_new_tokens=int(options.max_new_tokens or self.generation.budget(len(ids))),
+            seed=int(options.seed),  # one of NumPy's does not count up to 2^64
             sampler=sampler,
             eos_token_ids=self._ends(options.eos),
             stop=options.stops,
-            canvas_length=None if fit or length is None else int(length),
-            fit=fit,
+            canvas_length=length,
+            fit=wanted == "fit",
         )
-        self.engine.check(request)
-        return request
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None

@@ -29,12 +29,15 @@ from .finite import check_results
 from .handle import Handle
 from .memory import peak_memory
 from .owner import Owner, owner_of
-from .passes import Passes, StepResult
+from .parts import Draws
+from .passes import Passes, Starts, StepResult
 from .prefix import Prefixes
 from .row import Request, Row, Share, by_length, check_tokens
 from .tokens import Vocabulary
 
 Result = TypeVar("Result")
+Mark = tuple[Row, int, int]
+"""A row, with the canvas and the step that a pass is of."""
 
 MOST_ROWS = 32
 """Rows at once, where nothing else is asked for: more of them bring a CPU nothing, and each waits for all."""
@@ -63,7 +66,7 @@ class Engine:
         self._driving = False
         self._rounds = 0  # the owner thread's alone, as all below
         self._rows: list[Row] = []  # in slots
-        self._pending: deque[tuple[list[tuple[Row, int, int]], Callable[[], StepResult]]] = deque()
+        self._pending: deque[tuple[list[Mark], Callable[[], StepResult]]] = deque()
         if passes.survives_fork:
             forks.survive(self)
 
@@ -247,9 +250,7 @@ class Engine:
             return
         for group in by_length(rows):
             given = [(row.slot, row.coming) for row in group]
-            starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
-            marks = [(row, row.index, row.begun) for row in group]
-            draws = sampler.stacked([row.draws() for row in group])
+            marks, draws, starts = _next_pass(group)
             with self._for(group):
                 self._pending.append((marks, self.passes.read_and_step(given, draws, starts)))
                 for row, (_, tokens) in zip(group, given, strict=True):
@@ -292,9 +293,7 @@ class Engine:
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
         rows.sort(key=lambda row: row.slot)  # neighbours in the pool, where all its rows take a pass
         for group in by_length(rows):
-            starts = {row.slot: noise for row in group if (noise := row.start()) is not None}
-            marks = [(row, row.index, row.begun) for row in group]
-            draws = sampler.stacked([row.draws() for row in group])
+            marks, draws, starts = _next_pass(group)
             slots = [row.slot for row in group]
             with self._for(group):
                 self._pending.append((marks, self.passes.step(slots, draws, starts)))
@@ -306,7 +305,7 @@ class Engine:
             with self._for([row for row, _, _ in marks]):
                 self._look_at(marks, results())
 
-    def _look_at(self, marks: list[tuple[Row, int, int]], result: StepResult) -> None:
+    def _look_at(self, marks: list[Mark], result: StepResult) -> None:
         """Tell rows what a pass came to: each with the canvas and the step that it was of."""
         finished: dict[Row, np.ndarray] = {}
         for i, (row, index, step) in enumerate(marks):
@@ -389,3 +388,10 @@ class Engine:
                 f"this model was loaded by process {self._process}, and the {self.passes.name} backend does not work "
                 "in a process forked off it; load it again there, or start processes by 'spawn'"
             )
+
+
+def _next_pass(rows: list[Row]) -> tuple[list[Mark], Draws, Starts]:
+    """Return what rows' next pass is marked with and given, and count it as begun."""
+    starts = {row.slot: noise for row in rows if (noise := row.start()) is not None}
+    marks = [(row, row.index, row.begun) for row in rows]
+    return marks, sampler.stacked([row.draws() for row in rows]), starts

@@ -42,6 +42,7 @@ class GraphPasses(Passes):
         self.ops, self.model, self.joined = ops, weights, joined
         self.config: ModelConfig = weights.config
         self.name, self.device, self.dtype = ops.name, str(ops.device), ops.dtype  # type: ignore[misc]
+        self._width = np.dtype(NUMPY_DTYPES[ops.dtype]).itemsize  # bytes of a cache's element
         self._pool: tuple[KV, ...] = ()
         self._slots = self._capacity = self._scratch = 0
         self._lengths: dict[int, int] = {}  # of open slots: tokens read
@@ -56,8 +57,7 @@ class GraphPasses(Passes):
     # ---- Slots ------------------------------------------------------------------------------------------------
 
     def fits(self, tokens: int, canvas: int, rows: int = 1) -> bool:
-        width = np.dtype(NUMPY_DTYPES[self.ops.dtype]).itemsize
-        memory.check_room(self.config, tokens, self._needed_scratch(tokens, canvas), width)
+        memory.check_room(self.config, tokens, self._needed_scratch(tokens, canvas), self._width)
         return self._room(tokens, canvas, rows)
 
     def open(self, tokens: int, canvas: int, after: Snapshot | None = None) -> int:
@@ -89,8 +89,7 @@ class GraphPasses(Passes):
             self.idle()
 
     def saved_bytes(self, slot: int) -> int:
-        width = np.dtype(NUMPY_DTYPES[self.ops.dtype]).itemsize
-        return memory.cache_bytes(self.config, self._lengths[slot], width)
+        return memory.cache_bytes(self.config, self._lengths[slot], self._width)
 
     def save(self, slot: int) -> Snapshot:
         length, copies = self._lengths[slot], []
@@ -324,8 +323,9 @@ class GraphPasses(Passes):
     def _room(self, tokens: int, canvas: int, rows: int) -> bool:
         """Whether rows beside those that are open leave the machine half of the memory that is free now."""
         count = len(self._lengths) + rows
-        width = np.dtype(NUMPY_DTYPES[self.ops.dtype]).itemsize
         most = max([tokens, *self._asked.values()])
-        needed = memory.cache_bytes(self.config, most, width, slots=count, scratch=self._needed_scratch(most, canvas))
-        have = memory.cache_bytes(self.config, self._capacity, width, slots=self._slots, scratch=self._scratch)
+        needed = memory.cache_bytes(
+            self.config, most, self._width, slots=count, scratch=self._needed_scratch(most, canvas)
+        )
+        have = memory.cache_bytes(self.config, self._capacity, self._width, slots=self._slots, scratch=self._scratch)
         return needed <= have + memory.available() // 2

@@ -20,7 +20,6 @@ from ...core.errors import DgemmaError, quoted
 from ...core.graph_passes import GraphPasses
 from ...core.parts import Cache, Model
 from ...core.passes import Snapshot
-from ...core.primitives import NUMPY_DTYPES
 from .caches import RowCaches, stepped
 from .compiling import compiled
 from .ops import MLX_DTYPES, MlxOps
@@ -40,7 +39,6 @@ class MlxPasses(GraphPasses):
             self.batch_sizes = BATCHES
         super().__init__(ops, weights)
         self._place = mx.default_device()
-        self._width = np.dtype(NUMPY_DTYPES[ops.dtype]).itemsize
         self._caches = RowCaches(weights.config, MLX_DTYPES[ops.dtype])
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,9 +25,8 @@ def open(
         DgemmaError: a device that is not the CPU.
     """
     device_of(device)
-    ops, checks = NumpyOps(dtype), loading.mapped(checkpoint)
-    get = loading.reader(checkpoint, dtype, progress)
-    passes = NumpyPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
+    checks = loading.mapped(checkpoint)
+    passes = passes_of(checkpoint.config, loading.reader(checkpoint, dtype, progress), device, dtype, 0)
     passes.checks = checks
     return passes
 

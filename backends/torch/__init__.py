@@ -29,12 +29,8 @@ def open(
         from .. import cuda
 
         return cuda.open(checkpoint, where, dtype, progress)
-    from .inference import InferenceOps
-    from .passes import TorchPasses
-
-    ops, checks = InferenceOps(dtype), loading.mapped(checkpoint)
-    get = loading.reader(checkpoint, dtype, progress)
-    passes = TorchPasses(ops, weights.build(checkpoint.config, lambda name: ops.pack(get(name))))
+    checks = loading.mapped(checkpoint)
+    passes = passes_of(checkpoint.config, loading.reader(checkpoint, dtype, progress), where, dtype, 0)
     passes.checks = checks
     return passes
 

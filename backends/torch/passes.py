@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
@@ -30,9 +30,6 @@ class TorchPasses(GraphPasses):
 
     def copied(self, x: Array) -> Array:
         return x.clone(memory_format=torch.contiguous_format)
-
-    def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
-        return lambda: [self.ops.to_numpy(x) for x in arrays]
 
     @contextmanager
     def guarded(self, doing: str) -> Iterator[None]:
