@@ -22,6 +22,7 @@ ORDER = (
     ("text",),
     ("convert", "export"),  # neither knows the other
     ("backends",),  # ONNX Runtime's runs the graphs that `export` writes
+    ("constraints",),  # needs the tokenizer alone; which backend runs the passes is nothing to it
     ("diffusion.py",),  # a loaded model
     ("runtime.py",),  # which loads it
     ("tools",),
