@@ -83,7 +83,7 @@ def _time(seconds: float) -> str:
 
 def describe(report: Report) -> list[str]:
     """Say in a few lines what was made."""
-    from .live import printable
+    from ..show.frame import printable
 
     image = report.bytes - report.text_bytes
     many = ", ".join(f"{count} {how}" for how, count in sorted(report.counts.items()))

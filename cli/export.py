@@ -57,8 +57,8 @@ def export(source: str, out: Path | None, as_json: bool, **options: Any) -> None
 
 def describe(report: Report) -> list[str]:
     """Say in a few lines what was made."""
+    from ..show.frame import printable
     from .convert import amount
-    from .live import printable
 
     graphs = ", ".join(f"{name}.onnx ({nodes} nodes)" for name, nodes in report.graphs.items())
     how = "copied" if report.copied else "the checkpoint's own files, not copied"

@@ -18,7 +18,8 @@ from rich.table import Column
 from rich.text import Text
 
 from ..core.events import Done
-from .live import FAINT, printable
+from ..show.frame import printable
+from ..show.terminal import FAINT
 
 if TYPE_CHECKING:
     from ..runtime import DiffusionGemma

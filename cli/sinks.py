@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..core.events import Commit, Done, Draft, Event, Prefill
-from .live import FAINT, CanvasLive, CanvasView, Pieces, printable
+from ..show.frame import Pieces, printable
+from ..show.terminal import FAINT, CanvasLive, CanvasView
 from .output import Wait, put
 
 if TYPE_CHECKING:

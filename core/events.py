@@ -32,6 +32,8 @@ class Stats:
     prefill_seconds: float
     first_draft_seconds: float | None
     first_text_seconds: float | None
+    log_accept: float | None = None
+    """With a constraint: the log of the probability that each canvas's last pass gave to its language, summed."""
     peak_memory_bytes: int
     """On an accelerator what the framework held there at most; otherwise the process's own peak."""
 
@@ -85,6 +87,10 @@ class Draft:
     """float32 [L], nats."""
     following: np.ndarray | None = None
     """int32 [L], what the next pass reads: accepted tokens as they were drawn, noise everywhere else."""
+    held: np.ndarray | None = None
+    """bool [L], positions that keep a token which was given; None where there are none."""
+    log_accept: float | None = None
+    """With a constraint: the log of the probability that this pass gave to its language."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,8 @@ from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 
 import dgemma
-from dgemma.cli.live import FAINT, CanvasView, Pieces
+from dgemma.show.frame import Pieces
+from dgemma.show.terminal import FAINT, CanvasView
 
 BOARD = "..4.2. .6...4 2..... .....5 5...1. .1.3.."
 COLUMNS = 72

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 import dgemma
 from dgemma.cli import main
-from dgemma.cli.live import printable
+from dgemma.show.frame import printable
 from scripted import ScriptedModel
 from tiny import tiny_checkpoint
 

@@ -25,7 +25,7 @@ ORDER = (
     ("constraints",),  # needs the tokenizer alone; which backend runs the passes is nothing to it
     ("diffusion.py",),  # a loaded model
     ("runtime.py",),  # which loads it
-    ("tools",),
+    ("tools", "show"),
     ("cli",),
     ("__init__.py", "__main__.py"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
@@ -16,20 +17,11 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.text import Text
 
-from dgemma.cli.live import (
-    ACCEPTED,
-    CHANGING,
-    GUESS,
-    SETTLED,
-    STYLES,
-    CanvasLive,
-    CanvasView,
-    Pieces,
-    printable,
-)
 from dgemma.cli.output import Wait, significant, size, summary
 from dgemma.cli.sinks import LiveSink, PlainSink
 from dgemma.core.events import Commit, Done, Draft, Prefill
+from dgemma.show.frame import ACCEPTED, CHANGING, GUESS, HELD, SETTLED, Pieces, printable
+from dgemma.show.terminal import STYLES, CanvasLive, CanvasView
 from scripted import EOS, STATS, ScriptedModel, Words, draft
 
 LINES = 24
@@ -83,6 +75,16 @@ def test_states_differ_without_colour() -> None:
     said = written(console)
     assert "\x1b[4m" in said and "\x1b[1m" in said and "░" in said
     assert not re.search(r"\x1b\[[0-9;]*3[0-7]", said), "colour in spite of NO_COLOR"
+
+
+def test_held_tokens_are_drawn_apart_and_do_not_count() -> None:
+    view = view_of(["aa", "bb"])
+    held = np.asarray([True, False, False])
+    view.update(replace(make_draft([1, 2, 2], [True, True, False]), held=held, entropy=np.asarray([9, 1, 2], "f4")))
+    row, status, legend = shown(view)
+    assert row.plain == "aabb░░" and row.get_style_at_offset(terminal(), 0) == STYLES[HELD]
+    assert "accepted 1/2" in status.plain and "entropy 1.500 nats" in status.plain
+    assert legend.plain.endswith("settled  held")
 
 
 def test_a_new_canvas_forgets_the_one_before() -> None:

@@ -1,20 +1,19 @@
 """The canvas as it is denoised, drawn on a terminal.
 
-Four states, each told apart without colour as well:
+    ░░░░   changing   (dim)
+    guess  guess      (dim, italic)
+    word   accepted   (underlined)
+    word   settled    (bold)
+    word   held       (plain)
 
-    ░░░░   changing   not accepted, and another token than one pass before: noise
-    guess  guess      not accepted, but the same token as one pass before   (dim, italic)
-    word   accepted   within the entropy bound, and new                     (underlined)
-    word   settled    within the entropy bound, and the same as before      (bold)
+What the states mean is told in `frame.py`; colours say it once more.
 """
 
 from __future__ import annotations
 
 import time
-import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol
 
 import numpy as np
 from rich.cells import cell_len
@@ -26,71 +25,21 @@ from rich.style import Style
 from rich.text import Text
 
 from ..core.events import Draft
+from .frame import CHANGING, HELD, SETTLED, STATES, Frame, Frames, Pieces, printable
 
-CHANGING, GUESS, ACCEPTED, SETTLED = range(4)
-STATES = ("changing", "guess", "accepted", "settled")
 STYLES = (
     Style(dim=True, color="blue"),
     Style(dim=True, italic=True, color="yellow"),
     Style(underline=True, color="green"),
     Style(bold=True),
+    Style(color="magenta"),
 )
+"""By state."""
 FAINT = Style(dim=True)
 FRAME_SECONDS = 1 / 20
 """A small model makes hundreds of passes a second; drawing each would slow it down for pictures nobody sees."""
 
 _WIDEST = 8  # cells of shade for one changing token: some vocabularies have tokens of a hundred spaces
-
-
-class Decodes(Protocol):
-    """The part of a tokenizer that drawing needs."""
-
-    def decode(self, ids: Sequence[int], *, special: bool = False) -> str: ...
-
-
-def printable(text: str, *, grid: bool = False) -> str:
-    """Make control characters visible, so that what a model writes cannot steer the terminal.
-
-    Line breaks and tabs stay. With `grid`, characters without a width go too: they would shift a drawing's columns.
-    """
-    text = text.replace("\r\n", "\n")
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(c if c in "\n\t" else _visible(c, grid) for c in text)
-
-
-def _visible(c: str, grid: bool) -> str:
-    category = unicodedata.category(c)
-    if category == "Cc":
-        return chr(0x2400 + ord(c)) if ord(c) < 32 else "␡" if c == "\x7f" else "\ufffd"
-    if grid and category in ("Cf", "Zl", "Zp", "Cs"):
-        return "\ufffd"
-    return c
-
-
-class Pieces:
-    """The text of single tokens; those that hold a part of a character only are joined with their neighbours."""
-
-    def __init__(self, tokenizer: Decodes) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def spans(self, tokens: Sequence[int]) -> Iterator[tuple[int, int, str]]:
-        """Yield (start, stop, text) that cover the tokens in order."""
-        start = 0
-        while start < len(tokens):
-            stop, text = start + 1, self._text(tokens[start])
-            if "\ufffd" in text:
-                while stop < len(tokens) and "\ufffd" in self._text(tokens[stop]):
-                    stop += 1
-                text = printable(self._tokenizer.decode(tokens[start:stop], special=True), grid=True)
-            yield start, stop, text
-            start = stop
-
-    def _text(self, token: int) -> str:
-        if token not in self._known:
-            self._known[token] = printable(self._tokenizer.decode([token], special=True), grid=True)
-        return self._known[token]
 
 
 class CanvasView:
@@ -104,34 +53,28 @@ class CanvasView:
     """
 
     def __init__(self, pieces: Pieces, ends: Sequence[int], budget: int, encoding: str = "utf-8") -> None:
-        self._pieces = pieces
-        self._ends = np.asarray(ends, np.int32)
-        self._budget = budget
+        self._frames = Frames(pieces, ends, budget)
         unicode = encoding.lower().startswith("utf")
         self._shade, self._end, self._fill = ("░", "∎", "·") if unicode else ("~", "$", ".")
         self._bars = "▁▂▃▄▅▆▇█" if unicode else "#"
         self._separator = " · " if unicode else " | "
-        self._draft: Draft | None = None
-        self._states = np.zeros(0, np.int8)
-        self._uncertainty: list[float] = []  # mean entropy of each pass over this canvas
+        self._frame: Frame | None = None
+        self._open = False  # whether the newest frame is of a canvas that is not committed yet
         self._tallest = 0
         self.tail = ""  # committed text whose line is not complete yet: the canvas goes on behind it
         self.widths: list[int] = []  # cells of each line drawn last
 
     def update(self, draft: Draft) -> None:
-        before = self._draft
-        if before is None or before.canvas != draft.canvas:
-            before, self._uncertainty, self._tallest = None, [], 0
-        same = np.zeros(len(draft.tokens), bool) if before is None else before.tokens == draft.tokens
-        self._states = (2 * draft.accepted.astype(np.int8) + same).astype(np.int8)
-        self._uncertainty.append(float(np.nan_to_num(draft.entropy.mean(), nan=0.0, posinf=0.0)))
-        self._draft = draft
+        if self._frame is None or self._frame.draft.canvas != draft.canvas:
+            self._tallest = 0
+        self._frame = self._frames.add(draft)
+        self._open = True
 
     def commit(self, tokens: int, tail: str) -> None:
         """Take a canvas out of the drawing: its tokens are written, but for the `tail` of their last line."""
-        self._budget -= tokens
+        self._frames.commit(tokens)
         self.tail = printable(tail, grid=True)
-        self._states = np.zeros(0, np.int8)
+        self._open = False
         self._tallest = 0
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -154,31 +97,29 @@ class CanvasView:
     def _body(self, most: int) -> Text:
         """The canvas, no more than about `most` characters of what stands before it."""
         text = Text(self.tail[-most:])
-        if self._draft is None or not len(self._states):
+        frame = self._frame
+        if frame is None or not self._open:
             return text
-        tokens = self._draft.tokens[: self._budget]
-        ends = np.flatnonzero(np.isin(tokens, self._ends) & (self._states[: len(tokens)] >= ACCEPTED))
-        stop = int(ends[0]) if len(ends) else len(tokens)
-        for i, j, piece in self._pieces.spans(tokens[:stop].tolist()):
-            state = int(self._states[i:j].min())
-            if state == CHANGING:
+        for span in frame.spans:
+            piece = span.text
+            if span.state == CHANGING:
                 piece = self._shade * min(max(cell_len(piece), 1), _WIDEST)
-            text.append(piece, STYLES[state])
-        if stop < len(tokens):
-            text.append(self._end, STYLES[self._states[stop]])
-            stop += 1
-        text.append(self._fill * (len(self._states) - stop), FAINT)
+            text.append(piece, STYLES[span.state])
+        if frame.end is not None:
+            text.append(self._end, STYLES[frame.states[frame.end]])
+        text.append(self._fill * frame.blank, FAINT)
         return text
 
     def _status(self, width: int) -> Text:
-        draft = self._draft
-        if draft is None:
+        frame = self._frame
+        if frame is None:
             return Text()
+        draft = frame.draft
         parts = [
             f"step {draft.step + 1}/{draft.steps}",
             *([f"canvas {draft.canvas + 1}"] if draft.canvas else []),
-            f"accepted {int(draft.accepted.sum())}/{len(draft.accepted)}",
-            f"entropy {self._uncertainty[-1]:.3f} nats",
+            f"accepted {frame.accepted}/{int(frame.free.sum())}",
+            f"entropy {frame.uncertainty:.3f} nats",
         ]
         while len(parts) > 1 and len(self._separator.join(parts)) > width:
             parts.pop()
@@ -193,17 +134,19 @@ class CanvasView:
         """One column a pass up to the cap, its height the mean entropy: how far, and how sure."""
         cells = min(room, draft.steps)
         edges = np.linspace(0, draft.steps, cells + 1).round().astype(int)
-        highest = max(*self._uncertainty, 1e-9)
+        means = self._frames.uncertainty
+        highest = max(*means, 1e-9)
         track = ""
         for low, high in pairwise(edges):
-            passes = self._uncertainty[low:high]
+            passes = means[low:high]
             if passes:
                 track += self._bars[min(int(passes[-1] / highest * len(self._bars)), len(self._bars) - 1)]
         return Text.assemble((track, Style(color="cyan")), (self._fill * (cells - len(track)), FAINT))
 
     def _legend(self, width: int) -> list[Text]:
         lines: list[Text] = []
-        for state, name in enumerate(STATES):
+        held = self._frame is not None and not self._frame.free.all()
+        for state, name in enumerate(STATES if held else STATES[:HELD]):
             entry = Text(f"{self._shade} {name}" if state == CHANGING else name, STYLES[state])
             if lines and lines[-1].cell_len + 2 + entry.cell_len <= width:
                 lines[-1] = Text.assemble(lines[-1], "  ", entry)
