@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .lattice import Lattice
+from .layout import Lattice
 
 
 def before(lattice: Lattice, after: np.ndarray, label: int) -> np.ndarray:

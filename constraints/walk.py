@@ -20,7 +20,8 @@ import numpy as np
 
 from ..core.errors import DgemmaError
 from .automaton import TokenAutomaton
-from .lattice import POSSIBLE, Lattice, Paths, Row, all_paths, best_paths, lattice_of, walk
+from .lattice import POSSIBLE, Paths, Row, all_paths, best_paths, follow
+from .layout import Lattice, lattice_of
 from .reach import before, borders, fewest
 
 
@@ -142,7 +143,7 @@ class Walk:
         gamma = best_paths(lattice, row)
         if not gamma[0, row.start] > POSSIBLE:
             raise DgemmaError(f"the constraint has no answer with what is held behind position {self._position}")
-        labels, states = walk(lattice, row, gamma)
+        labels, states = follow(lattice, row, gamma)
         paths = all_paths(lattice, row, states)
         self.log_accept = paths.log_accept
         entropy = np.zeros(length, np.float32)
