@@ -22,22 +22,20 @@ from typing import TypeVar
 
 import numpy as np
 
-from . import forks, sampler
+from . import forks
+from .batches import Mark, alike, begin, next_pass
 from .errors import DgemmaError
 from .events import Event
 from .finite import check_results
 from .handle import Handle
 from .memory import peak_memory
 from .owner import Owner, owner_of
-from .parts import Draws
-from .passes import Passes, Starts, StepResult
+from .passes import Passes, StepResult
 from .prefix import Prefixes
-from .row import Request, Row, Share, by_length, check_tokens
+from .row import Request, Row, Share, check_tokens
 from .tokens import Vocabulary
 
 Result = TypeVar("Result")
-Mark = tuple[Row, int, int]
-"""A row, with the canvas and the step that a pass is of."""
 
 MOST_ROWS = 32
 """Rows at once, where nothing else is asked for: more of them bring a CPU nothing, and each waits for all."""
@@ -248,9 +246,12 @@ class Engine:
         if not self.passes.joined:
             self._read({row: row.coming for row in rows})
             return
-        for group in by_length(rows):
+        for group in alike(rows):
+            if group[0].walk is not None:
+                self._read({row: row.coming for row in group})
+                continue
             given = [(row.slot, row.coming) for row in group]
-            marks, draws, starts = _next_pass(group)
+            marks, draws, starts = next_pass(group)
             with self._for(group):
                 self._pending.append((marks, self.passes.read_and_step(given, draws, starts)))
                 for row, (_, tokens) in zip(group, given, strict=True):
@@ -290,13 +291,12 @@ class Engine:
         if not self.passes.lookahead:
             self._take_results(len(self._pending))  # of joined passes, which may have finished their canvases
         behind = len(self._pending)
+        self._commit({row: held for row in self._rows if (held := row.settled()) is not None})
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
         rows.sort(key=lambda row: row.slot)  # neighbours in the pool, where all its rows take a pass
-        for group in by_length(rows):
-            marks, draws, starts = _next_pass(group)
-            slots = [row.slot for row in group]
+        for group in alike(rows):
             with self._for(group):
-                self._pending.append((marks, self.passes.step(slots, draws, starts)))
+                self._pending.append(begin(self.passes, group))
         self._take_results(behind if self.passes.lookahead and rows else len(self._pending))
 
     def _take_results(self, count: int) -> None:
@@ -388,10 +388,3 @@ class Engine:
                 f"this model was loaded by process {self._process}, and the {self.passes.name} backend does not work "
                 "in a process forked off it; load it again there, or start processes by 'spawn'"
             )
-
-
-def _next_pass(rows: list[Row]) -> tuple[list[Mark], Draws, Starts]:
-    """Return what rows' next pass is marked with and given, and count it as begun."""
-    starts = {row.slot: noise for row in rows if (noise := row.start()) is not None}
-    marks = [(row, row.index, row.begun) for row in rows]
-    return marks, sampler.stacked([row.draws() for row in rows]), starts

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from . import memory, model, reference, sampler
+from . import memory, model, reference, sampler, within
+from .canvas import Chosen, Classes
 from .config import ModelConfig
 from .ops import Ops
-from .parts import KV, Array, Cache, Draws, Model, StepState
+from .parts import KV, Array, Cache, Draws, Masses, Model, StepState
 from .passes import Passes, Snapshot, Starts, StepResult
 from .primitives import NUMPY_DTYPES
 
@@ -50,6 +51,7 @@ class GraphPasses(Passes):
         self._states: dict[int, tuple[StepState, int]] = {}  # slot → a batch, and its row there
         self._spoilt: set[int] = set()  # slots in whose entries NaN or infinity may stand: nobody has seen otherwise
         self._batch: tuple[int, ...] = ()  # slots of the batch that the last pass left
+        self._classes: tuple[str, Array] | None = None
         self._step = self.compile(partial(model.step, ops, weights))
         self._encode = self.compile(partial(model.encode, ops, weights))
         self._both = self.compile(partial(model.encode_and_step, ops, weights))
@@ -189,6 +191,24 @@ class GraphPasses(Passes):
             self._lengths[slot] += len(read)
         return self._done(slots, state)
 
+    def step_within(
+        self, slots: Sequence[int], draws: Draws, starts: Starts, classes: Classes, choose: Callable[[Masses], Chosen]
+    ) -> StepResult:
+        ops, index = self.ops, self._filled(len(slots))
+        state = self._state(slots, starts, index)
+        cache, given = self._cache([slots[i] for i in index], draws.noise.shape[1]), self._given(draws, index)
+        before, temperature = self.taken(state), draws.temperature[index]
+        x, soft, masses = within.predict(ops, self.model, cache, before, given, self._of(classes), classes.count)
+        chosen = choose(Masses(*(one[: len(slots)] for one in self.fetch(*masses)())))
+        chosen = chosen.rows(index)
+        token = within.drawn(ops, self.model, x, temperature, classes, chosen)
+        if chosen.factors is not None:
+            soft = within.fed_back(ops, self.model, x, temperature, classes, chosen.factors)
+        entropy = ops.cast(ops.asarray(chosen.entropy.astype(np.float32)), ops.wide)
+        argmax = ops.asarray(chosen.argmax.astype(np.int32))
+        after = ops.advance(given, before, ops.asarray(token), argmax, entropy, soft)
+        return self._done(slots, self.put(state, after))()
+
     def _done(self, slots: Sequence[int], state: StepState) -> Callable[[], StepResult]:
         self._batch = tuple(slots)
         self._states |= {slot: (state, row) for row, slot in enumerate(slots)}
@@ -252,6 +272,19 @@ class GraphPasses(Passes):
     def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         return self.ops.to_numpy(self._states_of(slot, canvas, previous))[0].astype(np.float32)
 
+    def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
+        x, ops = self._states_of(slot, canvas, None), self.ops
+        even = ops.cast(ops.asarray(np.ones((1, 1), np.float32)), ops.wide)
+        table, softcap = self.model.embed_tokens, self.config.softcap
+        _, masses = ops.class_head(x, table, softcap, even, self._of(classes), classes.count)
+        return Masses(*(one[0] for one in self.fetch(*masses)()))
+
+    def _of(self, classes: Classes) -> Array:
+        """Return classes on the device: those used last stay there."""
+        if self._classes is None or self._classes[0] != classes.key:
+            self._classes = classes.key, self.ops.asarray(classes.of)
+        return self._classes[1]
+
     def head(self) -> Callable[[np.ndarray], np.ndarray]:
         ops, table, softcap = self.ops, self.model.embed_tokens, self.config.softcap
 
@@ -282,6 +315,14 @@ class GraphPasses(Passes):
         A backend may let the next call of the function overwrite what it returned, caches aside.
         """
         return function
+
+    def taken(self, state: Any) -> StepState:
+        """Return rows' canvases as `_state` left them as one batch."""
+        return state
+
+    def put(self, state: Any, after: StepState) -> Any:
+        """Keep what a pass made of the rows' canvases, and return what `_done` reads."""
+        return after
 
     def fetch(self, *arrays: Array) -> Callable[[], list[np.ndarray]]:
         """Ask for arrays on the host; what comes back waits for them and returns them as they are now."""

@@ -156,6 +156,23 @@ class Draws(NamedTuple):
     confidence: Array  # [B], nats
     stability: Array  # int32 [B], passes
     greedy: Array  # bool [B, 1]: an accepted position takes the likeliest token, not the one that was drawn
+    held: Array  # int32 [B, L]: the token that a position keeps, −1 where it is free
+
+
+class Masses(NamedTuple):
+    """What one pass makes of classes of tokens, in natural logs and at that pass's temperature.
+
+    The distribution is that over the whole vocabulary: tokens of no class are in its total.
+    """
+
+    mass: Array  # wide [B, L, C]: log of the probability of the class; never below `score`, `NOTHING` without tokens
+    best: Array  # int32 [B, L, C]: its likeliest token, the first of equals; 0 without tokens
+    score: Array  # wide [B, L, C]: log of that token's probability, `NOTHING` without tokens
+    moment: Array  # wide [B, L, C]: Σ p · log p over its tokens
+
+
+NOTHING = -1e30
+"""The log of no probability at all: finite, so that nothing becomes NaN."""
 
 
 class StepState(NamedTuple):

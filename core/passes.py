@@ -18,9 +18,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from . import memory
+from .canvas import Chosen, Classes
 from .config import ModelConfig
 from .errors import DgemmaError
-from .parts import Draws
+from .parts import Draws, Masses
 from .primitives import DType
 
 Starts = Mapping[int, np.ndarray]
@@ -122,6 +123,20 @@ class Passes(ABC):
     ) -> Callable[[], StepResult]:
         """`read`, and behind what was read a first `step`, in one pass where the backend can: tokens int32 [C], all of
         one length."""
+
+    @abstractmethod
+    def step_within(
+        self, slots: Sequence[int], draws: Draws, starts: Starts, classes: Classes, choose: Callable[[Masses], Chosen]
+    ) -> StepResult:
+        """Run a denoising pass whose tokens are chosen on the host: `step`, finished when it returns.
+
+        `choose` gets the pass's masses, float32 [B, L, C], and returns a `Chosen` of [B, L].
+        """
+
+    @abstractmethod
+    def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
+        """Run one denoising pass behind a slot's cache, as `logits`, and return what it makes of classes of tokens:
+        canvas int32 [L] → NumPy arrays [L, C], at temperature 1."""
 
     @abstractmethod
     def soft(self, slot: int) -> np.ndarray:

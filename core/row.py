@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 
+from .canvas import Channel, Constraint, Plan, Walk, part
 from .config import ModelConfig, SamplerConfig
 from .errors import DgemmaError
 from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
@@ -17,7 +18,8 @@ from .finite import check_results
 from .parts import Draws
 from .passes import Snapshot, StepResult
 from .primitives import DType
-from .sampler import draws_of, first_canvas
+from .random import step_noise
+from .sampler import draws_of
 from .tokens import Decoder, Vocabulary, split_at_end
 
 Stage = Literal["waiting", "reading", "denoising", "over"]
@@ -39,6 +41,15 @@ class Request:
     """Whether the last canvas shrinks to the smallest of `SHORT` that holds what is left of the budget."""
     drafts: bool = True
     """Whether its reader wants a `Draft` for each pass."""
+    held: tuple[int, ...] = ()
+    """Tokens that positions of the answer keep, from its first on; `FREE` where one is free, as all beyond the end."""
+    init: tuple[int, ...] = ()
+    """Tokens of a draft that canvases start from, likewise; `FREE` is noise."""
+    strength: float = 1.0
+    """How much of the draft is lost: with this probability a token is noise. 0 holds all of it, 1 forgets it."""
+    constraint: Constraint | None = None
+    thinking_budget: int | None = None
+    """Tokens after which the thinking channel is closed."""
 
 
 SHORT = (16, 32, 64, 128, 256)
@@ -93,9 +104,17 @@ class Row:
         self.served = 0
         """The engine's round since which it waits to read its prompt."""
         self.left = min(request.max_new_tokens, config.max_positions - len(request.prompt))
+        self._draft: np.ndarray | None = None
+        """The newest argmax canvas that was seen, int32 [L]."""
+        self._log_accept: float | None = None
         self.decoder = Decoder(tokenizer, request.stop, request.prompt)
         self._usual = request.canvas_length or config.canvas_length
         self.length = self._next_length()
+        self.plan = Plan(request.held, request.init, request.strength, self._channel(), inside=self.decoder.inside)
+        self.walk: Walk | None = None
+        if request.constraint is not None:
+            held = part(self.plan.fixed, 0, self.left)
+            self.walk = request.constraint.begin(budget=self.left, canvas_length=self._usual, held=held)
         # The last canvas is never read, so the cache has no room for it.
         self.capacity = len(request.prompt) + (-(-self.left // self._usual) - 1) * self._usual
 
@@ -103,6 +122,11 @@ class Row:
     def coming(self) -> np.ndarray:
         """What is to be read, int32."""
         return np.asarray(self.tokens[self.read :], np.int32)
+
+    @property
+    def classes(self) -> str:
+        """Which classes of tokens its passes look at."""
+        return self.request.constraint.classes.key if self.request.constraint else ""
 
     @property
     def prompted(self) -> bool:
@@ -131,17 +155,26 @@ class Row:
             self.stage = "denoising"
 
     def start(self) -> np.ndarray | None:
-        """Return the noise of a canvas that begins with the next pass."""
+        """Return what a canvas that begins with the next pass starts from."""
         if self.begun:
             return None
-        return first_canvas(self.request.seed, self.index, self.length, self.config.vocab_size)
+        uniforms, noise = step_noise(
+            seed=self.request.seed, canvas=self.index, step=0, length=self.length, vocab_size=self.config.vocab_size
+        )
+        return self.plan.canvas(noise, uniforms)
+
+    def settled(self) -> np.ndarray | None:
+        """Return a canvas that begins and is all held, int32 [L]: it is finished without a pass."""
+        return self.plan.settled(self.length, self.left) if self.stage == "denoising" and not self.begun else None
 
     def draws(self) -> Draws:
         """Return what the next pass is given, and count it."""
         self.begun += 1
+        sampler = self.request.sampler
         return draws_of(
-            self.request.sampler, seed=self.request.seed, canvas=self.index, step=self.begun - 1, length=self.length,
-            vocab_size=self.config.vocab_size,
+            sampler, seed=self.request.seed, canvas=self.index, step=self.begun - 1, length=self.length,
+            vocab_size=self.config.vocab_size, held=self.plan.hold(self.length, self._draft),
+            skipped=self.plan.skipped(sampler.schedule_steps),
         )  # fmt: skip
 
     def drafted(self, step: int, result: StepResult, row: int, dtype: DType) -> bool:
@@ -152,6 +185,8 @@ class Row:
         """
         check_results(result.entropy[row], dtype)
         clock, steps = self.clock, self.request.sampler.steps
+        self._draft = draft = result.argmax[row]
+        log_accept = self.walk.log_accept if self.walk else None
         clock.steps += 1
         clock.first_draft = clock.first_draft or clock.now()
         if self.request.drafts:
@@ -164,9 +199,14 @@ class Row:
                     accepted=result.accepted[row],
                     entropy=result.entropy[row].astype(np.float32),
                     following=result.canvas[row],
+                    held=self.plan.held_in(step),
+                    log_accept=log_accept,
                 )
             )
-        return bool(result.stop[row]) or step + 1 == steps
+        stop = bool(result.stop[row]) and self.plan.settles(step, draft)
+        if log_accept is not None and (stop or step + 1 == steps):
+            self._log_accept = (self._log_accept or 0.0) + log_accept
+        return stop or step + 1 == steps
 
     # ---- Canvases ---------------------------------------------------------------------------------------------
 
@@ -190,8 +230,25 @@ class Row:
             return
         self.left -= self.length
         self.tokens += argmax.tolist()
+        self.plan.commit(argmax)
+        self._draft = None
+        if self.walk is not None:
+            self.walk.commit(argmax)
         self.index, self.begun, self.stage = self.index + 1, 0, "reading"
         self.length = self._next_length()
+
+    def _channel(self) -> Channel | None:
+        """Return what closes the thinking channel, where that has a budget.
+
+        Raises:
+            DgemmaError: the tokenizer has no such channel.
+        """
+        budget, marks = self.request.thinking_budget, self.decoder.channel
+        if budget is None:
+            return None
+        if marks is None:
+            raise DgemmaError("thinking_budget: the checkpoint's tokenizer has no thinking channel; leave it out")
+        return Channel(opens=marks[0], closes=marks[1], budget=budget)
 
     def _next_length(self) -> int:
         if not self.request.fit:
@@ -225,16 +282,9 @@ class Row:
             prefill_seconds=clock.prefill,
             first_draft_seconds=clock.first_draft,
             first_text_seconds=clock.first_text,
+            log_accept=self._log_accept,
             peak_memory_bytes=self._peak(),
         )
-
-
-def by_length(rows: list[Row]) -> list[list[Row]]:
-    """Rows whose canvases, and what is to be read before, are of one length, in the order in which they came."""
-    groups: dict[tuple[int, int], list[Row]] = {}
-    for row in rows:
-        groups.setdefault((row.length, len(row.tokens) - row.read), []).append(row)
-    return list(groups.values())
 
 
 def check_tokens(ids: Sequence[int], vocab_size: int, images: Sequence[int] = (), *, what: str = "the prompt") -> None:

@@ -5,8 +5,8 @@
        │                        ▼
        └──── accepted tokens, and fresh random ones everywhere else
 
-Nothing stays frozen: an accepted position is predicted again on the next pass. What is committed is the argmax canvas,
-not the sample. Every setting is a row's own number (`Draws`), so that one compiled pass serves them all.
+Nothing but a held position stays frozen: an accepted one is predicted again on the next pass. What is committed is the
+argmax canvas, not the sample. Every setting is a row's own number (`Draws`), so that one compiled pass serves them all.
 Source: transformers 5.23 `EntropyBoundSampler`, after Ben-Hamu et al. 2025 (arXiv:2505.24857).
 """
 
@@ -59,15 +59,23 @@ def accept(ops: Primitives, entropy: Array, bound: Array) -> Array:
 def advance(
     ops: Primitives, draws: Draws, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array
 ) -> StepState:
-    """Turn one pass's predictions into the next state; shapes as in `StepState` and `Draws`."""
+    """Turn one pass's predictions into the next state; shapes as in `StepState` and `Draws`.
+
+    A held position is its token, in what the next pass reads and in what is committed. It is sure of itself, so it
+    takes nothing of the entropy bound, and the mean that is tested for confidence is that of the free positions.
+    """
+    free = draws.held < 0
+    entropy, argmax = ops.where(free, entropy, 0.0), ops.where(free, argmax, draws.held)
     accepted = accept(ops, entropy, ops.cast(draws.entropy_bound, ops.wide))
     same = ops.reduce(ops.cast(argmax == state.argmax, "int32"), "min", -1)  # int32 [B], 1 where nothing changed
     stable = (state.stable + 1) * same
-    confident = ops.reduce(entropy, "mean", -1) < ops.cast(draws.confidence, ops.wide)
+    count = ops.reduce(ops.cast(free, ops.wide), "sum", -1)
+    share = entropy.shape[1] / ops.where(count < 1, 1.0, count)  # exactly 1 where nothing is held: no bit changes
+    confident = ops.reduce(entropy, "mean", -1) * share < ops.cast(draws.confidence, ops.wide)
     # The draw, alone of all that a pass computes, is what a greedy row leaves out.
     taken = ops.where(draws.greedy, argmax, token)
     return StepState(
-        canvas=ops.where(accepted, taken, draws.noise),
+        canvas=ops.where(free, ops.where(accepted, taken, draws.noise), draws.held),
         soft=soft,
         argmax=argmax,
         stable=stable,
@@ -82,17 +90,24 @@ def first_canvas(seed: int, canvas: int, length: int, vocab_size: int) -> np.nda
     return step_noise(seed=seed, canvas=canvas, step=0, length=length, vocab_size=vocab_size)[1]
 
 
-def draws_of(sampler: SamplerConfig, *, seed: int, canvas: int, step: int, length: int, vocab_size: int) -> Draws:
-    """Return what pass `step` (0 is the first) of a row's canvas is given: NumPy arrays of one row."""
+def draws_of(
+    sampler: SamplerConfig, *, seed: int, canvas: int, step: int, length: int, vocab_size: int,
+    held: np.ndarray | None = None, skipped: int = 0,
+) -> Draws:  # fmt: skip
+    """Return what pass `step` (0 is the first) of a row's canvas is given: NumPy arrays of one row.
+
+    held int32 [L], −1 where free; the temperature is that of so many passes later as are `skipped`.
+    """
     uniforms, noise = step_noise(seed=seed, canvas=canvas, step=step + 1, length=length, vocab_size=vocab_size)
     return Draws(
-        temperature=np.full((1, 1), sampler.temperature(step), np.float32),
+        temperature=np.full((1, 1), sampler.temperature(step + skipped), np.float32),
         uniforms=uniforms[None],
         noise=noise[None],
         entropy_bound=np.full((1, 1), sampler.entropy_bound),
         confidence=np.full(1, sampler.confidence),
         stability=np.full(1, sampler.stability, np.int32),
         greedy=np.full((1, 1), sampler.greedy),
+        held=(np.full(length, -1, np.int32) if held is None else held)[None],
     )
 
 

@@ -52,7 +52,12 @@ class Decoder:
         self._text = self._thinking = ""  # what has been given out
         self._open = tokenizer.id_of(CHANNEL_OPEN) if tokenizer else None
         self._close = tokenizer.id_of(CHANNEL_CLOSE) if tokenizer else None
-        self._inside, self._named = self._begun(prompt)
+        self.inside, self._named = self._begun(prompt)
+
+    @property
+    def channel(self) -> tuple[int, int] | None:
+        """The ids that open and close the thinking channel."""
+        return None if self._open is None or self._close is None else (self._open, self._close)
 
     def push(self, tokens: Sequence[int], *, last: bool) -> Piece:
         """Add final tokens; `last` gives out what was held back."""
@@ -116,7 +121,7 @@ class Decoder:
             return "", ""
         parts: dict[bool, list[str]] = {False: [], True: []}
         run: list[int] = []
-        inside, named = self._inside, self._named
+        inside, named = self.inside, self._named
 
         def close() -> None:
             text = self.tokenizer.decode(run) if self.tokenizer else ""

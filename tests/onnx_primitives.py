@@ -33,6 +33,7 @@ def draws_of(ops: Ops, heat: np.ndarray, uniform: np.ndarray, noise: np.ndarray,
         confidence=ops.asarray(np.zeros(rows, np.float32)),
         stability=ops.asarray(np.ones(rows, np.int32)),
         greedy=ops.asarray(np.zeros((rows, 1), bool)),
+        held=ops.asarray(np.full(noise.shape, -1), "int32"),
     )
 
 
@@ -68,6 +69,7 @@ def plain_step() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             confidence=ops.asarray(np.array([0.0, 9.0]), "float32"),
             stability=ops.asarray(np.array([1, 0]), "int32"),
             greedy=ops.asarray(np.array([[False], [True]]), "bool"),
+            held=ops.asarray(np.full(given["noise"].shape, -1), "int32"),
         )
         for _ in range(2):
             state = step(ops, model, cache, state, draws)

@@ -316,5 +316,5 @@ def meta_draws(tokens: torch.Tensor) -> Draws:
     return Draws(
         temperature=empty(1, 1, **wide), uniforms=empty(*tokens.shape, **wide), noise=tokens,
         entropy_bound=empty(1, 1, **wide), confidence=empty(1, **wide), stability=empty(1, dtype=torch.int32),
-        greedy=empty(1, 1, dtype=torch.bool),
+        greedy=empty(1, 1, dtype=torch.bool), held=tokens,
     )  # fmt: skip

@@ -129,6 +129,6 @@ def test_advance_compiles_without_spills(arch: str) -> None:
     )  # fmt: skip
     given = Draws(
         temperature=number, uniforms=wide, noise=one, entropy_bound=number, confidence=number, stability=count,
-        greedy=flag,
+        greedy=flag, held=one,
     )  # fmt: skip
     built(lambda: sampling.advance(given, before, one, one, wide, before.soft), arch)

@@ -176,7 +176,7 @@ def test_norms_and_sampler() -> None:
     number, count = meta(BATCH, dtype=torch.float32), meta(BATCH, dtype=torch.int32)
     given = Draws(
         temperature=number, uniforms=entropy, noise=one, entropy_bound=number, confidence=number, stability=count,
-        greedy=flag,
+        greedy=flag, held=one,
     )  # fmt: skip
     before = StepState(
         canvas=one, soft=meta(BATCH, 256, 8), argmax=one, stable=count,

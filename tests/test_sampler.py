@@ -80,6 +80,7 @@ def test_advance_stops_where_stable_and_confident(ops: Ops, stability: int) -> N
             temperature=np.ones((rows, 1), np.float32), uniforms=np.zeros((rows, length), np.float32),
             noise=noise[n].astype(np.int32), entropy_bound=np.full((rows, 1), 0.25), confidence=confidences,
             stability=np.full(rows, stability, np.int32), greedy=greedy[:, None],
+            held=np.full((rows, length), -1, np.int32),
         )  # fmt: skip
         state = advance(
             ops, on_device(ops, draws), state,

@@ -163,6 +163,7 @@ def _draws(draw: np.random.Generator, length: int, vocab: int, bound: float) -> 
         confidence=np.zeros(1),
         stability=np.zeros(1, np.int32),
         greedy=np.zeros((1, 1), bool),
+        held=np.full((1, length), -1, np.int32),
     )
 
 

@@ -27,8 +27,10 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.loading import dense
 from ...checkpoints.weights import DECODER
 from ...core import memory, reference
+from ...core.canvas import Chosen, Classes
 from ...core.config import ModelConfig
-from ...core.parts import Draws
+from ...core.errors import DgemmaError
+from ...core.parts import Draws, Masses
 from ...core.passes import Passes, Snapshot, Starts, StepResult
 from ...core.primitives import DType
 from ..numpy import NumpyOps
@@ -216,6 +218,14 @@ class OrtPasses(Passes):
     ) -> Callable[[], StepResult]:
         self.read(rows)
         return self.step([slot for slot, _ in rows], draws, starts)
+
+    def step_within(
+        self, slots: Sequence[int], draws: Draws, starts: Starts, classes: Classes, choose: Callable[[Masses], Chosen]
+    ) -> StepResult:
+        raise DgemmaError("the onnx backend does not take constraints yet; use another one")
+
+    def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
+        raise DgemmaError("the onnx backend does not read classes yet; use another one")
 
     def _positions(self, slot: _Slot, shape: tuple[int, ...]) -> np.ndarray:
         """Return the positions of tokens [B, L] behind a slot's cache."""

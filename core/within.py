@@ -1,0 +1,71 @@
+"""A denoising pass inside a language: classes of tokens leave the device, a choice comes back.
+
+    denoise ──▶ states ──▶ class_head ──▶ masses [B, L, C] ──▶ (host) choose ──▶ tokens ──▶ advance
+                  └──────────── the rows whose class has to be looked into ──────────┘
+
+Only positions that may be accepted and whose class does not say its token are looked into: few in any pass.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from . import model, reference
+from .canvas import Chosen, Classes
+from .ops import Ops
+from .parts import Array, Cache, Draws, Masses, Model, StepState
+
+ROWS = 32
+"""Positions whose logits are in memory at once."""
+
+
+def predict(
+    ops: Ops, weights: Model, cache: Cache, state: StepState, draws: Draws, classes: Array, count: int
+) -> tuple[Array, Array, Masses]:
+    """Run a pass up to its choice: classes int32 [V] → states [B, L, D], mean embedding [B, L, D], masses [B, L, C]."""
+    x = model.denoise(ops, weights, cache, state.canvas, state.soft)
+    temperature = ops.cast(draws.temperature, ops.wide)
+    soft, masses = ops.class_head(x, weights.embed_tokens, weights.config.softcap, temperature, classes, count)
+    return x, soft, masses
+
+
+def drawn(ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: Classes, chosen: Chosen) -> np.ndarray:
+    """Return the drawn tokens, int32 [B, L]: x [B, L, D], temperature [B, 1], arrays of `chosen` [B, L]."""
+    tokens = chosen.token.copy()
+    flat = tokens.reshape(-1)
+    open_ = np.flatnonzero(flat < 0)
+    hot = np.broadcast_to(temperature, tokens.shape).reshape(-1)
+    for at in range(0, len(open_), ROWS):
+        some = open_[at : at + ROWS]
+        mine = ops.asarray(classes.of)
+        label = ops.asarray(chosen.label.reshape(-1)[some].astype(np.int32))
+        scores = _scores(ops, weights, x, some, hot[some])
+        scores = ops.where(ops.reshape(mine, (1, 1, -1)) == ops.reshape(label, (1, -1, 1)), scores, -np.inf)
+        mass = ops.unary(scores - ops.reduce(scores, "max", -1, True), "exp")
+        u = ops.asarray(chosen.rest.reshape(-1)[some][None].astype(np.float32))
+        flat[some] = ops.to_numpy(reference.draw(ops, mass, u))[0]
+    return tokens
+
+
+def fed_back(
+    ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: Classes, factors: np.ndarray
+) -> Array:
+    """Return the mean embedding [B, L, D] under a distribution whose classes are multiplied: factors [B, L, C + 1]."""
+    batch, length, _ = factors.shape
+    column = ops.asarray(np.where(classes.of < 0, classes.count, classes.of).astype(np.int32))
+    hot = np.broadcast_to(temperature, (batch, length)).reshape(-1)
+    parts = []
+    for at in range(0, batch * length, ROWS):
+        some = np.arange(at, min(at + ROWS, batch * length))
+        p = reference.softmax(ops, _scores(ops, weights, x, some, hot[some]))
+        mine = ops.asarray(factors.reshape(batch * length, -1)[some][None].astype(np.float32))
+        p = p * ops.cast(ops.take(mine, column, 2), ops.wide)
+        parts.append(ops.mean_embedding(p, weights.embed_tokens))
+    return ops.reshape(ops.concat(parts, 1), (batch, length, -1))
+
+
+def _scores(ops: Ops, weights: Model, x: Array, some: np.ndarray, temperature: np.ndarray) -> Array:
+    """Return logits over temperature of some of a pass's positions, wide [1, R, V]."""
+    rows = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), ops.asarray(some.astype(np.int32)), 1)
+    hot = ops.cast(ops.asarray(temperature[None, :, None].astype(np.float32)), ops.wide)
+    return ops.logits(rows, weights.embed_tokens, weights.config.softcap) / hot
