@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,6 +16,7 @@ from ..core.tokens import CHANNEL_CLOSE, CHANNEL_OPEN
 from .chat import Message, check_messages, find_template, token_variables
 from .rendering import Rendered, Renderer, hidden
 from .rust import call, first_line, load_tokenizer
+from .spelling import Spelling, spelling_of
 
 LARGEST_TOKENIZER = 1 << 28
 """Bytes of a tokenizer.json; Gemma's has 33 million."""
@@ -107,6 +109,22 @@ class Tokenizer:
         """Return text; special tokens are left out unless asked for, ids without a token are skipped."""
         decode = self._backend.decode
         return self._call("decode these token ids", lambda: decode(list(ids), skip_special_tokens=not special))
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """What each token says, in bytes; control tokens say nothing.
+
+        Raises:
+            DgemmaError: a decoder that makes of a token what other tokens decide.
+        """
+        decoder = self._backend.decoder
+        return spelling_of(
+            {i: piece for piece, i in self._backend.get_vocab(with_added_tokens=True).items()},
+            None if decoder is None else json.loads(decoder.__getstate__()),
+            vocab_size=self.vocab_size,
+            controls=frozenset(self._controls),
+            where=self._where,
+        )
 
     def render(self, messages: Sequence[Message], *, thinking: bool = False, specials: bool = False) -> list[int]:
         """Lay chat messages out by the checkpoint's template, ready for the model's turn → token ids.
