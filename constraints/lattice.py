@@ -76,17 +76,30 @@ def _of_sets(lattice: Lattice, values: np.ndarray, total: bool) -> np.ndarray:
 
 
 def _views(flat: np.ndarray, blocks: Sequence[Block]) -> list[np.ndarray]:
-    return [flat[b.offset : b.offset + b.depth * b.width].reshape(b.depth, b.width) for b in blocks]
+    """Return the blocks of an array [..., P], each [..., depth, width], in its memory."""
+    parts = (flat[..., b.offset : b.offset + b.depth * b.width] for b in blocks)
+    return [part.reshape(*flat.shape[:-1], b.depth, b.width) for part, b in zip(parts, blocks, strict=True)]
 
 
-def best_paths(lattice: Lattice, row: Row) -> np.ndarray:
-    """Return γ, float64 [L + 1, S + 1]: scores are float32, so that their sums are exact but for the last bits."""
+def _spans(blocks: Sequence[Block]) -> list[slice]:
+    return [slice(b.first, b.first + b.width) for b in blocks]
+
+
+class Best(NamedTuple):
+    """Scores of best paths, float64: the scores added up are float32, so that the sums are exact but for last bits."""
+
+    gamma: np.ndarray  # [L + 1, S + 1]; the last state is that of padding
+    sets: np.ndarray  # [L, D + 1], of each set's best class
+
+
+def best_paths(lattice: Lattice, row: Row) -> Best:
+    """Return γ."""
     length, states = len(row.held), lattice.states
     sets = _of_sets(lattice, row.score, False).astype(np.float64)
     gamma = np.full((length + 1, states + 1), NEVER)
     gamma[length, :states][row.final] = 0
     terms, other = np.empty(len(lattice.targets)), np.empty(len(lattice.targets))
-    views = _views(terms, lattice.blocks)
+    blocks = [*zip(_views(terms, lattice.blocks), _spans(lattice.blocks), strict=True)]
     for i in range(length - 1, -1, -1):
         after, here = gamma[i + 1], gamma[i]
         if row.held[i] >= 0:
@@ -96,19 +109,17 @@ def best_paths(lattice: Lattice, row: Row) -> np.ndarray:
         np.take(after, lattice.targets, out=terms, mode="wrap")
         np.take(sets[i], lattice.sets, out=other, mode="wrap")
         np.add(terms, other, out=terms)
-        for view, block in zip(views, lattice.blocks, strict=True):
-            if block.depth:
-                np.maximum.reduce(view, axis=0, out=here[block.first : block.first + block.width])
-    return gamma
+        for view, span in blocks:
+            np.maximum.reduce(view, axis=0, out=here[span])
+    return Best(gamma, sets)
 
 
-def follow(lattice: Lattice, row: Row, gamma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def follow(lattice: Lattice, row: Row, best: Best) -> tuple[np.ndarray, np.ndarray]:
     """Return the best string's classes, int [L], and the states before each position and after the last, int [L + 1].
 
     Of equal ways the one whose pair has the least label, and in it the least label.
     """
     length = len(row.held)
-    sets = _of_sets(lattice, row.score, False)
     labels, states = np.empty(length, np.intp), np.empty(length + 1, np.intp)
     ends = np.append(lattice.member_starts, len(lattice.members))
     state = states[0] = row.start
@@ -118,8 +129,8 @@ def follow(lattice: Lattice, row: Row, gamma: np.ndarray) -> tuple[np.ndarray, n
             labels[i] = row.held[i]
             state = lattice.step(state, int(row.held[i]))
         else:
-            ways = gamma[i + 1][edges.pair_targets]
-            ways += sets[i][edges.sets]
+            ways = best.gamma[i + 1][edges.pair_targets]
+            ways += best.sets[i][edges.sets]
             k = ways.argmax()
             state, chosen = int(edges.pair_targets[k]), edges.sets[k]
             members = lattice.members[ends[chosen] : ends[chosen + 1]]
@@ -152,13 +163,21 @@ def all_paths(lattice: Lattice, row: Row, along: np.ndarray) -> Paths:
     return Paths(beta, log_accept, posterior, weight)
 
 
-def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return β, the chances of leaving each state by each of its pairs, float32 [L, P], and log P(accept)."""
+class _Chances(NamedTuple):
+    """How likely each state is left by each of its pairs: `parts` over `sums`."""
+
+    parts: np.ndarray  # float32 [L, P]
+    sums: np.ndarray  # float32 [L, S]
+
+
+def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -> tuple[np.ndarray, _Chances, float]:
+    """Return β, the chances that follow from it, and log P(accept)."""
     length, states = len(row.held), lattice.states
     beta = np.full((length + 1, states + 1), NEVER, np.float32)
     beta[length, :states][row.final] = 0
-    chances = np.empty((length, len(lattice.targets)), np.float32)
+    chances = _Chances(np.empty((length, len(lattice.targets)), np.float32), np.ones((length, states), np.float32))
     terms = np.empty(len(lattice.targets), np.float32)
+    blocks = [*zip(_views(chances.parts, lattice.blocks), _spans(lattice.blocks), strict=True)]
     scale = 0.0
     for i in range(length - 1, -1, -1):
         after, here = beta[i + 1], beta[i, :states]
@@ -166,49 +185,47 @@ def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -
             sources, targets = lattice.by_label[int(row.held[i])]
             here[sources] = after[targets]
         else:
+            parts, sums = chances.parts[i], chances.sums[i]
             np.take(after, lattice.targets, out=terms, mode="wrap")
-            np.take(sets[i], lattice.sets, out=chances[i], mode="wrap")
-            np.add(chances[i], terms, out=chances[i])
-            for view, block in zip(_views(chances[i], lattice.blocks), lattice.blocks, strict=True):
-                if block.depth:
-                    here[block.first : block.first + block.width] = _normalised(view)
+            np.take(sets[i], lattice.sets, out=parts, mode="wrap")
+            np.add(parts, terms, out=parts)
+            for block, span in blocks:
+                part, top = block[i], here[span]
+                np.maximum.reduce(part, axis=0, out=top)
+                np.subtract(part, top, out=part)
+                np.exp(part, out=part)
+                np.add.reduce(part, axis=0, out=sums[span])
+            here += np.log(sums)
         reference = here[along[i]]
         scale += float(reference)
         here -= reference
     return beta, chances, scale
 
 
-def _normalised(terms: np.ndarray) -> np.ndarray:
-    """Turn logs [depth, n] into shares of their columns, in place, and return the logs of the columns' sums."""
-    top = np.maximum.reduce(terms, axis=0)
-    np.subtract(terms, top, out=terms)
-    np.exp(terms, out=terms)
-    total = np.add.reduce(terms, axis=0)
-    np.divide(terms, total, out=terms)
-    return top + np.log(total)
-
-
-def _forward(lattice: Lattice, row: Row, chances: np.ndarray) -> np.ndarray:
-    """Return how probable the posterior is in each set, float32 [L, D]; chances becomes that of each pair."""
+def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
+    """Return how probable the posterior is in each set, float32 [L, D]."""
     length, states = len(row.held), lattice.states
     shares = np.zeros((length, len(lattice.set_starts)), np.float32)
     at = np.zeros(states, np.float32)
     at[row.start] = 1
     flow = np.zeros(len(lattice.targets) + 1, np.float32)
-    views = _views(flow, lattice.blocks)
+    parts = _views(chances.parts, lattice.blocks)
+    blocks = [*zip(_views(flow, lattice.blocks), parts, _spans(lattice.blocks), strict=True)]
     into, by_set = np.empty(len(lattice.into), np.float32), np.empty(len(lattice.set_order), np.float32)
-    into_views, sums = _views(into, lattice.into_blocks), np.zeros(states, np.float32)
+    arrived = np.zeros(states, np.float32)
+    sums = [*zip(_views(into, lattice.into_blocks), [arrived[s] for s in _spans(lattice.into_blocks)], strict=True)]
     for i in range(length):
         if row.held[i] >= 0:
             sources, targets = lattice.by_label[int(row.held[i])]
             at = np.bincount(targets, at[sources], states).astype(np.float32)
             continue
-        for view, given, block in zip(views, _views(chances[i], lattice.blocks), lattice.blocks, strict=True):
-            np.multiply(given, at[block.first : block.first + block.width], out=view)
+        at /= chances.sums[i]
+        for view, part, span in blocks:
+            np.multiply(part[i], at[span], out=view)
         np.take(flow, lattice.set_order, out=by_set, mode="wrap")
         np.add.reduceat(by_set, lattice.set_starts, out=shares[i])
         np.take(flow, lattice.into, out=into, mode="wrap")
-        for view, block in zip(into_views, lattice.into_blocks, strict=True):
-            np.add.reduce(view, axis=0, out=sums[block.first : block.first + block.width])
-        at = sums[lattice.into_order]
+        for view, total in sums:
+            np.add.reduce(view, axis=0, out=total)
+        at = arrived[lattice.into_order]
     return shares

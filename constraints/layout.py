@@ -151,17 +151,18 @@ def _padded(columns: np.ndarray, count: int) -> tuple[tuple[Block, ...], np.ndar
     Where the blocks are cut costs least in all: padded entries, and so many entries more for each block.
     """
     degree = np.bincount(columns, minlength=count)
-    cuts = np.flatnonzero(np.concatenate([[True], degree[1:] != degree[:-1], [True]]))
+    depths = np.maximum(degree, 1)  # a sum of nothing is one of padding
+    cuts = np.flatnonzero(np.concatenate([[True], depths[1:] != depths[:-1], [True]]))
     best, back = [0.0], [0]
     for j in range(1, len(cuts)):
-        costs = [best[i] + degree[cuts[i]] * (cuts[j] - cuts[i]) + _CALL for i in range(j)]
+        costs = [best[i] + depths[cuts[i]] * (cuts[j] - cuts[i]) + _CALL for i in range(j)]
         back.append(int(np.argmin(costs)))
         best.append(costs[back[-1]])
     blocks: list[Block] = []
     j = len(cuts) - 1
     while j > 0:
         first = int(cuts[back[j]])
-        blocks.insert(0, Block(0, int(degree[first]), first, int(cuts[j]) - first))
+        blocks.insert(0, Block(0, int(depths[first]), first, int(cuts[j]) - first))
         j = back[j]
     sizes = [block.depth * block.width for block in blocks]
     offsets = np.cumsum([0, *sizes])

@@ -140,10 +140,10 @@ class Walk:
         inside = min(length, self._budget - self._position)
         held = np.asarray(held)
         row = self._row(masses, held, inside)
-        gamma = best_paths(lattice, row)
-        if not gamma[0, row.start] > POSSIBLE:
+        best_of = best_paths(lattice, row)
+        if not best_of.gamma[0, row.start] > POSSIBLE:
             raise DgemmaError(f"the constraint has no answer with what is held behind position {self._position}")
-        labels, states = follow(lattice, row, gamma)
+        labels, states = follow(lattice, row, best_of)
         paths = all_paths(lattice, row, states)
         self.log_accept = paths.log_accept
         entropy = np.zeros(length, np.float32)
