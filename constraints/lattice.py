@@ -20,12 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.parts import NOTHING
 from .layout import Block, Lattice
 
-NEVER = -1e30
-"""Log of a probability of nothing: far below any real one, and finite, so that differences are never NaN."""
-
-POSSIBLE = -1e29
+POSSIBLE = NOTHING / 10
 """What is above this is the log of a probability."""
 
 
@@ -33,7 +31,7 @@ POSSIBLE = -1e29
 class Row:
     """One canvas of one row, up to the end of its budget. L positions, C classes."""
 
-    mass: np.ndarray  # float [L, C]
+    mass: np.ndarray  # float32 [L, C]
     score: np.ndarray  # float [L, C]
     best: np.ndarray  # int [L, C]
     moment: np.ndarray  # float [L, C]
@@ -47,7 +45,7 @@ class Paths(NamedTuple):
 
     beta: np.ndarray  # float32 [L + 1, S + 1]: β but for a number of each position; the last state is that of padding
     log_accept: float
-    posterior: np.ndarray  # float64 [L, C]: log of each class's probability; NEVER at held positions
+    posterior: np.ndarray  # float64 [L, C]: log of each class's probability; NOTHING at held positions
     weight: np.ndarray  # float64 [L, C]: log of posterior over prior
 
 
@@ -70,7 +68,7 @@ def over_sets(values: np.ndarray, members: np.ndarray, starts: np.ndarray, total
 
 def _of_sets(lattice: Lattice, values: np.ndarray, total: bool) -> np.ndarray:
     """Return values [L, C] over the sets, [L, D + 1]; the last is that of padding."""
-    found = np.full((len(values), len(lattice.member_starts) + 1), NEVER, values.dtype)
+    found = np.full((len(values), len(lattice.member_starts) + 1), NOTHING, values.dtype)
     found[:, :-1] = over_sets(np.ascontiguousarray(values.T), lattice.members, lattice.member_starts, total).T
     return found
 
@@ -96,7 +94,7 @@ def best_paths(lattice: Lattice, row: Row) -> Best:
     """Return γ."""
     length, states = len(row.held), lattice.states
     sets = _of_sets(lattice, row.score, False).astype(np.float64)
-    gamma = np.full((length + 1, states + 1), NEVER)
+    gamma = np.full((length + 1, states + 1), NOTHING)
     gamma[length, :states][row.final] = 0
     terms, other = np.empty(len(lattice.targets)), np.empty(len(lattice.targets))
     blocks = [*zip(_views(terms, lattice.blocks), _spans(lattice.blocks), strict=True)]
@@ -150,8 +148,8 @@ def all_paths(lattice: Lattice, row: Row, along: np.ndarray) -> Paths:
     shares = _forward(lattice, row, chances)
     free = row.held < 0
     with np.errstate(divide="ignore"):
-        logs = np.where(shares > 0, np.log(shares), NEVER) - sets[:, :-1]
-    weight = np.full((len(free), lattice.classes), NEVER)
+        logs = np.where(shares > 0, np.log(shares), NOTHING) - sets[:, :-1]
+    weight = np.full((len(free), lattice.classes), NOTHING)
     rows = np.ascontiguousarray(logs.T, np.float64)
     weight[:, lattice.used] = over_sets(rows, lattice.holders, lattice.holder_starts, True).T
     posterior = weight + row.mass
@@ -159,7 +157,7 @@ def all_paths(lattice: Lattice, row: Row, along: np.ndarray) -> Paths:
     total = np.log(np.exp(posterior[free]).sum(1, keepdims=True))
     posterior[free] -= total
     weight[free] -= total
-    posterior[~free] = weight[~free] = NEVER
+    posterior[~free] = weight[~free] = NOTHING
     return Paths(beta, log_accept, posterior, weight)
 
 
@@ -173,7 +171,7 @@ class _Chances(NamedTuple):
 def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -> tuple[np.ndarray, _Chances, float]:
     """Return β, the chances that follow from it, and log P(accept)."""
     length, states = len(row.held), lattice.states
-    beta = np.full((length + 1, states + 1), NEVER, np.float32)
+    beta = np.full((length + 1, states + 1), NOTHING, np.float32)
     beta[length, :states][row.final] = 0
     chances = _Chances(np.empty((length, len(lattice.targets)), np.float32), np.ones((length, states), np.float32))
     terms = np.empty(len(lattice.targets), np.float32)

@@ -14,39 +14,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 
+from ..core.canvas import Chosen, Classes
 from ..core.errors import DgemmaError
+from ..core.parts import Masses
 from .automaton import TokenAutomaton
 from .lattice import POSSIBLE, Paths, Row, all_paths, best_paths, follow
 from .layout import Lattice, lattice_of
 from .reach import before, borders, fewest
-
-
-class Masses(NamedTuple):
-    mass: np.ndarray
-    best: np.ndarray
-    score: np.ndarray
-    moment: np.ndarray
-
-
-class Chosen(NamedTuple):
-    token: np.ndarray
-    label: np.ndarray
-    rest: np.ndarray
-    argmax: np.ndarray
-    entropy: np.ndarray
-    factors: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Classes:
-    of: np.ndarray
-    count: int
-    key: str
-
 
 MARGIN = 1e-4
 """How far from the border of the likeliest token's interval a uniform must be for no backend to draw another."""
@@ -68,7 +45,7 @@ class Constraint:
 
     @cached_property
     def classes(self) -> Classes:
-        return Classes(self.automaton.classes, self.automaton.count, self.automaton.key)
+        return Classes(of=self.automaton.classes, count=self.automaton.count, key=self.automaton.key)
 
     @cached_property
     def lattice(self) -> Lattice:
@@ -194,7 +171,7 @@ class Walk:
         mass, score, best, moment = columns
         self._fixed = self._constraint.classes_of(held[:inside])
         return Row(
-            mass=mass, score=score, best=best, moment=moment, held=self._fixed, start=self._state,
+            mass=mass.astype(np.float32), score=score, best=best, moment=moment, held=self._fixed, start=self._state,
             final=self._final(self._position + inside),
         )  # fmt: skip
 

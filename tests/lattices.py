@@ -8,7 +8,7 @@ from itertools import product
 import numpy as np
 
 from dgemma.constraints.automaton import TokenAutomaton
-from dgemma.constraints.walk import Masses
+from dgemma.core.parts import NOTHING, Masses
 
 VOCABULARY, POSITIONS = 6, 5
 
@@ -76,7 +76,7 @@ def random_automaton(
 def masses_of(logs: np.ndarray, automaton: TokenAutomaton, dtype: type = np.float32) -> Masses:
     """Return what the head's class sums are for log probabilities [L, V]."""
     length, count = len(logs), automaton.count
-    mass, score = np.full((length, count), -1e30), np.full((length, count), -1e30)
+    mass, score = np.full((length, count), NOTHING), np.full((length, count), NOTHING)
     moment, best = np.zeros((length, count)), np.zeros((length, count), np.int32)
     for c in range(count):
         tokens = np.flatnonzero(automaton.classes == c)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from dgemma.constraints.automaton import TokenAutomaton
-from dgemma.constraints.walk import Chosen, Constraint, Masses, Walk
+from dgemma.constraints.walk import Constraint, Walk
+from dgemma.core.canvas import Chosen
 from dgemma.core.errors import DgemmaError
+from dgemma.core.parts import Masses
 
 from .lattices import (
     POSITIONS,
