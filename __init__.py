@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .core.errors import DgemmaError
     from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
     from .runtime import DiffusionGemma, load
+    from .show.record import record
+    from .show.recording import Recording, replay
     from .tools.compare import Comparison, compare
 
 _HOMES = {
@@ -29,12 +31,14 @@ _HOMES = {
     "core.errors": ("DgemmaError",),
     "core.events": ("Commit", "Done", "Draft", "Event", "Generation", "Prefill", "Stats"),
     "runtime": ("DiffusionGemma", "load"),
+    "show.record": ("record",),
+    "show.recording": ("Recording", "replay"),
 }
 
 __all__ = [
     "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
-    "GenerationConfig", "ModelConfig", "Prefill", "SamplerConfig", "Stats", "__version__", "compare", "convert",
-    "export", "load",
+    "GenerationConfig", "ModelConfig", "Prefill", "Recording", "SamplerConfig", "Stats", "__version__", "compare",
+    "convert", "export", "load", "record", "replay",
 ]  # fmt: skip
 
 

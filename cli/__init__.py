@@ -15,7 +15,19 @@ import click
 from ..core.errors import DgemmaError
 from .process import INTERRUPTED, Unwritable, say, unexpected, unwritable
 
-COMMANDS = ("generate", "chat", "batch", "models", "convert", "export", "compare", "inspect", "bench", "doctor")
+COMMANDS = (
+    "generate",
+    "chat",
+    "batch",
+    "replay",
+    "models",
+    "convert",
+    "export",
+    "compare",
+    "inspect",
+    "bench",
+    "doctor",
+)
 LONGEST = 1000
 """Characters of an error's line."""
 

@@ -10,6 +10,7 @@ import click
 
 from ..core.errors import DgemmaError
 from .conversation import Conversation, settable
+from .keep import record_options
 from .options import (
     Command,
     live_option,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 @model_options
 @sampling_options
 @live_option
+@record_options
 @shown_options
 @option(
     "--history/--no-history", default=True, show_default=True, group="Output",
@@ -158,7 +160,7 @@ class Table:
         talk.ask(line)
         sink = open_sink(self.out, self.errors, self.model, live=self.live, budget=talk.sampling["max_new_tokens"])
         try:
-            done = follow(self.model.stream(talk.messages(), **talk.sampling), sink)
+            done = follow(self.model.stream(talk.messages(), **talk.sampling), sink, title=f"> {line}")
         except KeyboardInterrupt:
             if not stops:
                 raise

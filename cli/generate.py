@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from .keep import record_options
 from .options import (
     Command,
     live_option,
@@ -33,6 +34,7 @@ from .options import (
 @model_options
 @sampling_options
 @live_option
+@record_options
 @option(
     "--format", "form", type=click.Choice(["text", "result", "events"]), default="text", show_default=True,
     group="Output", help="text: the answer alone. result: one JSON object at the end. events: a line of JSON for each "

@@ -23,6 +23,10 @@ LARGEST_PROMPT = 64 << 20
 """Bytes read of a file or of stdin: no context holds more, and `< /dev/zero` has to end somewhere."""
 
 
+TYPED = f"{__name__}.typed"
+"""Where a context keeps the words that its command was given."""
+
+
 class Option(click.Option):
     """An option that help lists under a heading."""
 
@@ -33,6 +37,10 @@ class Option(click.Option):
 
 class Command(click.Command):
     """A command whose help lists options by group, in the order in which each group comes first."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta[TYPED] = [*args]
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -53,12 +61,12 @@ def option(*names: str, group: str, **attributes: Any) -> Callable[[Command_], C
 SAMPLING = "Sampling (by default as the checkpoint says)"
 
 
-def _together(*options: Callable[[Any], Any]) -> Callable[[Command_], Command_]:
+def together(*options: Callable[[Any], Any]) -> Callable[[Command_], Command_]:
     """One decorator from several; help lists them in the order given."""
     return lambda command: reduce(lambda wrapped, option: option(wrapped), reversed(options), command)
 
 
-ways_options = _together(
+ways_options = together(
     option(
         "--backend", type=click.Choice(["auto", *MODULES]), default="auto", show_default=True, group="Model",
         help="What computes. auto: mlx on Apple silicon, torch elsewhere.",
@@ -73,7 +81,7 @@ ways_options = _together(
     ),
 )  # fmt: skip
 
-model_options = _together(
+model_options = together(
     option(
         "--model", "-m", default="nano", show_default=True, metavar="NAME", group="Model",
         help="'nano' (ships with dgemma), a checkpoint folder, or a Hugging Face id, which is downloaded once.",
@@ -127,17 +135,17 @@ def generate_option(name: str) -> Callable[[Command_], Command_]:
     raise AssertionError(f"{name}: no option of a command is of kind {said.kind}")
 
 
-budget_options = _together(generate_option("max_new_tokens"), generate_option("seed"))
+budget_options = together(generate_option("max_new_tokens"), generate_option("seed"))
 
 raw_option, specials_option = generate_option("raw"), generate_option("specials")
 
-sampling_options = _together(*(generate_option(name) for name in SAID if name not in ("eos", "raw", "specials")))
+sampling_options = together(*(generate_option(name) for name in SAID if name not in ("eos", "raw", "specials")))
 
 system_option = option(
     "--system", metavar="TEXT", group="Prompt", help="System prompt: what the model is told before everything else.",
 )  # fmt: skip
 
-shown_options = _together(
+shown_options = together(
     option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors."),
     option("--stats", is_flag=True, group="Output", help="Say every figure on stderr, one a line."),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -14,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..core.events import Commit, Done, Draft, Event, Prefill
+from ..show.asked import Asked
 from ..show.frame import Pieces, printable
-from ..show.terminal import FAINT, CanvasLive, CanvasView
+from ..show.terminal import FAINT, FRAME_SECONDS, CanvasLive, CanvasView, heading
+from .keep import kept
 from .output import Wait, put
 
 if TYPE_CHECKING:
@@ -31,6 +34,8 @@ class Sink(AbstractContextManager["Sink"]):
     def __init__(self, errors: Console) -> None:
         self.errors = errors
         self.answer = self.thinking = ""
+        self.asked: Asked | None = None
+        """What is answered, where events do not say it themselves."""
         self._wait: Wait | None = None
 
     def feed(self, event: Event) -> None:
@@ -60,6 +65,10 @@ class Sink(AbstractContextManager["Sink"]):
     def commit(self, event: Commit) -> None: ...
 
     def done(self, event: Done) -> None: ...
+
+    def wait(self, seconds: float) -> None:
+        """Let time pass, with what is drawn in its place."""
+        time.sleep(seconds)
 
     def calm(self) -> None:
         """Take the progress bar away."""
@@ -107,8 +116,7 @@ class PlainSink(Sink):
         if not text:
             return
         if self.out.is_terminal:
-            heading = _heading(self._kind, kind, self._last)
-            put(self.out, heading, FAINT)
+            put(self.out, heading(self._kind, kind, self._last), FAINT)
             put(self.out, printable(text), FAINT if kind == "thinking" else None)
             self._last = text[-1]
         elif kind == "thinking":
@@ -152,6 +160,11 @@ class LiveSink(Sink):
             self._live.start()
         self._live.draw(now=event.step == 0)
 
+    def wait(self, seconds: float) -> None:
+        if self._live.is_started and seconds > FRAME_SECONDS:
+            self._live.draw(now=True)  # what was too quick to be drawn at once
+        super().wait(seconds)
+
     def commit(self, event: Commit) -> None:
         self._say("thinking", event.thinking)
         self._say("answer", event.text)
@@ -162,7 +175,7 @@ class LiveSink(Sink):
         if not text:
             return
         if kind != self._kind:
-            put(self.out, printable(self._tail) + _heading(self._kind, kind, self._tail[-1:]), FAINT)
+            put(self.out, printable(self._tail) + heading(self._kind, kind, self._tail[-1:]), FAINT)
             self._kind, self._tail = kind, ""
         lines, end, self._tail = (self._tail + text).rpartition("\n")
         self._print(lines + end)
@@ -247,29 +260,35 @@ def open_sink(
     out: Console, errors: Console, model: DiffusionGemma, *, live: bool, form: str = "text", budget: int | None
 ) -> Sink:
     """Choose the reader that fits the terminal, or the form that was asked for."""
+    asked = Asked(
+        tokenizer=model.tokenizer,
+        ends=model.generation.eos_token_ids or model.config.eos_token_ids,
+        budget=budget or model.generation.budget(0),  # to draw; the engine counts for itself
+    )
+    sink = choose_sink(out, errors, asked, live=live, form=form)
+    sink.asked = asked
+    return sink
+
+
+def choose_sink(out: Console, errors: Console, asked: Asked, *, live: bool, form: str = "text") -> Sink:
     if form == "events":
-        return EventsSink(errors, model.tokenizer)
+        return EventsSink(errors, asked.tokenizer)
     if form == "result":
         return ResultSink(errors)
     if not live or not out.is_terminal or out.is_dumb_terminal:
         return PlainSink(out, errors)
-    ends = model.generation.eos_token_ids or model.config.eos_token_ids
-    most = budget or model.generation.budget(0)  # to draw; the engine counts for itself
-    return LiveSink(out, errors, CanvasView(Pieces(model.tokenizer), ends, most, out.encoding))
+    return LiveSink(out, errors, CanvasView(Pieces(asked.tokenizer), asked.ends, asked.budget, out.encoding))
 
 
-def follow(events: Iterator[Event], sink: Sink) -> Done:
-    """Feed a sink until the end. Whatever ends it early, what was committed stays, and the terminal is in order."""
+def follow(events: Iterator[Event], sink: Sink, *, title: str | None = None) -> Done:
+    """Feed a sink until the end. Whatever ends it early, what was committed stays, and the terminal is in order.
+
+    Where the command has `--record`, events are kept there; `title` is what drawings of them have above, by default the
+    command.
+    """
     last = None
     with sink:
-        for last in events:
+        for last in kept(events, sink.asked, title):
             sink.feed(last)
     assert isinstance(last, Done)
     return last
-
-
-def _heading(before: str, kind: str, last: str) -> str:
-    """What stands between the thinking channel and the answer."""
-    if before == kind or (not before and kind == "answer"):
-        return ""
-    return ("" if last in ("", "\n") else "\n") + ("thinking:\n" if kind == "thinking" else "\nanswer:\n")

@@ -6,7 +6,8 @@ import weakref
 from collections.abc import Callable, Iterator
 
 from .events import Done, Event
-from .row import Row
+from .row import Request, Row
+from .tokens import Vocabulary
 
 
 class Handle:
@@ -21,7 +22,7 @@ class Handle:
     def __init__(
         self, row: Row, wait: Callable[[Row], Event | BaseException | None], drop: Callable[[Row], None]
     ) -> None:
-        self._row, self._wait, self._drop = row, wait, drop
+        self.row, self._wait, self._drop = row, wait, drop
         self._over = False
         # Dropped, it frees its slot as if it were cancelled.
         weakref.finalize(self, drop, row).atexit = False
@@ -39,7 +40,7 @@ class Handle:
     def cancel(self) -> None:
         """End the request, from any thread; nothing follows, and its slot is free after the pass that is running."""
         self._over = True
-        self._drop(self._row)
+        self._drop(self.row)
 
     def ready(self) -> list[Event]:
         """Return the events that are there, and wait for none.
@@ -48,7 +49,7 @@ class Handle:
             DgemmaError: as `events`.
         """
         found: list[Event] = []
-        while not self._over and not self._row.events.empty():
+        while not self._over and not self.row.events.empty():
             if (event := self.next()) is None:
                 break
             found.append(event)
@@ -58,9 +59,9 @@ class Handle:
         """Wait for the next event; None where there is none."""
         if self._over:
             return None
-        item = self._wait(self._row)
+        item = self._wait(self.row)
         if item is None or isinstance(item, Done | BaseException):
-            self._row.events.put(None)  # nothing follows; for the other threads that wait
+            self.row.events.put(None)  # nothing follows; for the other threads that wait
         if self._over:
             return None
         if isinstance(item, BaseException):
@@ -79,6 +80,14 @@ class Events(Iterator[Event]):
         if (event := self._handle.next()) is None:
             raise StopIteration
         return event
+
+    @property
+    def request(self) -> Request:
+        return self._handle.row.request
+
+    @property
+    def tokenizer(self) -> Vocabulary | None:
+        return self._handle.row.decoder.tokenizer
 
     def close(self) -> None:
         """End the generation; nothing follows."""

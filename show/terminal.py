@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 from rich.cells import cell_len
@@ -62,7 +63,7 @@ class CanvasView:
         self._open = False  # whether the newest frame is of a canvas that is not committed yet
         self._tallest = 0
         self.tail = ""  # committed text whose line is not complete yet: the canvas goes on behind it
-        self.widths: list[int] = []  # cells of each line drawn last
+        self.widths: list[int] = []
 
     def update(self, draft: Draft) -> None:
         if self._frame is None or self._frame.draft.canvas != draft.canvas:
@@ -186,10 +187,17 @@ class _Wrapping(Control):
         self.segment = Segment(f"\x1b[?7{'h' if on else 'l'}", None, [(ControlType.CARRIAGE_RETURN,)])
 
 
+class Drawing(ConsoleRenderable, Protocol):
+    """What is drawn over and over."""
+
+    widths: list[int]
+    """Cells of each line drawn last."""
+
+
 class CanvasLive(Live):
     """A rich `Live` that also survives a terminal being made narrower, and draws no more often than eyes can follow."""
 
-    def __init__(self, view: CanvasView, console: Console, *, redirect_stderr: bool) -> None:
+    def __init__(self, view: Drawing, console: Console, *, redirect_stderr: bool) -> None:
         super().__init__(
             console=console, auto_refresh=False, transient=True, redirect_stdout=False,
             redirect_stderr=redirect_stderr, get_renderable=lambda: view,
@@ -213,3 +221,10 @@ class CanvasLive(Live):
         # A terminal may be narrower for a while before it says so. What is drawn then must not wrap too, or every frame
         # would leave rows behind; clipped, it takes the rows that are counted.
         return [*result[:-1], _Wrapping(on=False), result[-1], _Wrapping(on=True)] if result else result
+
+
+def heading(before: str, kind: str, last: str) -> str:
+    """Return what stands between the thinking channel and the answer, behind a text that ends in `last`."""
+    if before == kind or (not before and kind == "answer"):
+        return ""
+    return ("" if last in ("", "\n") else "\n") + ("thinking:\n" if kind == "thinking" else "\nanswer:\n")

@@ -66,7 +66,16 @@ def error_of(result: Result, code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["--version"], ["generate", "--help"], ["chat", "-h"], ["batch", "-h"], ["models", "-h"]]
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["generate", "--help"],
+        ["chat", "-h"],
+        ["batch", "-h"],
+        ["models", "-h"],
+        ["replay", "-h"],
+    ],
 )
 def test_help_imports_no_framework(args: list[str]) -> None:
     code = f"""
