@@ -18,7 +18,7 @@ from kernel_harness import ARCHITECTURES
 
 KINDS = {
     "canvas": "int32", "argmax": "int32", "stable": "int32", "accepted": "bool", "stop": "bool", "noise": "int32",
-    "stability": "int32", "greedy": "bool",
+    "stability": "int32", "greedy": "bool", "held": "int32",
 }  # fmt: skip
 SETTINGS = (
     SamplerConfig(), SamplerConfig(stability=0, confidence=1.0), SamplerConfig(entropy_bound=0.0),
@@ -88,6 +88,50 @@ def test_advance(batch: int, length: int, kind: str, device: str) -> None:
             )  # fmt: skip
         for name in ("canvas", "argmax", "stable", "accepted", "stop"):
             np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(want, name), f"{name}, {settings}")
+
+
+@pytest.mark.parametrize("kind", ["flat", "ties", "nan"])
+@pytest.mark.parametrize("batch, length", [(1, 1), (4, 33), (2, 256)])
+def test_held_positions(batch: int, length: int, kind: str, device: str) -> None:
+    """Rows with none, a third, all but one and all of their positions held, in one launch; what the model says at a
+    held position, NaN too, is nobody's."""
+    draw = np.random.default_rng(1)
+    token, argmax, noise, last = (draw.integers(0, 1000, (batch, length)).astype(np.int32) for _ in range(4))
+    held = draw.integers(0, 1000, (batch, length)).astype(np.int32)
+    free = np.stack([np.arange(length) % 3 != 1, np.arange(length) >= 0, np.arange(length) == 2, np.zeros(length) > 0])
+    held[free[:batch]] = -1
+    last[0] = np.where(held[0] < 0, argmax[0], held[0])  # nothing has changed
+    entropy = entropies(batch, length, "ties" if kind == "nan" else kind)
+    if kind == "nan":
+        entropy[held >= 0] = np.nan
+    before = state(batch, length, last, np.arange(batch, dtype=np.int32))
+    soft = np.zeros((batch, length, 2), np.float32)
+    for one in SETTINGS:
+        given = draws([one] * batch, noise)._replace(held=held)
+        want = core.advance(NumpyOps("float64"), given, before, token, argmax, entropy.astype(float), soft)
+        with bench(device) as on:
+            got = on.run(
+                sampling.advance, on_device(on, given), on_device(on, before), on.put(token, "int32"),
+                on.put(argmax, "int32"), on.put(entropy, "float32"), on.put(soft, "float32"),
+            )  # fmt: skip
+        for name in ("canvas", "argmax", "stable", "accepted", "stop", "entropy"):
+            np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(want, name), f"{name}, {one}")
+
+
+def test_the_mean_that_stops_is_that_of_free_positions(device: str) -> None:
+    """Nine tenths held: the mean over all would be under the confidence, that over the free ones is not."""
+    token, held = np.full((2, 20), 7, np.int32), np.full((2, 20), 7, np.int32)
+    held[:, :2] = -1
+    entropy = np.full((2, 20), 4e-3, np.float32)
+    entropy[1, :2] = 6e-3
+    given = draws([SamplerConfig(stability=0, confidence=5e-3)] * 2, token)._replace(held=held)
+    with bench(device) as on:
+        before = on_device(on, state(2, 20, token, np.zeros(2, np.int32)))
+        got = on.run(
+            sampling.advance, on_device(on, given), before, on.put(token, "int32"), on.put(token, "int32"),
+            on.put(entropy, "float32"), before.soft,
+        )  # fmt: skip
+    assert got.stop.tolist() == [True, False]
 
 
 def test_several_passes_count_stability(device: str) -> None:
