@@ -68,7 +68,9 @@ class Constraint:
         held = np.asarray(held, np.int64)
         classes = self.classes_of(held)
         for i in np.flatnonzero((held >= 0) & (classes < 0))[:1]:
-            raise DgemmaError(f"held token {held[i]} at position {i} of the answer is nowhere in the constraint")
+            raise DgemmaError(
+                f"token {held[i]}, held at position {i} of the answer, is in no answer that the constraint has"
+            )
         ends = borders(self.lattice, classes, budget, canvas_length)
         if not ends[0][self.lattice.start]:
             raise DgemmaError(_why(self.lattice, held, classes, budget))
@@ -84,12 +86,13 @@ class Constraint:
 
 def _why(lattice: Lattice, held: np.ndarray, classes: np.ndarray, budget: int) -> str:
     """Return why nothing fits, in one line."""
+    fixed = int(np.count_nonzero(held >= 0))
+    kept = f" with the {fixed} tokens held" if fixed > 1 else " with the token held" if fixed else ""
     count, where = fewest(lattice, classes)
-    kept = f" with the {np.count_nonzero(held >= 0)} tokens held" if (held >= 0).any() else ""
     if count is None:
+        before = f", given the {fixed - 1} held elsewhere" if fixed > 1 else ""
         return (
-            f"the constraint has no answer with token {held[where]} held at position {where}: "
-            "hold another token or hold it elsewhere"
+            f"no answer that the constraint has may hold token {held[where]} at position {where}{before}: hold another"
         )
     if count <= budget:
         return f"the constraint has no answer of {budget} tokens{kept}; it has one of {count}"
@@ -114,6 +117,8 @@ class Walk:
         """
         lattice = self._constraint.lattice
         length = len(uniforms)
+        if not np.isfinite(masses.mass).all():
+            return _nothing(length)
         inside = min(length, self._budget - self._position)
         held = np.asarray(held)
         row = self._row(masses, held, inside)
@@ -202,6 +207,13 @@ class Walk:
         found[: len(weight), -1] = 1 - mix
         found[: len(weight)][row.held >= 0] = 1
         return found
+
+
+def _nothing(length: int) -> Chosen:
+    """Return a choice whose entropies say that the pass came to no numbers."""
+    none = np.zeros(length, np.int32)
+    numbers = np.full(length, np.nan, np.float32)
+    return Chosen(token=none, label=none, rest=numbers, argmax=none, entropy=numbers)
 
 
 def _entropies(row: Row, paths: Paths, sizes: np.ndarray) -> np.ndarray:
