@@ -56,32 +56,52 @@ def accept(ops: Primitives, entropy: Array, bound: Array) -> Array:
     return ops.reduce(ops.where(before, other, 0.0), "sum", -1) <= bound
 
 
+def held_in(
+    ops: Primitives, held: Array, bound: Array, noise: Array, taken: Array, argmax: Array, entropy: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Accept and renoise, with some positions held: int32 [B, L], −1 where free; bound wide [B, 1].
+
+    A held position is its token, in what is committed and in what the next pass reads. It is sure of itself, so it takes
+    nothing of the entropy bound.
+
+    Returns:
+        argmax and entropy [B, L] as they count, what is accepted, bool [B, L], and the next canvas, int32 [B, L]: the
+        token that was `taken` where a free position is accepted, else noise.
+    """
+    free = held < 0
+    entropy, argmax = ops.where(free, entropy, 0.0), ops.where(free, argmax, held)
+    accepted = accept(ops, entropy, bound)
+    return argmax, entropy, accepted, ops.where(free, ops.where(accepted, taken, noise), held)
+
+
+def confident(ops: Primitives, held: Array, entropy: Array, confidence: Array) -> Array:
+    """Test whether the mean entropy of the free positions is below `confidence`, wide [B] → bool [B].
+
+    entropy wide [B, L], 0 where held; int32 [B, L] as `held_in` takes it.
+    """
+    count = ops.reduce(ops.cast(held < 0, ops.wide), "sum", -1)
+    share = entropy.shape[1] / ops.where(count < 1, 1.0, count)  # exactly 1 where nothing is held: no bit changes
+    return ops.reduce(entropy, "mean", -1) * share < confidence
+
+
 def advance(
     ops: Primitives, draws: Draws, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array
 ) -> StepState:
-    """Turn one pass's predictions into the next state; shapes as in `StepState` and `Draws`.
-
-    A held position is its token, in what the next pass reads and in what is committed. It is sure of itself, so it
-    takes nothing of the entropy bound, and the mean that is tested for confidence is that of the free positions.
-    """
-    free = draws.held < 0
-    entropy, argmax = ops.where(free, entropy, 0.0), ops.where(free, argmax, draws.held)
-    accepted = accept(ops, entropy, ops.cast(draws.entropy_bound, ops.wide))
-    same = ops.reduce(ops.cast(argmax == state.argmax, "int32"), "min", -1)  # int32 [B], 1 where nothing changed
-    stable = (state.stable + 1) * same
-    count = ops.reduce(ops.cast(free, ops.wide), "sum", -1)
-    share = entropy.shape[1] / ops.where(count < 1, 1.0, count)  # exactly 1 where nothing is held: no bit changes
-    confident = ops.reduce(entropy, "mean", -1) * share < ops.cast(draws.confidence, ops.wide)
+    """Turn one pass's predictions into the next state; shapes as in `StepState` and `Draws`."""
     # The draw, alone of all that a pass computes, is what a greedy row leaves out.
     taken = ops.where(draws.greedy, argmax, token)
+    bound = ops.cast(draws.entropy_bound, ops.wide)
+    argmax, entropy, accepted, canvas = held_in(ops, draws.held, bound, draws.noise, taken, argmax, entropy)
+    same = ops.reduce(ops.cast(argmax == state.argmax, "int32"), "min", -1)  # int32 [B], 1 where nothing changed
+    stable = (state.stable + 1) * same
     return StepState(
-        canvas=ops.where(free, ops.where(accepted, taken, draws.noise), draws.held),
+        canvas=canvas,
         soft=soft,
         argmax=argmax,
         stable=stable,
         accepted=accepted,
         entropy=entropy,
-        stop=confident & (stable >= draws.stability),
+        stop=confident(ops, draws.held, entropy, ops.cast(draws.confidence, ops.wide)) & (stable >= draws.stability),
     )
 
 

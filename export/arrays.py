@@ -143,6 +143,9 @@ class Array:
     def __truediv__(self, other: Any) -> Array:
         return self._with("Div", other)
 
+    def __rtruediv__(self, other: Any) -> Array:
+        return self._with("Div", other, swap=True)
+
     def __floordiv__(self, other: int) -> Array:
         return self._with("Div", other)  # integers, and none here is negative
 

@@ -2,7 +2,7 @@
 
 encode   input_ids, position_ids, past_key_values.N.key|value → present.N.key|value
 denoise  input_ids, position_ids, past_key_values.N.key|value, soft_embedding, temperature, uniform, noise,
-         entropy_bound
+         entropy_bound, held
          → token, argmax, entropy, accepted, next_canvas, next_soft_embedding, on request logits
 """
 
@@ -154,6 +154,7 @@ def _step_inputs(ops: OnnxOps, config: ModelConfig) -> dict[str, Array]:
         "uniform": ops.input("uniform", "float32", (BATCH, LENGTH)),
         "noise": ops.input("noise", "int32", (BATCH, LENGTH)),
         "entropy_bound": ops.input("entropy_bound", "float32", (1,)),
+        "held": ops.input("held", "int32", (BATCH, LENGTH)),
     }
 
 
@@ -161,13 +162,13 @@ def _step(
     ops: OnnxOps, model: Model, ids: Array, cache: Cache, given: dict[str, Array], options: Options
 ) -> dict[str, Array]:
     config = model.config
-    soft, temperature, uniform, noise, bound = given.values()
+    soft, temperature, uniform, noise, bound, held = given.values()
     x = definition.denoise(ops, model, cache, ids, soft)
     token, argmax, entropy, mean = ops.vocab_head(x, model.embed_tokens, config.softcap, temperature, uniform)
-    accepted = sampler.accept(ops, entropy, bound)
+    argmax, entropy, accepted, canvas = sampler.held_in(ops, held, bound, noise, token, argmax, entropy)
     outputs = {
-        "token": token, "argmax": argmax, "entropy": entropy, "accepted": accepted,
-        "next_canvas": ops.where(accepted, token, noise), "next_soft_embedding": mean,
+        "token": ops.where(held < 0, token, held), "argmax": argmax, "entropy": entropy, "accepted": accepted,
+        "next_canvas": canvas, "next_soft_embedding": mean,
     }  # fmt: skip
     if options.logits:
         outputs["logits"] = ops.logits(x, model.embed_tokens, config.softcap)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 NAME = "dgemma-onnx.json"
 FORMAT = "dgemma-onnx"
-VERSION = 2
+VERSION = 3
 AGAIN = "export again, with --force"
 _FREE = ("max_positions", "pad_token_id", "bos_token_id", "eos_token_ids", "image_token_ids")
 """Fields of the config that no graph depends on: the loop around it reads them where it runs."""

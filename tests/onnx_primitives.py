@@ -22,9 +22,11 @@ from tiny import TEXT_CONFIG, tiny_weights
 PROMPT, LENGTH = 20, 16
 
 
-def draws_of(ops: Ops, heat: np.ndarray, uniform: np.ndarray, noise: np.ndarray, bound: float) -> Draws:
+def draws_of(
+    ops: Ops, heat: np.ndarray, uniform: np.ndarray, noise: np.ndarray, bound: float, held: np.ndarray | None = None
+) -> Draws:
     """Return a pass's draws, of rows with one entropy bound."""
-    rows = len(noise)
+    rows, held = len(noise), np.full(noise.shape, -1) if held is None else held
     return Draws(
         temperature=ops.asarray(np.broadcast_to(heat, (rows, 1)).copy()),
         uniforms=ops.asarray(uniform),
@@ -33,7 +35,7 @@ def draws_of(ops: Ops, heat: np.ndarray, uniform: np.ndarray, noise: np.ndarray,
         confidence=ops.asarray(np.zeros(rows, np.float32)),
         stability=ops.asarray(np.ones(rows, np.int32)),
         greedy=ops.asarray(np.zeros((rows, 1), bool)),
-        held=ops.asarray(np.full(noise.shape, -1), "int32"),
+        held=ops.asarray(held, "int32"),
     )
 
 
@@ -56,6 +58,8 @@ def plain_step() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         "noise": draw.integers(6, 200, (2, LENGTH)), "uniform": draw.random((2, LENGTH)).astype(np.float32),
     }  # fmt: skip
 
+    held = np.where(draw.random((2, LENGTH)) < 0.3, draw.integers(6, 200, (2, LENGTH)), -1)
+
     def run(ops: Any, given: dict[str, Any]) -> dict[str, Any]:
         model = weights.build(config, lambda name: ops.pack(tensors[name]))
         cache = new_cache(ops, config, slots=2, capacity=PROMPT, scratch=PROMPT)
@@ -69,7 +73,7 @@ def plain_step() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
             confidence=ops.asarray(np.array([0.0, 9.0]), "float32"),
             stability=ops.asarray(np.array([1, 0]), "int32"),
             greedy=ops.asarray(np.array([[False], [True]]), "bool"),
-            held=ops.asarray(np.full(given["noise"].shape, -1), "int32"),
+            held=ops.asarray(held, "int32"),
         )
         for _ in range(2):
             state = step(ops, model, cache, state, draws)

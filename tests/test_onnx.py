@@ -82,7 +82,7 @@ def session_options() -> Any:
 
 
 def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Exported | None = None) -> None:
-    """Read a prompt and committed canvases, and take a first step and a later one behind each."""
+    """Read a prompt and committed canvases; behind them take a first step, and a later one with positions held."""
     graphs, loaded = graphs or Exported(folder, session_options()), torch_model(folder)
     passes, config = loaded.engine.passes, loaded.config
     ops, weights = passes.ops, passes.model
@@ -102,26 +102,31 @@ def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Exported
         for name, array in zip(old["past"], new, strict=True):
             assert_close_f32(ours[name], ops.to_numpy(array)[:, :, :rows], name)
     canvas = draw.integers(6, config.vocab_size, (batch, CANVAS))
-    for scale in (0.0, PREVIOUS):
+    for scale, share in ((0.0, 0.0), (PREVIOUS, 0.4)):
         soft = (scale * draw.normal(size=(batch, CANVAS, config.hidden_size))).astype(np.float32)
         uniform = draw.random((batch, CANVAS)).astype(np.float32)
         noise = draw.integers(6, config.vocab_size, (batch, CANVAS))
         # Random logits reach the soft cap: a lower temperature makes more of their rounding than the law allows for.
         heat = draw.uniform(4.0, 6.0, (batch, 1)).astype(np.float32)
+        tokens = draw.integers(6, config.vocab_size, (batch, CANVAS))
+        held = np.where(draw.random((batch, CANVAS)) < share, tokens, -1)
         got = graphs.denoise(
             ours, canvas, at, soft_embedding=soft, temperature=heat, uniform=uniform, noise=noise.astype(np.int64),
-            entropy_bound=np.float32([3.0]),
+            entropy_bound=np.float32([3.0]), held=held,
         )  # fmt: skip
         state = sampler.start(ops, ops.asarray(canvas, "int32"), config.hidden_size)._replace(soft=ops.asarray(soft))
         x = definition.denoise(ops, weights, theirs, state.canvas, state.soft)
         logits = ops.to_numpy(ops.logits(x, weights.embed_tokens, config.softcap))
-        state = definition.step(ops, weights, theirs, state, draws_of(ops, heat, uniform, noise, 3.0))
+        state = definition.step(ops, weights, theirs, state, draws_of(ops, heat, uniform, noise, 3.0, held))
         assert_close_f32(got["logits"], logits, "logits")
         assert_close_f32(got["next_soft_embedding"], ops.to_numpy(state.soft), "next_soft_embedding")
         assert_close_f32(got["entropy"], ops.to_numpy(state.entropy), "entropy")
         for name, array in {"argmax": state.argmax, "accepted": state.accepted, "next_canvas": state.canvas}.items():
             np.testing.assert_array_equal(got[name], ops.to_numpy(array), name)
-        assert got["accepted"].any() and not got["accepted"].all()
+        drawn = ops.to_numpy(state.canvas)[got["accepted"]]
+        np.testing.assert_array_equal(got["token"][got["accepted"]], drawn)
+        free = held < 0
+        assert got["accepted"][free].any() and not got["accepted"].all() and free.all() == (share == 0)
 
 
 LENGTHS = {"one token": (0, 1), "window - 1": (1, -1), "window": (1, 0), "window + 1": (1, 1), "three": (3, 0)}

@@ -202,7 +202,8 @@ def test_graphs_of_another_export(exported: Path, folder: Path, change: Any, wor
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(version=1), "its graphs are of manifest version 1, this dgemma reads 2; export again, with --force"),
+        (dict(version=1), "its graphs are of manifest version 1, this dgemma reads 3; export again, with --force"),
+        (dict(version=2), "its graphs are of manifest version 2, this dgemma reads 3; export again, with --force"),
         (dict(version="2"), "not a dgemma-onnx manifest; export again"),
         (dict(version=True), "not a dgemma-onnx manifest"),
         (dict(bound=None), "does not say what its graphs belong to; export again"),

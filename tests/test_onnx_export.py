@@ -185,7 +185,7 @@ def test_what_cannot_be_is_said_in_one_line(source: Path, tmp_path: Path) -> Non
     with says("vocab_size is 7, not as in config.json; export again"):
         dgemma.load(source, backend="onnx")
     edit_json(source / "dgemma-onnx.json", version=9)
-    with says("its graphs are of manifest version 9, this dgemma reads 2; export again"):
+    with says("its graphs are of manifest version 9, this dgemma reads 3; export again"):
         dgemma.load(source, backend="onnx")
 
 

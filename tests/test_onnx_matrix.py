@@ -87,13 +87,15 @@ def _ask_torch(folder: Path) -> None:
     uniform = draw.random((1, length)).astype(np.float32)
     soft = (0.3 * draw.normal(size=(1, length, config.hidden_size))).astype(np.float32)
     state = sampler.start(ops, ops.asarray(canvas, "int32"), config.hidden_size)._replace(soft=ops.asarray(soft))
-    state = definition.step(ops, model, cache, state, draws_of(ops, np.float32([[HEAT]]), uniform, noise, BOUND))
+    held = np.where(draw.random((1, length)) < 0.2, draw.integers(16, 200, (1, length)), -1)
+    given = draws_of(ops, np.float32([[HEAT]]), uniform, noise, BOUND, held)
+    state = definition.step(ops, model, cache, state, given)
     want = {"argmax": state.argmax, "entropy": state.entropy, "accepted": state.accepted, "next_canvas": state.canvas,
             "next_soft_embedding": state.soft}  # fmt: skip
     np.savez(
         folder / "denoise.npz", **past, **{f"want {name}": ops.to_numpy(one) for name, one in want.items()},
         input_ids=canvas, position_ids=size + np.arange(length)[None], soft_embedding=soft, noise=noise,
-        temperature=np.float32([[HEAT]]), uniform=uniform, entropy_bound=np.float32([BOUND]),
+        temperature=np.float32([[HEAT]]), uniform=uniform, entropy_bound=np.float32([BOUND]), held=held,
     )  # fmt: skip
 
 

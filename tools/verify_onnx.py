@@ -19,7 +19,7 @@ from ..core.passes import Passes, Snapshot
 from ..export import manifest
 
 SEED = 20
-TEMPERATURE, BOUND = 0.7, 0.1
+TEMPERATURE, BOUND, HELD = 0.7, 0.1, 0.4
 
 
 def verify(folder: Path, source: Path) -> dict[str, float]:
@@ -99,7 +99,7 @@ class Exported:
             feeds |= {
                 "soft_embedding": np.zeros((batch, 0, width), self.dtype), "uniform": np.zeros((batch, 0), np.float32),
                 "temperature": np.ones((batch, 1), np.float32), "noise": np.zeros((batch, 0), np.int64),
-                "entropy_bound": np.ones(1, np.float32),
+                "entropy_bound": np.ones(1, np.float32), "held": np.zeros((batch, 0), np.int64),
             }  # fmt: skip
         return dict(zip(wanted, session.run(wanted, feeds), strict=True))
 
@@ -130,12 +130,13 @@ def _compare(graphs: Exported, passes: Passes, length: int) -> dict[str, float]:
         note(_cache_errors(graphs, cache, passes.save(slot)))
         canvas = draw.integers(0, vocab, canvas_length).astype(np.int32)
         soft, logits = np.zeros((canvas_length, config.hidden_size), np.float32), None
-        for step, bound in enumerate((BOUND, BOUND, np.inf)):  # without a mean embedding, with one; all accepted
-            given = _draws(draw, canvas_length, vocab, bound)
+        # Without a mean embedding, with one; some held; all accepted.
+        for step, (bound, share) in enumerate(((BOUND, 0.0), (BOUND, 0.0), (BOUND, HELD), (np.inf, 0.0))):
+            given = _draws(draw, canvas_length, vocab, bound, share)
             got = graphs.denoise(
                 cache, canvas[None], at, soft_embedding=soft[None].astype(graphs.dtype), temperature=given.temperature,
                 uniform=given.uniforms, noise=given.noise.astype(np.int64),
-                entropy_bound=np.asarray([bound], np.float32),
+                entropy_bound=np.asarray([bound], np.float32), held=given.held.astype(np.int64),
             )  # fmt: skip
             want: dict[str, np.ndarray] = {}
             if "logits" in got:
@@ -154,7 +155,9 @@ def _compare(graphs: Exported, passes: Passes, length: int) -> dict[str, float]:
     return errors
 
 
-def _draws(draw: np.random.Generator, length: int, vocab: int, bound: float) -> Draws:
+def _draws(draw: np.random.Generator, length: int, vocab: int, bound: float, share: float) -> Draws:
+    """Return a pass's draws, in which about a share of the positions is held."""
+    tokens = draw.integers(0, vocab, (1, length)).astype(np.int32)
     return Draws(
         temperature=np.full((1, 1), TEMPERATURE, np.float32),
         uniforms=draw.random((1, length)).astype(np.float32),
@@ -163,7 +166,7 @@ def _draws(draw: np.random.Generator, length: int, vocab: int, bound: float) -> 
         confidence=np.zeros(1),
         stability=np.zeros(1, np.int32),
         greedy=np.zeros((1, 1), bool),
-        held=np.full((1, length), -1, np.int32),
+        held=np.where(draw.random((1, length)) < share, tokens, -1).astype(np.int32),
     )
 
 

@@ -26,7 +26,7 @@ import onnxruntime as ort
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.loading import dense
 from ...checkpoints.weights import DECODER
-from ...core import memory, reference
+from ...core import memory, reference, sampler
 from ...core.canvas import Chosen, Classes
 from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
@@ -186,7 +186,7 @@ class OrtPasses(Passes):
             "input_ids": np.concatenate([canvas.tokens for canvas in canvases]).astype(np.int64),
             "soft_embedding": _joined([canvas.soft for canvas in canvases]),
             "temperature": draws.temperature, "uniform": draws.uniforms, "noise": draws.noise.astype(np.int64),
-            "entropy_bound": draws.entropy_bound[0].astype(np.float32),
+            "entropy_bound": draws.entropy_bound[0].astype(np.float32), "held": draws.held.astype(np.int64),
             "position_ids": self._positions(first, draws.noise.shape),
             **{name: _joined([row.cache[name] for row in rows]) for name in first.cache},
         }  # fmt: skip
@@ -202,7 +202,8 @@ class OrtPasses(Passes):
             stable = before.stable + 1 if (argmax[own] == before.argmax).all() else 0
             row.canvas = _Canvas(tokens=tokens[own], soft=softs[i], argmax=argmax[own], stable=stable)
         stable = np.asarray([row.canvas.stable for row in rows if row.canvas is not None])
-        stop = (entropy.mean(-1) < draws.confidence.astype(np.float32)) & (stable >= draws.stability)
+        sure = sampler.confident(self._host, draws.held, entropy, draws.confidence.astype(np.float32))
+        stop = sure & (stable >= draws.stability)
         return StepResult(canvas=tokens, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
 
     def _start(self, noise: np.ndarray) -> _Canvas:
