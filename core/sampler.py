@@ -61,8 +61,8 @@ def held_in(
 ) -> tuple[Array, Array, Array, Array]:
     """Accept and renoise, with some positions held: int32 [B, L], −1 where free; bound wide [B, 1].
 
-    A held position is its token, in what is committed and in what the next pass reads. It is sure of itself, so it takes
-    nothing of the entropy bound.
+    A held position is its token, in what is committed and in what the next pass reads. It is sure of itself, so it
+    takes nothing of the entropy bound.
 
     Returns:
         argmax and entropy [B, L] as they count, what is accepted, bool [B, L], and the next canvas, int32 [B, L]: the

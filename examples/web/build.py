@@ -13,6 +13,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,8 +55,8 @@ def runtime() -> Path:
     return package / "dist"
 
 
-def markers() -> dict[str, list[int]]:
-    """Return the token ids that nano's chat template puts before and after what the user says.
+def markers() -> dict[str, Any]:
+    """Return the token ids that nano's chat template puts before and after what the user says, and a turn's end.
 
     The page has no template engine. Nano's template is a fixed frame around a board in rows, which is all the page
     sends; a board in one line, which the template would break into rows, it never sends.
@@ -65,7 +66,7 @@ def markers() -> dict[str, list[int]]:
     ids = tokenizer.render([{"role": "user", "content": said}])
     (mark,) = tokenizer.encode(said)
     at = ids.index(mark)
-    return {"before": ids[:at], "after": ids[at + 1 :]}
+    return {"before": ids[:at], "after": ids[at + 1 :], "end": tokenizer.id_of("<turn|>")}
 
 
 @click.command()

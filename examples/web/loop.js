@@ -9,18 +9,26 @@
 
 import { stepNoise } from "./random.js";
 
+const VERSION = 3; // of dgemma-onnx.json: graphs of version 2 have no input `held`
+const FREE = -1;
+
 /**
  * Write until an end-of-sequence token or the token budget.
  *
  * model: { ort, about, encode, denoise }: onnxruntime-web, the parsed dgemma-onnx.json, and the two sessions.
- * prompt: token ids. options: { seed: BigInt, maxNewTokens, and what is to differ from about.sampler }; an empty
- * `eos` never ends early.
- * Yields { kind: "prefill", ms }, { kind: "draft", canvas, step, tokens, accepted, entropy, ms } after each pass, and
- * { kind: "commit", canvas, tokens } for each canvas; returns "stop" or "length". `ms` is the time inside the runtime.
+ * prompt: token ids. options: { seed: BigInt, maxNewTokens, held, and what is to differ from about.sampler }; an empty
+ * `eos` never ends early. `held` are tokens that positions of the answer keep, from its first on: −1, and all beyond its
+ * end, is free.
+ * Yields { kind: "prefill", ms }, { kind: "draft", canvas, step, tokens, accepted, entropy, held, ms } after each pass,
+ * and { kind: "commit", canvas, tokens } for each canvas; returns "stop" or "length". `ms` is the time inside the
+ * runtime. A canvas that is all held takes no pass, and has no draft.
  */
 export async function* generate(model, prompt, options) {
   const { about } = model;
-  const sampler = { ...about.sampler, eos: about.tokens.eos, ...options };
+  if (about.version !== VERSION) {
+    throw new Error(`dgemma-onnx.json is of version ${about.version}, this loop reads ${VERSION}: export again`);
+  }
+  const sampler = { ...about.sampler, eos: about.tokens.eos, held: [], ...options };
   const length = about.canvas_length;
   const budget = Math.min(options.maxNewTokens, about.max_positions - prompt.length);
 
@@ -29,8 +37,10 @@ export async function* generate(model, prompt, options) {
   yield { kind: "prefill", ms: performance.now() - began };
 
   for (let canvas = 0; ; canvas++) {
-    const argmax = yield* denoise(model, cache, sampler, canvas);
     const left = budget - canvas * length; // tokens that may still be written
+    const held = Array.from({ length }, (_, i) => sampler.held[canvas * length + i] ?? FREE);
+    const settled = held.slice(0, left).every((token) => token !== FREE);
+    const argmax = settled ? held : yield* denoise(model, cache, sampler, canvas, held);
     const end = argmax.findIndex((token) => sampler.eos.includes(token));
     const ended = end >= 0 && end <= left;
     yield { kind: "commit", canvas, tokens: argmax.slice(0, ended ? end : left) };
@@ -41,12 +51,14 @@ export async function* generate(model, prompt, options) {
 }
 
 /** Yield a draft for each pass over one canvas; return the argmax canvas, which is what is committed. */
-async function* denoise(model, cache, sampler, canvas) {
+async function* denoise(model, cache, sampler, canvas, held) {
   const { ort, about } = model;
   const length = about.canvas_length;
   const noise = (step) => stepNoise({ seed: sampler.seed, canvas, step, length, vocabSize: about.vocab_size });
 
-  let input = ids(ort, noise(0).tokens); // a canvas begins as random tokens …
+  const free = held.map((token) => token === FREE);
+  const first = noise(0).tokens;
+  let input = ids(ort, held.map((token, i) => (free[i] ? first[i] : token))); // a canvas begins as random tokens …
   let soft = floats(ort, new Float32Array(length * about.hidden_size), [1, length, about.hidden_size]);
   let argmax = [];
   let stable = 0; // passes in a row that left the argmax canvas as it was
@@ -62,10 +74,12 @@ async function* denoise(model, cache, sampler, canvas) {
       uniform: floats(ort, uniforms, [1, length]),
       noise: ids(ort, tokens),
       entropy_bound: floats(ort, [sampler.entropy_bound], [1]),
+      held: ids(ort, held),
     });
     const ms = performance.now() - began;
     // … and what the graph accepts of its sample stays in it; everywhere else come new random ones. Nothing is
-    // frozen: the next pass predicts every position again, and knows this pass's distribution by its mean embedding.
+    // frozen but what is held: the next pass predicts every position again, and knows this pass's distribution by its
+    // mean embedding.
     input = out.next_canvas;
     soft = out.next_soft_embedding;
 
@@ -73,9 +87,9 @@ async function* denoise(model, cache, sampler, canvas) {
     argmax = Array.from(out.argmax.data, Number);
     stable = argmax.every((token, i) => token === before[i]) ? stable + 1 : 0;
     const accepted = Array.from(out.accepted.data, Boolean);
-    const entropy = Array.from(out.entropy.data); // nats
-    yield { kind: "draft", canvas, step, tokens: argmax, accepted, entropy, ms };
-    const mean = entropy.reduce((sum, one) => sum + one, 0) / length;
+    const entropy = Array.from(out.entropy.data); // nats, 0 where held
+    yield { kind: "draft", canvas, step, tokens: argmax, accepted, entropy, held: free.map((one) => !one), ms };
+    const mean = entropy.reduce((sum, one) => sum + one, 0) / free.filter(Boolean).length;
     if (mean < sampler.confidence && stable >= sampler.stability) break;
   }
   return argmax;

@@ -68,7 +68,7 @@ export function solutions(cells, size) {
   return conflicts(cells, size).size ? 0 : search([...cells]);
 }
 
-/** Cells in which an answer is wrong: not a digit of the board, another than the given, or twice in a unit. */
+/** Cells in which an answer, a text or a list of texts, is wrong: not a digit of the board, another than the given, or twice in a unit. */
 export function mistakes(board, answer, size) {
   const filled = [...board].map((_, i) => (allowed(size.side).test(answer[i] ?? "") ? answer[i] : "."));
   const bad = conflicts(filled.join(""), size);
