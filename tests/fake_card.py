@@ -41,12 +41,14 @@ Tensor = torch.Tensor
 DTYPES: dict[str, tuple[torch.dtype, ...]] = (
     dict.fromkeys(
         ("held_of", "slots", "order", "tiles", "index", "token", "argmax", "noise", "canvas", "last_argmax", "stable",
-         "stable_out", "stability", "listed", "count", "wanted", "kept", "argmax_out"), (torch.int32,)
+         "stable_out", "stability", "listed", "count", "wanted", "kept", "argmax_out",
+         "edges", "places", "best"), (torch.int32,)
     )
     | dict.fromkeys(("accepted", "stop", "greedy"), (torch.bool,))
     | dict.fromkeys(
         ("shares", "weights", "partial", "squares", "entropy", "temperature", "u", "statistics", "ceilings", "ceiling",
-         "total", "total_out", "log_sums", "factor", "bound", "confidence", "entropy_out"), (torch.float32,)
+         "total", "total_out", "log_sums", "factor", "bound", "confidence",
+         "entropy_out", "raw", "norms", "scores", "mass", "score", "moment_out"), (torch.float32,)
     )
     | dict.fromkeys(("words",), (torch.int32, torch.bfloat16))
     | dict.fromkeys(("scales", "biases"), (torch.bfloat16, torch.uint8))

@@ -16,7 +16,7 @@ from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints.loading import dense
 from dgemma.checkpoints.quant import Format, QTensor, quantize
 from dgemma.core.errors import DgemmaError
-from kernel_cases import bench, built, cast, meta, to_numpy
+from kernel_cases import Bench, bench, built, cast, meta, to_numpy
 from kernel_harness import ARCHITECTURES
 from kernel_weights import meta_weight
 from law import assert_close_f32, assert_low_precision
@@ -53,16 +53,20 @@ def run(
     dtype: str = "float32", sizes: Tiling = SMALL,
 ) -> list[np.ndarray]:  # fmt: skip
     with bench(device) as on:
-        stored: Any = QuantizedTensor.from_host(table) if isinstance(table, QTensor) else None
-        if stored is not None:
-            parts = {name: getattr(stored, name) for name in ("words", "scales", "biases")}
-            stored = replace(stored, **{k: v if v is None else on.guard.like(v) for k, v in parts.items()})
         heat = np.zeros((len(x), 1)) + temperature
         out = on.run(
-            vocab_head, on.put(x, dtype), on.put(table, dtype) if stored is None else stored, 30.0,
-            on.put(heat, "float32"), on.put(u, "float32"), sizes=sizes,
+            vocab_head, on.put(x, dtype), put_table(on, table, dtype), 30.0, on.put(heat, "float32"),
+            on.put(u, "float32"), sizes=sizes,
         )  # fmt: skip
     return [to_numpy(one) for one in out]
+
+
+def put_table(on: Bench, table: np.ndarray | QTensor, dtype: str) -> Any:
+    if not isinstance(table, QTensor):
+        return on.put(table, dtype)
+    stored = QuantizedTensor.from_host(table)
+    parts = {name: getattr(stored, name) for name in ("words", "scales", "biases")}
+    return replace(stored, **{k: v if v is None else on.guard.like(v) for k, v in parts.items()})
 
 
 def oracle(ops: NumpyOps, x: np.ndarray, table: np.ndarray, temperature: Any, u: np.ndarray) -> list[np.ndarray]:
@@ -207,18 +211,24 @@ def test_rows_of_nan_name_a_token_and_spoil_no_other(device: str) -> None:
     assert_close_f32(soft[:, others], want[3], "mean embedding")
 
 
+VOCAB, WIDTH = 262144, 2816
+
+
+def full_table(bits: int) -> Any:
+    """The 26B's, without contents."""
+    if bits == 16:
+        return meta(VOCAB, WIDTH)
+    return QuantizedTensor(
+        words=meta(VOCAB, WIDTH * bits // 32, dtype=torch.int32), scales=meta(VOCAB, WIDTH // 32), biases=None,
+        global_scale=None, format=Format(bits=bits, group_size=32, symmetric=True),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "bits, arch", [*((8, arch) for arch in ARCHITECTURES), (16, "sm_80"), (16, "sm_90"), (4, "sm_90")]
 )
 def test_head_compiles_without_spills(bits: int, arch: str) -> None:
-    vocab, width = 262144, 2816
-    table: Any = meta(vocab, width)
-    if bits < 16:
-        table = QuantizedTensor(
-            words=meta(vocab, width * bits // 32, dtype=torch.int32), scales=meta(vocab, width // 32), biases=None,
-            global_scale=None, format=Format(bits=bits, group_size=32, symmetric=True),
-        )  # fmt: skip
-    x, wide = meta(1, 256, width), meta(1, 256, dtype=torch.float32)
+    table, x, wide = full_table(bits), meta(1, 256, WIDTH), meta(1, 256, dtype=torch.float32)
     only = ("_score", "_mean") if bits < 16 else None
     results = built(lambda: vocab_head(x, table, 30.0, meta(1, 1, dtype=torch.float32), wide, arch=arch), arch, only)
     if arch == "sm_90":

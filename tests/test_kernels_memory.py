@@ -18,6 +18,7 @@ from dgemma.backends.cuda.kernels import (
     configs,
     experts,
     head,
+    head_classes,
     head_mean,
     linear,
     norm,
@@ -173,6 +174,9 @@ def every_kernel() -> dict[str, torch.Tensor]:
     u = torch.rand(2, 12, generator=torch.Generator().manual_seed(1))
     temperature = torch.tensor([[0.4], [0.8]])
     token, argmax, entropy, soft = head.vocab_head(normal(rng, 2, 12, 64), table, 30.0, temperature, u, sizes=cuts)
+    classes = torch.arange(300, dtype=torch.int32) % 4 - 1
+    _, masses = head.class_head(normal(rng, 2, 12, 64), table, 30.0, temperature, classes, 4, sizes=cuts)
+    results |= {f"classes' {name}": one for name, one in masses._asdict().items()}
     count, flag = torch.zeros(2, dtype=torch.int32), torch.zeros(2, dtype=torch.bool)
     before = StepState(
         canvas=token, soft=soft, argmax=argmax, stable=count, accepted=torch.zeros(2, 12, dtype=torch.bool),
@@ -192,7 +196,7 @@ def device_draws(settings: list[SamplerConfig], noise: torch.Tensor) -> Draws:
 
 def launched_names() -> set[str]:
     """Names of all the kernels that the package's own code launches."""
-    sources = [Path(module.__file__ or "").read_text() for module in (*MODULES, head_mean, unpack)]
+    sources = [Path(module.__file__ or "").read_text() for module in (*MODULES, head_classes, head_mean, unpack)]
     return {
         name
         for source in sources

@@ -23,6 +23,7 @@ from dgemma.backends.cuda.kernels import (
     configs,
     experts,
     head,
+    head_classes,
     head_sizes,
     linear,
     norm,
@@ -166,6 +167,24 @@ def test_head(form: str) -> None:
             "_list": ("listed",), "_mean": ("words", "masses", "parts"), "_gather": ("parts", "out"),
         },
         wanted=np.ones(tiles, np.int32), listed=np.full(tiles, tiles - 1, np.int32), count=ints(6),
+    )  # fmt: skip
+
+
+def test_classes() -> None:
+    """One class that all but a token are in, and 149 of none: what is read begins and ends with the table."""
+    table, wide = meta_weight("symmetric8", VOCAB, WIDTH), meta(2, 1, dtype=torch.float32)
+    slices = VOCAB // head_classes.SLICE
+    edges = np.full(151, VOCAB, np.int32)
+    edges[0] = 0
+    check(
+        lambda: head.class_head(
+            meta(2, 200, WIDTH), table, 30.0, wide, meta(VOCAB, dtype=torch.int32), 150
+        ),
+        {"_score": ("raw",), "_slice": ("scores", "order"), "_join": ("mass", "best", "score", "moment_out")},
+        programs=lambda launch: corners(launch) if launch.name != "_slice" else [
+            (slices - 1, 0, 0), (slices - 1, launch.grid[1] - 1, 0), (0, 0, 0), (launch.grid[0] - 1, 0, 0)
+        ],
+        order=np.arange(VOCAB, dtype=np.int32), edges=edges,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ Each op says with one line when a kernel takes it; otherwise `InferenceOps` does
     moe                 both expert weights as above. In torch the experts' row counts are read by the host, so a model
                         with experts in any other format runs without graphs
     attention, rope     heads of an even width up to 512
-    vocab_head          a bfloat16 table, or an affine one
+    vocab_head and class_head    a bfloat16 table, or an affine one
 
 `layers` runs a whole stack in one op, so that norms, residuals and the next layer's first norm share a launch, and keys
 and values go from their projection straight into the row's slot, behind what it holds.
@@ -26,7 +26,21 @@ from typing import Any
 
 import torch
 
-from ...core.parts import KV, Attention, Draws, Experts, Layer, Mlp, Model, RmsNorm, Rope, Router, Span, StepState
+from ...core.parts import (
+    KV,
+    Attention,
+    Draws,
+    Experts,
+    Layer,
+    Masses,
+    Mlp,
+    Model,
+    RmsNorm,
+    Rope,
+    Router,
+    Span,
+    StepState,
+)  # fmt: skip
 from ...core.primitives import DType
 from ..torch.blocks import Weight
 from ..torch.packed import QuantizedTensor
@@ -291,10 +305,21 @@ class CudaOps(CardOps):
     def vocab_head(
         self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
-        affine = not isinstance(table, QuantizedTensor) or table.format.mode == "affine"
-        if not (self.kernels and affine and unpack.supports(table)):
+        if not self._scores(table):
             return super().vocab_head(x, table, softcap, temperature, u)
         return head_kernels.vocab_head(x, table, softcap, temperature, u, arch=self._arch)
+
+    def class_head(
+        self, x: Array, table: Weight, softcap: float, temperature: Array, classes: Array, count: int
+    ) -> tuple[Array, Masses]:
+        if not self._scores(table):
+            return super().class_head(x, table, softcap, temperature, classes, count)
+        return head_kernels.class_head(x, table, softcap, temperature, classes, count, arch=self._arch)
+
+    def _scores(self, table: Weight) -> bool:
+        """Whether the vocabulary head's kernels read a table."""
+        affine = not isinstance(table, QuantizedTensor) or table.format.mode == "affine"
+        return self.kernels and affine and unpack.supports(table)
 
     def advance(
         self, draws: Draws, state: StepState, token: Array, argmax: Array, entropy: Array, soft: Array

@@ -11,6 +11,8 @@ Five launches for a chunk of at most 256 rows, R below:
     _mean     a part of D and a part of that list: Σ mass · tile
     _gather   the parts' sum over the total
 
+Where classes of tokens are asked for, `_score` keeps its scores as well, in float32, and `head_classes.py` reads them.
+
 Masses [R, V] are what a second pass would otherwise compute anew, at 378 GFLOP; in bf16 they are 134 MB, and the very
 rounding that the reference gives its probabilities before the product, since a power of two brings tiles to one scale
 without another. In float32 a chunk is 32 rows and the buffer a quarter of that. Tiles that hold, for every row, less
@@ -39,8 +41,10 @@ import triton
 import triton.language as tl
 
 from ....core.errors import DgemmaError
+from ....core.parts import Masses
 from ....core.reference import DRAW_BLOCK
 from ...torch.packed import QuantizedTensor
+from .head_classes import Runs, reduce_classes, runs_of
 from .head_mean import mean_embedding
 from .head_sizes import Tiling, tiling
 from .unpack import MAGIC, Stored, arrange, stored, times
@@ -81,7 +85,7 @@ def _tanh(y, EXACT: tl.constexpr):
 
 @triton.jit
 def _score(
-    x, words, scales, biases, magic, temperature, masses, statistics, ceilings, wanted,
+    x, words, scales, biases, magic, temperature, masses, statistics, ceilings, raw, wanted,
     rows, first_row, length, vocab, tiles, softcap, temperature_batch,
     WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     DEPTH: tl.constexpr, STAGES: tl.constexpr, EXACT: tl.constexpr,
@@ -111,7 +115,7 @@ def _score(
         )  # fmt: skip
     # Rows are finished in parts: all at once, the softmax of 256 would need more registers than there are.
     _finish(
-        acc, block * ROWS, tile, real, temperature, masses, statistics, ceilings, rows, first_row, length, tiles,
+        acc, block * ROWS, tile, real, temperature, masses, statistics, ceilings, raw, rows, first_row, length, tiles,
         softcap, temperature_batch, EXACT,
     )  # fmt: skip
     tl.store(wanted + tile, 0, mask=block == 0)
@@ -119,31 +123,32 @@ def _score(
 
 @triton.jit
 def _finish(
-    acc, start, tile, real, temperature, masses, statistics, ceilings, rows, first_row, length, tiles, softcap,
+    acc, start, tile, real, temperature, masses, statistics, ceilings, raw, rows, first_row, length, tiles, softcap,
     temperature_batch, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Turn products [TOKENS, ROWS], of rows `start` on, into masses and what `_settle` needs of them."""
     ROWS: tl.constexpr = acc.shape[1]
-    if ROWS > 64:  # in parts: in the layout of a product that moves no register, and at once would take too many
+    MOST: tl.constexpr = 64 if raw is None else 32
+    if ROWS > MOST:  # in parts: in the layout of a product that moves no register, and at once would take too many
         low, high = tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, ROWS // 2)), (0, 2, 1)))
         _finish(
-            low, start, tile, real, temperature, masses, statistics, ceilings, rows, first_row, length, tiles,
+            low, start, tile, real, temperature, masses, statistics, ceilings, raw, rows, first_row, length, tiles,
             softcap, temperature_batch, EXACT,
         )  # fmt: skip
         _finish(
-            high, start + ROWS // 2, tile, real, temperature, masses, statistics, ceilings, rows, first_row, length,
-            tiles, softcap, temperature_batch, EXACT,
+            high, start + ROWS // 2, tile, real, temperature, masses, statistics, ceilings, raw, rows, first_row,
+            length, tiles, softcap, temperature_batch, EXACT,
         )  # fmt: skip
     else:
         _finish_part(
-            acc, start, tile, real, temperature, masses, statistics, ceilings, rows, first_row, length, tiles,
+            acc, start, tile, real, temperature, masses, statistics, ceilings, raw, rows, first_row, length, tiles,
             softcap, temperature_batch, EXACT,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish_part(
-    acc, start, tile, real, temperature, masses, statistics, ceilings, rows, first_row, length, tiles, softcap,
+    acc, start, tile, real, temperature, masses, statistics, ceilings, raw, rows, first_row, length, tiles, softcap,
     temperature_batch, EXACT: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = acc.shape[0]
@@ -153,8 +158,11 @@ def _finish_part(
     # Everything from here is in powers of two: scores are softcap · tanh(logit / softcap) / T · log2 e.
     scores = _tanh(acc * (1.0 / softcap), EXACT) * (softcap / heat * LOG2E)[None, :]
     scores = tl.where(real[:, None], scores, NOTHING)
-    peak = tl.max(scores, 0)
     order = tl.arange(0, TOKENS)
+    if raw is not None:
+        place = raw + (tile * TOKENS + order)[:, None] * rows + row[None, :]
+        tl.store(place, scores, mask=real[:, None] & live[None, :])
+    peak = tl.max(scores, 0)
     best = tl.min(tl.where(scores == peak[None, :], order[:, None], TOKENS - 1), 0)  # the first of equals
     shifted = scores - peak[None, :]
     odds = tl.exp2(shifted)
@@ -169,13 +177,13 @@ def _finish_part(
     # The mean embedding is over the sum of what is stored: of a row with one token left, that token's row, to the bit.
     tl.store(at + 4 * rows * tiles, tl.sum(stored.to(tl.float32), 0), mask=live)
     token = tile * TOKENS + tl.arange(0, TOKENS)
-    kept = masses + row[None, :] * (tiles * TOKENS) + token[:, None]
-    tl.store(kept, stored, mask=live[None, :])
+    place = masses + row[None, :] * (tiles * TOKENS) + token[:, None]
+    tl.store(place, stored, mask=live[None, :])
 
 
 @triton.jit
 def _settle(
-    masses, statistics, u, token, argmax, entropy, ceiling, total_out, wanted, rows, vocab, tiles, negligible,
+    masses, statistics, u, token, argmax, entropy, ceiling, total_out, norms, wanted, rows, vocab, tiles, negligible,
     TOKENS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
@@ -193,6 +201,9 @@ def _settle(
     tl.store(entropy + row, (tl.log2(total) - moment / total) * LN2)
     tl.store(wanted + tile, 1, mask=known & (mass > total * negligible))  # rows write the same, so no atomic is needed
     tl.store(ceiling + row, tl.ceil(top))
+    if norms is not None:
+        tl.store(norms + row, top)
+        tl.store(norms + rows + row, tl.log2(total))
     held = tl.load(places + rows * tiles + tile, mask=known, other=0.0)
     tl.store(total_out + row, tl.sum(held * tl.exp2(tl.ceil(peak) - tl.ceil(top)), 0))
     first = tl.minimum(tl.min(tl.where(peak == top, tile, FAR), 0), tiles - 1)
@@ -260,10 +271,49 @@ def vocab_head(
     Raises:
         DgemmaError: a table in another format.
     """
-    batch, length, width = x.shape
-    exact = x.dtype == torch.float32
-    weight = _stored(table, x.dtype)
+    found = _head(x, table, softcap, temperature, u, sizes or tiling(arch, x.dtype), None)
+    return tuple(one.view(*x.shape[:2], *one.shape[1:]) for one in found)  # type: ignore[return-value]
+
+
+def class_head(
+    x: Tensor, table: Tensor | QuantizedTensor, softcap: float, temperature: Tensor, classes: Tensor, count: int, *,
+    arch: str = "sm_90", sizes: Tiling | None = None,
+) -> tuple[Tensor, Masses]:  # fmt: skip
+    """`Ops.class_head`: `vocab_head` for what looks at classes of tokens; arguments as there, and
+
+    Args:
+        classes: int32 [V], each token's class, −1 for none.
+        count: of classes.
+
+    Returns:
+        mean embedding [B, L, D] in x's dtype, the same bits as `vocab_head`'s; `Masses`, float32 and int32 [B, L, C].
+
+    Raises:
+        DgemmaError: a table in another format.
+    """
+    rows = x.shape[0] * x.shape[1]
+    mass, score, moment = (torch.empty(rows, count, dtype=torch.float32, device=x.device) for _ in range(3))
+    out = Masses(mass, torch.empty(rows, count, dtype=torch.int32, device=x.device), score, moment)
+    u = torch.zeros(x.shape[:2], dtype=torch.float32, device=x.device)
     sizes = sizes or tiling(arch, x.dtype)
+    soft = _head(x, table, softcap, temperature, u, sizes, _Wanted(runs_of(classes, count), out))[3]
+    return soft.view(x.shape), Masses(*(one.view(*x.shape[:2], count) for one in out))
+
+
+class _Wanted(NamedTuple):
+    """What is to be found out about classes."""
+
+    runs: Runs
+    out: Masses  # [R, C]
+
+
+def _head(
+    x: Tensor, table: Tensor | QuantizedTensor, softcap: float, temperature: Tensor, u: Tensor, sizes: Tiling,
+    wanted_classes: _Wanted | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return token, argmax, entropy [R] and mean embedding [R, D], chunk by chunk."""
+    length, width = x.shape[1:]
+    weight = _stored(table, x.dtype)
     flat, u = x.reshape(-1, width), u.reshape(-1).contiguous()
     rows, tiles = flat.shape[0], triton.cdiv(weight.rows, sizes.tokens)
     arranged = arrange(flat.contiguous(), weight.bits)
@@ -276,13 +326,18 @@ def vocab_head(
         torch.empty(5, most, tiles, dtype=torch.float32, device=x.device),
         torch.empty(tiles, most, dtype=torch.float32, device=x.device),
     )
+    raw = norms = None
+    if wanted_classes is not None:
+        raw = torch.empty(weight.rows, most, dtype=torch.float32, device=x.device)
+        norms = torch.empty(2, most, dtype=torch.float32, device=x.device)
     wanted = torch.empty(tiles, dtype=torch.int32, device=x.device)
     per_batch = 0 if temperature.numel() == 1 else temperature.stride(0)
+    exact = x.dtype == torch.float32
     for start in range(0, rows, sizes.chunk):
         part = slice(start, min(start + sizes.chunk, rows))
         count = part.stop - start
         _score[(tiles * triton.cdiv(count, sizes.rows),)](
-            arranged[part], weight.words, weight.scales, weight.biases, MAGIC, temperature, *held, wanted,
+            arranged[part], weight.words, weight.scales, weight.biases, MAGIC, temperature, *held, raw, wanted,
             count, start, length, weight.rows, tiles, softcap, per_batch,
             WIDTH=width, BITS=weight.bits, GROUP=weight.group, TOKENS=sizes.tokens, ROWS=sizes.rows,
             DEPTH=sizes.depth, STAGES=sizes.stages, EXACT=exact,
@@ -290,13 +345,14 @@ def vocab_head(
         )  # fmt: skip
         ceiling, total = (torch.empty(count, dtype=torch.float32, device=x.device) for _ in range(2))
         _settle[(count,)](
-            *held[:2], u[part], token[part], argmax[part], entropy[part], ceiling, total, wanted,
+            *held[:2], u[part], token[part], argmax[part], entropy[part], ceiling, total, norms, wanted,
             count, weight.rows, tiles, NEGLIGIBLE / tiles, TOKENS=sizes.tokens, BLOCK=DRAW_BLOCK,
             TILES=max(triton.next_power_of_2(tiles), DRAW_BLOCK // sizes.tokens), num_warps=4,
         )  # fmt: skip
         mean_embedding(held.masses, held.ceilings, wanted, ceiling, total, weight, soft[part], sizes, exact=exact)
-    shape = (batch, length)
-    return token.view(shape), argmax.view(shape), entropy.view(shape), soft.view(x.shape)
+        if wanted_classes is not None and raw is not None and norms is not None:
+            reduce_classes(raw, norms, wanted_classes.runs, count, start, wanted_classes.out)
+    return token, argmax, entropy, soft
 
 
 def _stored(table: Tensor | QuantizedTensor, dtype: torch.dtype) -> Stored:
