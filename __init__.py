@@ -17,6 +17,8 @@ from .core.version import __version__
 from .tools.export import export
 
 if TYPE_CHECKING:
+    from .canvas.questions import Answer, Question
+    from .canvas.read import Reading
     from .core.config import GenerationConfig, ModelConfig, SamplerConfig
     from .core.errors import DgemmaError
     from .core.events import Commit, Done, Draft, Event, Generation, Prefill, Stats
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from .tools.compare import Comparison, compare
 
 _HOMES = {
+    "canvas.questions": ("Answer", "Question"),
+    "canvas.read": ("Reading",),
     "tools.compare": ("Comparison", "compare"),
     "core.config": ("GenerationConfig", "ModelConfig", "SamplerConfig"),
     "core.errors": ("DgemmaError",),
@@ -36,9 +40,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
-    "GenerationConfig", "ModelConfig", "Prefill", "Recording", "SamplerConfig", "Stats", "__version__", "compare",
-    "convert", "export", "load", "record", "replay",
+    "Answer", "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
+    "GenerationConfig", "ModelConfig", "Prefill", "Question", "Reading", "Recording", "SamplerConfig", "Stats",
+    "__version__", "compare", "convert", "export", "load", "record", "replay",
 ]  # fmt: skip
 
 

@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 
+from .canvas.ask import ask
+from .canvas.questions import Questions
+from .canvas.reader import Reader
 from .checkpoints import weights
 from .core import finite
 from .core.config import GenerationConfig, ModelConfig
@@ -41,6 +44,7 @@ class DiffusionGemma:
 
     def __init__(self, engine: Engine, generation: GenerationConfig, path: Path) -> None:
         self.engine = engine
+        self.reader = Reader(engine)
         self.generation = generation
         self.path = path
 
@@ -258,6 +262,38 @@ class DiffusionGemma:
             canvas_length=length,
             fit=wanted == "fit",
         )
+
+    def read(
+        self, prompt: Any, choices: Sequence[str] | Sequence[Sequence[str]] | None = None, template: str | None = None,
+        *, questions: Questions | None = None, joint: bool = False, samples: int = 1, seed: int = 0,
+        canvas_length: int | None = None, raw: bool = False, specials: bool = False,
+    ) -> Any:  # fmt: skip
+        """Say how likely choices are as the answer, or at places in it, in one pass and with nothing written.
+
+        It is the model's own probability, calibrated as it is. docs/canvas.md tells how choices of several tokens, and
+        of different lengths, are compared.
+
+        Args:
+            prompt: as `stream`; with questions what they are about, which may be any JSON value too.
+            choices: two texts or more; of a template with several places one list for all, or a list for each.
+            template: the answer, with `<read>` where a choice stands; None is a choice and nothing else.
+            questions: instead of the two, what is asked about the prompt: see `canvas.questions`.
+            joint: ask all questions on one canvas, in one pass; otherwise each is asked by itself.
+            samples: average over the noise of so many canvases.
+            seed: of that noise.
+            canvas_length: positions; None is the smallest of 16, 32, 64, 128 and 256 that hold the template.
+            raw, specials: as `stream`.
+
+        Returns:
+            A `Reading`; of several places a list of them; of questions their `Answer`s by name.
+
+        Raises:
+            DgemmaError: what is wrong with which argument or question, before any pass; or as `logits`.
+        """
+        return ask(
+            self, prompt, choices, template, questions=questions, joint=joint, samples=samples, seed=seed,
+            canvas_length=canvas_length, raw=raw, specials=specials,
+        )  # fmt: skip
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None

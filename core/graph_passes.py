@@ -23,7 +23,7 @@ from .canvas import Chosen, Classes
 from .config import ModelConfig
 from .ops import Ops
 from .parts import KV, Array, Cache, Draws, Masses, Model, StepState
-from .passes import Passes, Snapshot, Starts, StepResult
+from .passes import Passes, Scores, Snapshot, Starts, StepResult
 from .primitives import NUMPY_DTYPES
 
 ALIKE = 0.75
@@ -278,6 +278,21 @@ class GraphPasses(Passes):
         table, softcap = self.model.embed_tokens, self.config.softcap
         _, masses = ops.class_head(x, table, softcap, even, self._of(classes), classes.count)
         return Masses(*(one[0] for one in self.fetch(*masses)()))
+
+    def scores(
+        self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
+    ) -> Scores:
+        ops, length = self.ops, canvases.shape[1]
+        soft = ops.asarray(np.zeros((*canvases.shape, self.config.hidden_size), np.float32), ops.dtype)
+        x = model.denoise(ops, self.model, self._cache(slots, length), ops.asarray(canvases.astype(np.int32)), soft)
+        rows = ops.asarray(np.asarray([row * length + position for row, position in at], np.int32))
+        x = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), rows, 1)  # [1, R, D]: of the others nobody asks
+        found = self.fetch(*within.scored(ops, self.model, x, ops.asarray(tokens.astype(np.int32))))()
+        log_p, entropy, token, top = (np.concatenate(found[i::4]) for i in range(4))
+        return Scores(
+            log_p=log_p.astype(np.float32), entropy=entropy.astype(np.float32), token=token.astype(np.int32),
+            top=top.astype(np.float32),
+        )  # fmt: skip
 
     def _of(self, classes: Classes) -> Array:
         """Return classes on the device: those used last stay there."""

@@ -50,6 +50,20 @@ class Snapshot:
     """The backend's own."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scores:
+    """What a pass says at some positions, at temperature 1, on the host. Natural logs of shares of the vocabulary."""
+
+    log_p: np.ndarray
+    """float32 [R, K]: of the tokens that were asked for."""
+    entropy: np.ndarray
+    """float32 [R]: nats, of the whole distribution."""
+    token: np.ndarray
+    """int32 [R]: the likeliest token of all."""
+    top: np.ndarray
+    """float32 [R]: the log of its probability."""
+
+
 class Passes(ABC):
     """One model on one backend. One thread at a time; `core.owner` sees to it."""
 
@@ -137,6 +151,23 @@ class Passes(ABC):
     def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
         """Run one denoising pass behind a slot's cache, as `logits`, and return what it makes of classes of tokens:
         canvas int32 [L] → NumPy arrays [L, C], at temperature 1."""
+
+    def scores(
+        self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
+    ) -> Scores:
+        """Run one pass over a canvas behind each slot's cache, as `logits`, and say how likely tokens are.
+
+        slots: different ones; canvases int32 [B, L]; at: R pairs of a row and its position; tokens int32 [K].
+        """
+        logits = [self.logits(slot, canvas) for slot, canvas in zip(slots, canvases, strict=True)]
+        found = np.stack([logits[row][position] for row, position in at]).astype(np.float64)
+        logs = found - found.max(-1, keepdims=True)
+        logs -= np.log(np.exp(logs).sum(-1, keepdims=True))
+        token = logs.argmax(-1)
+        return Scores(
+            log_p=logs[:, tokens].astype(np.float32), entropy=-(np.exp(logs) * logs).sum(-1).astype(np.float32),
+            token=token.astype(np.int32), top=np.take_along_axis(logs, token[:, None], 1)[:, 0].astype(np.float32),
+        )  # fmt: skip
 
     @abstractmethod
     def soft(self, slot: int) -> np.ndarray:

@@ -64,6 +64,22 @@ def fed_back(
     return ops.reshape(ops.concat(parts, 1), (batch, length, -1))
 
 
+def scored(ops: Ops, weights: Model, x: Array, tokens: Array) -> list[Array]:
+    """Return what positions, x [1, R, D], say of tokens int32 [K] at temperature 1: of each `ROWS` of them in turn the
+    logs of their probabilities [R, K], entropies [R], the likeliest tokens int32 [R] and the logs of theirs [R]."""
+    parts = []
+    for at in range(0, x.shape[1], ROWS):
+        some = ops.take(x, ops.asarray(np.arange(at, min(at + ROWS, x.shape[1]), dtype=np.int32)), 1)
+        found = ops.logits(some, weights.embed_tokens, weights.config.softcap)[0]  # [R, V] <- big
+        shifted = found - ops.reduce(found, "max", -1, True)
+        mass = ops.unary(shifted, "exp")
+        total = ops.reduce(mass, "sum", -1, True)
+        log_total = ops.unary(total, "log")
+        entropy = (log_total - ops.reduce(mass * shifted, "sum", -1, True) / total)[:, 0]
+        parts += [ops.take(shifted, tokens, 1) - log_total, entropy, ops.reduce(found, "argmax", -1), -log_total[:, 0]]
+    return parts
+
+
 def _scores(ops: Ops, weights: Model, x: Array, some: np.ndarray, temperature: np.ndarray) -> Array:
     """Return logits over temperature of some of a pass's positions, wide [1, R, V]."""
     rows = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), ops.asarray(some.astype(np.int32)), 1)

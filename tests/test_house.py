@@ -23,6 +23,7 @@ ORDER = (
     ("convert", "export"),  # neither knows the other
     ("backends",),  # ONNX Runtime's runs the graphs that `export` writes
     ("constraints",),  # needs the tokenizer alone; which backend runs the passes is nothing to it
+    ("canvas",),  # what is done on one besides writing; a loaded model calls it
     ("diffusion.py",),  # a loaded model
     ("runtime.py",),  # which loads it
     ("tools", "show"),

@@ -87,6 +87,17 @@ class Tokenizer:
         """Return the id of a token spelled in full, such as `<|channel>`, or None."""
         return self._backend.token_to_id(token)
 
+    @property
+    def closed_thought(self) -> list[int]:
+        """A thinking channel without a thought, as it stands before an answer; none where the template knows of none.
+
+        In front of a canvas it keeps the model from opening one inside. Templates that write none leave that to it.
+        """
+        channel = self.id_of(CHANNEL_OPEN), self.id_of(CHANNEL_CLOSE)
+        if self._template is None or CHANNEL_OPEN not in self._template.source or None in channel:
+            return []
+        return self.encode(f"{CHANNEL_OPEN}thought\n{CHANNEL_CLOSE}")
+
     def encode(self, text: str, *, bos: bool = False, specials: bool = True) -> list[int]:
         """Return token ids.
 

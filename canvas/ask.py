@@ -1,0 +1,89 @@
+"""`DiffusionGemma.read`: arguments to layouts and prompts, readings to answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from ..core.config import GenerationConfig, ModelConfig
+from ..core.errors import DgemmaError
+from ..core.given import check_flags
+from ..core.row import check_tokens
+from ..text.tokens import Tokenizer
+from . import questions as asking
+from .places import Tokens, lay_out
+from .read import Canvas, canvas_of, layout_of, read
+from .reader import Reader
+
+TURN_END = "<turn|>"
+
+
+class Model(Protocol):
+    """What is needed of a loaded model."""
+
+    reader: Reader
+    generation: GenerationConfig
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    def prompt_ids(
+        self, prompt: Any, *, thinking: bool = ..., raw: bool = ..., specials: bool = ...
+    ) -> list[int]: ...  # fmt: skip
+
+
+def ask(
+    model: Model, prompt: Any, choices: Any, template: str | None, *, questions: Any, joint: bool, samples: int,
+    seed: int, canvas_length: int | None, raw: bool, specials: bool,
+) -> Any:  # fmt: skip
+    """Read what `DiffusionGemma.read` is asked for; see there."""
+    check_flags(joint=joint, raw=raw, specials=specials)
+    tokenizer = model.tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, specials=raw or specials)
+
+    def prompted(text: Any) -> Tokens:
+        ids = prompt_of(model, text, raw=raw, specials=specials)
+        check_tokens(ids, model.config.vocab_size, model.config.image_token_ids)
+        return ids
+
+    def canvas() -> Canvas:
+        ends, turn_end = model.generation.eos_token_ids or model.config.eos_token_ids, tokenizer.id_of(TURN_END)
+        return canvas_of(model.reader, ends, turn_end, length=canvas_length, samples=samples, seed=seed)
+
+    if questions is None:
+        layout = layout_of(choices, template, encode)
+        ids = prompted(prompt)
+        found = read(model.reader, [(ids, layout)], canvas())[0]
+        return found[0] if len(found) == 1 else found
+    if choices is not None or template is not None:
+        raise DgemmaError("questions have choices and a template of their own; leave yours out")
+    some = asking.questions_of(questions)
+    labels = [asking.labels_of(len(one.options), encode) for one in some]
+    if joint:
+        asked = [(*asking.joined(some, labels), labels)]
+    else:
+        asked = [(*asking.single(one, mine), [mine]) for one, mine in zip(some, labels, strict=True)]
+    prompts = [prompted(asking.behind(prompt, text)) for text, _, _ in asked]
+    layouts = [lay_out(shape, lists, encode) for _, shape, lists in asked]
+    stem = asking.common([*prompts, prompted(asking.behind(prompt, "."))])
+    found = read(model.reader, list(zip(prompts, layouts, strict=True)), canvas(), stem)
+    readings = [one for several in found for one in several]
+    return {
+        one.name: asking.answer_of(one, mine, reading)
+        for one, mine, reading in zip(some, labels, readings, strict=True)
+    }
+
+
+def prompt_of(model: Model, prompt: Any, *, raw: bool, specials: bool) -> Tokens:
+    """Return a prompt's tokens; a chat's with a closed thought behind, so that the model opens none on the canvas."""
+    ids = model.prompt_ids(prompt, raw=raw, specials=specials)
+    said = isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping))
+    if raw or not said or not model.tokenizer.has_template:
+        return tuple(ids)
+    closed = model.tokenizer.closed_thought
+    return tuple(ids if closed and ids[-len(closed) :] == closed else [*ids, *closed])
