@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .runtime import DiffusionGemma, load
     from .show.record import record
     from .show.recording import Recording, replay
+    from .show.watch import watch
     from .tools.compare import Comparison, compare
 
 _HOMES = {
@@ -37,12 +38,13 @@ _HOMES = {
     "runtime": ("DiffusionGemma", "load"),
     "show.record": ("record",),
     "show.recording": ("Recording", "replay"),
+    "show.watch": ("watch",),
 }
 
 __all__ = [
     "Answer", "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
     "GenerationConfig", "ModelConfig", "Prefill", "Question", "Reading", "Recording", "SamplerConfig", "Stats",
-    "__version__", "compare", "convert", "export", "load", "record", "replay",
+    "__version__", "compare", "convert", "export", "load", "record", "replay", "watch",
 ]  # fmt: skip
 
 

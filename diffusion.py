@@ -165,7 +165,7 @@ class DiffusionGemma:
                 for i in range(n or 1):
                     one = replace(request, seed=(request.seed + i) % (1 << 64), drafts=False)
                     samples.append(self.engine.add(one, share))
-            results = [[_collected(handle.events()) for handle in samples] for samples in handles]
+            results = [[collected(handle.events()) for handle in samples] for samples in handles]
         except BaseException:
             for handle in chain(*handles):
                 handle.cancel()
@@ -366,7 +366,8 @@ def _several(prompt: Any) -> list[Prompt] | None:
     return list(prompt) if all(isinstance(one, str | list | tuple) for one in prompt) else None
 
 
-def _collected(events: Iterator[Event]) -> Generation:
+def collected(events: Iterator[Event]) -> Generation:
+    """Return what events come to; they end with `Done`."""
     tokens: list[int] = []
     text = thought = ""
     for event in events:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
 from ..core.events import Commit, Done, Draft, Event
@@ -25,6 +25,14 @@ class Scene:
         self._said: list[tuple[str, str]] = []  # kind and text, of complete lines
         self._kind = self._tail = ""
         self._done: Done | None = None
+        self.text = ""
+        """The answer so far."""
+        self.widths: list[int] = []
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = self.lines(console, options.max_width, options.size.height - 1)
+        self.widths = [line.cell_len for line in lines]
+        yield Text("\n", end="").join(lines)
 
     def feed(self, event: Event) -> None:
         match event:
@@ -33,6 +41,7 @@ class Scene:
             case Commit():
                 self._say("thinking", event.thinking)
                 self._say("answer", event.text)
+                self.text += event.text
                 self._view.commit(len(event.tokens), self._tail)
             case Done():
                 self._done = event

@@ -10,6 +10,8 @@ import contextlib
 import fcntl
 import json
 import os
+import platform
+import runpy
 import select
 import shutil
 import signal
@@ -21,6 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
+WEB = Path(__file__).parents[1] / "examples" / "web"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgemma-tests"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chromium-headless-shell")
 MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = (
@@ -46,6 +52,28 @@ FONTS = """<?xml version="1.0"?><!DOCTYPE fontconfig SYSTEM "fonts.dtd">
 def installed() -> str | None:
     """Return the path of a Chromium or Chrome of this machine."""
     return next((path for name in (*NAMES, MACOS) if (path := shutil.which(name))), None)
+
+
+def find(scratch: Path) -> str:
+    """Return a Chromium's executable; from npm, if the machine has none. Skips where there is none for it.
+
+    Args:
+        scratch: an empty folder.
+    """
+    if found := installed():
+        return found
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("no Chromium or Chrome here, and npm has one for x86-64 Linux only: install one")
+    version = json.loads((WEB / "package.json").read_text())["devDependencies"]["@sparticuz/chromium"]
+    folder = CACHE / f"chromium-{version}"
+    if not folder.is_dir():
+        for name in ("package.json", "package-lock.json"):
+            shutil.copy(WEB / name, scratch)
+        building = runpy.run_path(str(WEB / "build.py"))
+        building["install"](scratch)
+        unpack(scratch / "node_modules" / "@sparticuz" / "chromium", building["tools"]()[0], folder)
+        shutil.rmtree(scratch)
+    return str(folder / "chromium")
 
 
 def unpack(package: Path, node: str, folder: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+import chromium
 from dgemma.core.ops import Ops
 from under_test import BACKENDS, LOW_PRECISION_BACKENDS, make_ops
 
@@ -54,3 +55,9 @@ def ops_bf16(request: pytest.FixtureRequest) -> Ops:
 def device(request: pytest.FixtureRequest) -> str:
     """Where a kernel's test runs: the CPU, in Triton's interpreter, or with `-m gpu` the first card."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Chromium's executable."""
+    return chromium.find(tmp_path_factory.mktemp("npm"))

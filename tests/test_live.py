@@ -7,8 +7,6 @@ import re
 import time
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -302,17 +300,3 @@ def test_progress_appears_only_if_it_lasts(monkeypatch: pytest.MonkeyPatch) -> N
     said = written(console)
     assert "loading ␛[31m" in CSI.sub("", said) and "1 of 2" in said
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1
-
-
-def test_the_picture_stands_still_where_styles_are_not_read() -> None:
-    """Image proxies and converters to PNG run no animation, and some read no style sheet."""
-    root = ElementTree.parse(Path(__file__).parents[1] / "docs" / "canvas.svg").getroot()
-    space = "{http://www.w3.org/2000/svg}"
-    frames = [group for group in root.iter(f"{space}g") if group.get("class") == "frame"]
-    assert [frame.get("opacity") for frame in frames] == ["0"] * (len(frames) - 1) + [None]
-    shown = "".join(frames[-1].itertext())
-    assert "dgemma\u00a0generate" in shown and "354621" in shown
-    assert all(text.get("fill") and text.get("class") is None for text in root.iter(f"{space}text"))
-    style = root.find(f"{space}style")
-    assert style is not None and style.text is not None
-    assert style.text.strip().startswith("@media (prefers-reduced-motion: no-preference) {")

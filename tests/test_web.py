@@ -7,10 +7,7 @@ Chromium: the machine's, or on x86-64 Linux one from npm, kept in the user's cac
 from __future__ import annotations
 
 import json
-import os
-import platform
 import runpy
-import shutil
 import subprocess
 import sys
 import threading
@@ -25,7 +22,7 @@ import numpy as np
 import pytest
 
 import dgemma
-from chromium import Chromium, installed, unpack
+from chromium import WEB, Chromium
 from dgemma import DiffusionGemma
 from dgemma.core.random import step_noise
 from dgemma.core.row import Request
@@ -33,8 +30,6 @@ from dgemma.core.sampler import settings
 from law import assert_close_f32
 
 ROOT = Path(__file__).parents[1]
-WEB = ROOT / "examples" / "web"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgemma-tests"
 
 BOARDS = (
     ".3.1.2.........4",
@@ -45,26 +40,6 @@ UNSOLVED = ".1...5.3.......5....26.4421........."  # nano runs to the cap of pas
 STATES = ("changing", "guess", "accepted", "settled")
 FREE = -1
 SUDOKU = SimpleNamespace(**runpy.run_path(str(ROOT / "examples" / "sudoku" / "boards.py")))
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Chromium's executable; from npm, if the machine has none."""
-    if found := installed():
-        return found
-    if sys.platform != "linux" or platform.machine() != "x86_64":
-        pytest.skip("no Chromium or Chrome here, and npm has one for x86-64 Linux only: install one")
-    version = json.loads((WEB / "package.json").read_text())["devDependencies"]["@sparticuz/chromium"]
-    folder = CACHE / f"chromium-{version}"
-    if not folder.is_dir():
-        fresh = tmp_path_factory.mktemp("npm")
-        for name in ("package.json", "package-lock.json"):
-            shutil.copy(WEB / name, fresh)
-        building = runpy.run_path(str(WEB / "build.py"))
-        building["install"](fresh)
-        unpack(fresh / "node_modules" / "@sparticuz" / "chromium", building["tools"]()[0], folder)
-        shutil.rmtree(fresh)
-    return str(folder / "chromium")
 
 
 @pytest.fixture(scope="module")
