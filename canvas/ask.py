@@ -8,10 +8,10 @@ from typing import Any, Protocol
 from ..core.config import GenerationConfig, ModelConfig
 from ..core.errors import DgemmaError
 from ..core.given import check_flags
-from ..core.row import check_tokens
+from ..core.row import SHORT
 from ..text.tokens import Tokenizer
 from . import questions as asking
-from .places import Tokens, lay_out
+from .places import Encode, Tokens, lay_out
 from .read import Canvas, canvas_of, layout_of, read
 from .reader import Reader
 
@@ -47,13 +47,11 @@ def ask(
         return tokenizer.encode(text, specials=raw or specials)
 
     def prompted(text: Any) -> Tokens:
-        ids = prompt_of(model, text, raw=raw, specials=specials)
-        check_tokens(ids, model.config.vocab_size, model.config.image_token_ids)
-        return ids
+        return prompt_of(model, text, raw=raw, specials=specials)
 
     def canvas() -> Canvas:
         ends, turn_end = model.generation.eos_token_ids or model.config.eos_token_ids, tokenizer.id_of(TURN_END)
-        return canvas_of(model.reader, ends, turn_end, length=canvas_length, samples=samples, seed=seed)
+        return canvas_of(model.config, ends, turn_end, length=canvas_length, samples=samples, seed=seed)
 
     if questions is None:
         layout = layout_of(choices, template, encode)
@@ -63,13 +61,18 @@ def ask(
     if choices is not None or template is not None:
         raise DgemmaError("questions have choices and a template of their own; leave yours out")
     some = asking.questions_of(questions)
-    labels = [asking.labels_of(len(one.options), encode) for one in some]
+    labels = [_labels(model.reader, len(one.options), encode) for one in some]
     if joint:
         asked = [(*asking.joined(some, labels), labels)]
     else:
         asked = [(*asking.single(one, mine), [mine]) for one, mine in zip(some, labels, strict=True)]
     prompts = [prompted(asking.behind(prompt, text)) for text, _, _ in asked]
     layouts = [lay_out(shape, lists, encode) for _, shape, lists in asked]
+    if joint and canvas_length is None and (size := layouts[0].size + 1) > SHORT[-1]:
+        raise DgemmaError(
+            f"joint: the answers to {len(some)} questions take {size:,} tokens, and a canvas of {SHORT[-1]} is the "
+            "longest that is taken unasked; ask fewer at once, or leave joint out"
+        )
     stem = asking.common([*prompts, prompted(asking.behind(prompt, "."))])
     found = read(model.reader, list(zip(prompts, layouts, strict=True)), canvas(), stem)
     readings = [one for several in found for one in several]
@@ -87,3 +90,9 @@ def prompt_of(model: Model, prompt: Any, *, raw: bool, specials: bool) -> Tokens
         return tuple(ids)
     closed = model.tokenizer.closed_thought
     return tuple(ids if closed and ids[-len(closed) :] == closed else [*ids, *closed])
+
+
+def _labels(reader: Reader, count: int, encode: Encode) -> list[str]:
+    if count not in reader.labels:
+        reader.labels[count] = asking.labels_of(count, encode)
+    return reader.labels[count]

@@ -207,16 +207,16 @@ def _both(where: str, given: Any) -> tuple[tuple[str, str], ...]:
 
 
 def labels_of(count: int, encode: Encode) -> list[str]:
-    """Return labels of one length in tokens, one if the tokenizer has them: letters, then pairs of them, and so on."""
-    for width in (1, 2, 3):
+    """Return labels of one length in tokens: letters; of more than 26 options pairs of letters, of one token each where
+    the tokenizer has so many.
+
+    Raises:
+        DgemmaError: no pairs or triples of one length are enough.
+    """
+    for width in range(1 if count <= len(ascii_uppercase) else 2, 4):
         by_size: dict[int, list[str]] = {}
         for letters in product(ascii_uppercase, repeat=width):
-            label = "".join(letters)
-            size = len(encode(label))
-            same = by_size.setdefault(size, [])
-            same.append(label)
-            if len(same) == count and (size == 1 or len(ascii_uppercase) ** width == sum(map(len, by_size.values()))):
-                return same
+            by_size.setdefault(len(encode("".join(letters))), []).append("".join(letters))
         enough = [size for size, same in by_size.items() if len(same) >= count]
         if enough:
             return by_size[min(enough)][:count]

@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..core.config import ModelConfig
 from ..core.errors import DgemmaError, quoted
 from ..core.given import integer
 from ..core.passes import Scores
-from ..core.row import SHORT
+from ..core.row import SHORT, check_tokens
 from ..core.sampler import first_canvas
 from .places import MARKER, Encode, Layout, Place, Tokens, lay_out
 from .reader import Look, Reader
@@ -64,13 +65,13 @@ class Canvas:
 
     Args:
         end: the token that ends an answer.
-        filler: what stands behind it.
+        fillers: what may stand behind it; of several the model says which it knows.
         length: positions; None is the smallest of 16, 32, 64, 128 and 256 that hold the template and its end.
     """
 
     vocab_size: int
     end: int
-    filler: int
+    fillers: Tokens
     length: int | None = None
     samples: int = 1
     seed: int = 0
@@ -103,17 +104,17 @@ class Canvas:
             )
         return int(self.length)
 
-    def empty(self, layout: Layout, sample: int) -> np.ndarray:
+    def empty(self, layout: Layout, sample: int, filler: int) -> np.ndarray:
         """Return a canvas with noise in all places, int32 [L]."""
         noise = first_canvas(self.seed, sample, self.positions(layout), self.vocab_size)
-        canvas, size = np.full_like(noise, self.filler), len(layout.tokens)
+        canvas, size = np.full_like(noise, filler), len(layout.tokens)
         canvas[:size] = layout.tokens
         canvas[size : size + 1] = self.end
         for place in layout.places:
             stop = place.start + place.longest
             if not place.even:  # what follows would tell the length
                 stop = layout.size + 1
-                canvas[stop:] = self.filler
+                canvas[stop:] = filler
             canvas[place.start : stop] = noise[place.start : stop]
         return canvas
 
@@ -147,17 +148,12 @@ def read(
     Raises:
         DgemmaError: a prompt and its canvas exceed the model's context, or what `Reader.scores` says.
     """
-    most = reader.engine.passes.config.max_positions
+    _check_room(reader.engine.passes.config, asked, canvas)
+    filler = filler_of(reader, canvas)
     looks: dict[_Key, dict[int, None]] = {}  # by prompt and canvas: the positions asked for
     plans = []
     for prompt, layout in asked:
-        length = canvas.positions(layout)
-        if len(prompt) + length > most:
-            raise DgemmaError(
-                f"the prompt has {len(prompt):,} tokens and the canvas {length}, more than the model's context of "
-                f"{most:,}; shorten the prompt"
-            )
-        empties = [canvas.empty(layout, sample) for sample in range(canvas.samples)]
+        empties = [canvas.empty(layout, sample, filler) for sample in range(canvas.samples)]
         for place in layout.places:
             chain = chain_of(layout, place, canvas.end)
             spots = [
@@ -171,6 +167,17 @@ def read(
     rows = {(key, position): (found[key], i) for key, at in looks.items() for i, position in enumerate(at)}
     readings = iter([_reading(chain, spots, rows, numbers) for chain, spots in plans])
     return [[next(readings) for _ in layout.places] for _, layout in asked]
+
+
+def _check_room(config: ModelConfig, asked: Sequence[tuple[Tokens, Layout]], canvas: Canvas) -> None:
+    for prompt, layout in asked:
+        check_tokens(prompt, config.vocab_size, config.image_token_ids)
+        check_tokens(layout.tokens, config.vocab_size, config.image_token_ids, what="the template")
+        if len(prompt) + canvas.positions(layout) > config.max_positions:
+            raise DgemmaError(
+                f"the prompt has {len(prompt):,} tokens and the canvas {canvas.positions(layout)}, more than the "
+                f"model's context of {config.max_positions:,}; shorten the prompt"
+            )
 
 
 _Key = tuple[Tokens, bytes]
@@ -253,27 +260,28 @@ def layout_of(choices: Any, template: str | None, encode: Encode) -> Layout:
 
 
 def canvas_of(
-    reader: Reader, ends: Sequence[int], turn_end: int | None, *, length: int | None, samples: int, seed: int
+    config: ModelConfig, ends: Sequence[int], turn_end: int | None, *, length: int | None, samples: int, seed: int
 ) -> Canvas:  # fmt: skip
     """Return how canvases are made for a model whose answers end with one of `ends`, by choice with its turn's end."""
-    config = reader.engine.passes.config
     end = turn_end if turn_end in ends and turn_end is not None else (*ends, config.pad_token_id)[0]
-    canvas = Canvas(vocab_size=config.vocab_size, end=end, filler=end, length=length, samples=samples, seed=seed)
-    return replace(canvas, filler=filler_of(reader, end, tuple(dict.fromkeys((config.pad_token_id, *ends)))))
+    fillers = tuple(sorted({config.pad_token_id, *ends}))
+    return Canvas(
+        vocab_size=config.vocab_size, end=end, fillers=fillers, length=length, samples=samples, seed=seed
+    )  # fmt: skip
 
 
-def filler_of(reader: Reader, end: int, candidates: Tokens) -> int:
-    """Return what the model was trained to see behind an answer's end, of some candidates: it is asked once.
+def filler_of(reader: Reader, canvas: Canvas) -> int:
+    """Return what the model was trained to see behind an answer's end: of several candidates it is asked, once.
 
-    Checkpoints do not say: the published recipes fill with padding or with an end of sequence.
+    Checkpoints do not say: published recipes fill with padding, or with an end of sequence.
     """
+    if len(canvas.fillers) == 1:
+        return canvas.fillers[0]
     if reader.filler is None:
         config = reader.engine.passes.config
-        canvas = first_canvas(0, 0, min(SHORT[0], config.max_positions - 1), config.vocab_size)
-        canvas[0] = end
-        behind = tuple(range(1, len(canvas)))
-        tokens = sorted(candidates)
-        look = Look(prompt=(config.bos_token_id if config.bos_token_id is not None else end,), canvas=canvas, at=behind)
-        scores = reader.scores([look], tokens)[0].log_p.sum(0)
-        reader.filler = tokens[int(scores.argmax())]
+        noise = first_canvas(0, 0, min(SHORT[0], config.max_positions - 1), config.vocab_size)
+        noise[0] = canvas.end
+        prompt = (canvas.end if config.bos_token_id is None else config.bos_token_id,)
+        look = Look(prompt=prompt, canvas=noise, at=tuple(range(1, len(noise))))
+        reader.filler = canvas.fillers[int(reader.scores([look], canvas.fillers)[0].log_p.sum(0).argmax())]
     return reader.filler

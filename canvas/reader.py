@@ -61,6 +61,8 @@ class Reader:
         self.engine = engine
         self.filler: int | None = None
         """What the model sees behind an answer's end, once it was asked."""
+        self.labels: dict[int, list[str]] = {}
+        """Of so many options, once they were looked for."""
         self._lock = threading.Lock()
         self._waiting: list[_Job] = []
 

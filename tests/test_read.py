@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 
 import dgemma
 from dgemma.canvas.places import Layout, Place, lay_out
-from dgemma.canvas.read import Canvas, Reading, canvas_of, layout_of, read
+from dgemma.canvas.read import Canvas, Reading, canvas_of, filler_of, layout_of, read
 from dgemma.canvas.reader import Look, Reader
 from dgemma.core.config import ModelConfig
 from dgemma.core.engine import Engine
@@ -141,7 +142,7 @@ def test_all_that_can_be_said_has_a_mass_of_one(tiny: dgemma.DiffusionGemma) -> 
     vocab = tiny.config.vocab_size
     names = tuple(map(str, range(vocab)))
     prompt = tuple(tiny.prompt_ids(PROMPT))
-    canvas = Canvas(vocab_size=vocab, end=1, filler=1)
+    canvas = Canvas(vocab_size=vocab, end=1, fillers=(1,))
     one = Place(start=0, choices=names, strings=tuple((i,) for i in range(vocab)))
     two = Place(start=0, choices=names, strings=tuple((20, i) for i in range(vocab)))
     layouts = [Layout(tokens=(0,), places=(one,)), Layout(tokens=(20, 0), places=(two,))]
@@ -200,8 +201,8 @@ def test_choices_that_begin_alike_keep_their_beginning() -> None:
 @pytest.mark.parametrize(("size", "length"), [(1, 16), (15, 16), (16, 32), (31, 32), (255, 256)])
 def test_the_shortest_canvas_that_holds_a_template_and_its_end(size: int, length: int) -> None:
     layout = lay_out(f"{'x' * (size - 1)}<read>", [["a", "b"]], lambda text: list(map(ord, text)))
-    canvas = Canvas(vocab_size=300, end=1, filler=0)
-    made = canvas.empty(layout, 0)
+    canvas = Canvas(vocab_size=300, end=1, fillers=(0,))
+    made = canvas.empty(layout, 0, 0)
     assert len(made) == length and made[size] == 1 and (made[size + 1 :] == 0).all()
 
 
@@ -377,7 +378,7 @@ REFUSED: list[tuple[str, Callable[[dgemma.DiffusionGemma], Any]]] = [
 
 @pytest.mark.parametrize("match", [match for match, _ in REFUSED])
 def test_refused_before_any_pass(tiny: dgemma.DiffusionGemma, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiny.read(PROMPT, ["a", "b"])
+    monkeypatch.setattr(tiny.reader, "filler", None)
     monkeypatch.setattr(tiny.engine.passes, "read", None)
     monkeypatch.setattr(tiny.engine.passes, "scores", None)
     with pytest.raises(DgemmaError, match=match) as error:
@@ -386,7 +387,8 @@ def test_refused_before_any_pass(tiny: dgemma.DiffusionGemma, match: str, monkey
 
 
 def test_what_canvases_end_with(tiny: dgemma.DiffusionGemma) -> None:
-    made = canvas_of(tiny.reader, (1, 5), 5, length=None, samples=1, seed=0)
-    assert made.end == 5 and made.filler in (0, 1, 5)
-    assert canvas_of(tiny.reader, (1,), 5, length=None, samples=1, seed=0).end == 1
+    made = canvas_of(tiny.config, (1, 5), 5, length=None, samples=1, seed=0)
+    assert made.end == 5 and made.fillers == (0, 1, 5)
+    assert canvas_of(tiny.config, (1,), 5, length=None, samples=1, seed=0).end == 1
+    assert filler_of(tiny.reader, replace(made, fillers=(7,))) == 7
     assert layout_of(["a", "b"], None, tiny.tokenizer.encode).size == 1
