@@ -135,6 +135,27 @@ class _Machine:
             self.steps[state, atom] = self.number(frozenset(found))
         return self.steps[state, atom]
 
+    def row(self, state: int, masks: list[int]) -> list[int]:
+        """Return the next set of configurations on every atom.
+
+        Args:
+            masks: of each atom, the sets that it is in, as bits. Atoms that no set in use tells apart lead to one.
+        """
+        if any(asked for _, asked in self.sets[state]):
+            return [self.step(state, atom) for atom in range(len(masks))]
+        arcs = [(1 << self.numbers[number], t) for one, _ in self.sets[state] for number, t in self.nfa.arcs[one]]
+        used = 0
+        for bit, _ in arcs:
+            used |= bit
+        known: dict[int, int] = {0: -1}
+        found = []
+        for mask in masks:
+            if (shared := mask & used) not in known:
+                reached = (self.closure(t) for bit, t in arcs if bit & shared)
+                known[shared] = self.number(frozenset(one for configs in reached for one in configs))
+            found.append(known[shared])
+        return found
+
     def accepts(self, state: int, at_start: bool = False) -> bool:
         """Whether the text may end here."""
         todo = list(self.sets[state])
@@ -170,14 +191,15 @@ def from_pattern(pattern: str) -> CharDfa:
     machine = _Machine(nfa, sets, holds, False)
     start = machine.begin(True)
     ends_first = start >= 0 and machine.accepts(start, True)
+    masks = [sum(1 << number for number, found in enumerate(holds) if atom in found) for atom in range(count)]
     rows: list[list[int]] = []
     if start >= 0:
         # The beginning is a state that nothing comes back to: there alone may ^ stand.
-        rows.append([machine.step(start, atom) for atom in range(count)])
+        rows.append(machine.row(start, masks))
         for i in range(LARGEST + 1):
             if i == len(machine.sets):
                 break
-            rows.append([machine.step(i, atom) for atom in range(count)])
+            rows.append(machine.row(i, masks))
         if len(machine.sets) > LARGEST:
             raise DgemmaError(f"the pattern needs more than {LARGEST:,} states; bound its repeats lower")
     table = np.full((max(len(rows), 1), count), -1, np.int32)

@@ -37,6 +37,21 @@ def distances(sources: np.ndarray, targets: np.ndarray, goals: np.ndarray) -> np
     return found
 
 
+def lengths(table: np.ndarray, start: int, accepting: np.ndarray) -> tuple[int, int | None]:
+    """Return the fewest and the most symbols of what a trimmed automaton accepts, None where there is no most."""
+    sources, labels = np.nonzero(table >= 0)
+    shortest = int(distances(sources, table[sources, labels], accepting)[start])
+    front, most = np.array([start]), 0
+    for step in range(len(table)):
+        if accepting[front].any():
+            most = step
+        following = np.unique(table[front])
+        front = following[following >= 0]
+        if not len(front):
+            return shortest, most
+    return shortest, None
+
+
 def equal_rows(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Group equal rows → the first row of each group, rising; the group of each row, both int64."""
     rows = np.ascontiguousarray(rows)

@@ -83,7 +83,7 @@ DECODERS = {
     "Metaspace": decoders.Metaspace(),
     "MetaspaceNever": decoders.Metaspace(prepend_scheme="never"),
     "none": None,
-}  # fmt: skip
+}
 
 
 def tokenizer(folder: Path, kind: str, more: int = 2) -> Tokenizer:
@@ -266,10 +266,15 @@ def test_an_automaton_of_a_users_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "decoder",
-    [decoders.WordPiece(), decoders.BPEDecoder(), decoders.CTC(), decoders.Strip(" ", 1, 0),
-     decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
-     decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")])],
-)  # fmt: skip
+    [
+        decoders.WordPiece(),
+        decoders.BPEDecoder(),
+        decoders.CTC(),
+        decoders.Strip(" ", 1, 0),
+        decoders.Sequence([decoders.Fuse(), decoders.Strip(" ", 2, 0)]),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "c")]),
+    ],
+)
 def test_decoders_that_cannot_be_followed_are_refused(tmp_path: Path, decoder: object) -> None:
     tokenizer(tmp_path, "Metaspace")
     data = json.loads((tmp_path / "tokenizer.json").read_text())
