@@ -17,6 +17,7 @@ from .process import INTERRUPTED, Unwritable, say, unexpected, unwritable
 
 COMMANDS = (
     "generate",
+    "read",
     "chat",
     "batch",
     "replay",
