@@ -154,7 +154,11 @@ class Plan:
 
     def settles(self, step: int, draft: np.ndarray) -> bool:
         """Whether pass `step` held the channel's end where its own draft asks for it."""
-        return self._closing[step] == self.wants_end(draft)
+        return not self.watches(len(draft)) or self._closing[step] == self.wants_end(draft)
+
+    def watches(self, length: int) -> bool:
+        """Whether what a pass holds depends on the draft before: in the one canvas in which the channel is closed."""
+        return self._channel is not None and 0 < self._end < length
 
     def commit(self, argmax: np.ndarray) -> None:
         """A canvas is final."""

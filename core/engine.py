@@ -241,15 +241,9 @@ class Engine:
 
     def _read_canvases(self) -> None:
         rows = [row for row in self._rows if row.stage == "reading" and row.prompted]
-        if not rows:
-            return
-        if not self.passes.joined:
-            self._read({row: row.coming for row in rows})
-            return
-        for group in alike(rows):
-            if group[0].walk is not None:
-                self._read({row: row.coming for row in group})
-                continue
+        apart = [row for row in rows if not self.passes.joined or row.walk is not None or row.settled() is not None]
+        self._read({row: row.coming for row in apart})
+        for group in alike([row for row in rows if row not in apart]):
             given = [(row.slot, row.coming) for row in group]
             marks, draws, starts = next_pass(group)
             with self._for(group):
@@ -288,16 +282,21 @@ class Engine:
                     self._snapshot(row)
 
     def _denoise(self) -> None:
-        if not self.passes.lookahead:
-            self._take_results(len(self._pending))  # of joined passes, which may have finished their canvases
+        if not self.passes.lookahead or any(row.watches for row in self._rows if row.stage == "denoising"):
+            self._take_results(len(self._pending))  # of joined passes too, which may have finished their canvases
         behind = len(self._pending)
-        self._commit({row: held for row in self._rows if (held := row.settled()) is not None})
+        while held := self._settled():
+            self._commit(held)  # and the canvas behind it, where that has been read
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
         rows.sort(key=lambda row: row.slot)  # neighbours in the pool, where all its rows take a pass
         for group in alike(rows):
             with self._for(group):
                 self._pending.append(begin(self.passes, group))
         self._take_results(behind if self.passes.lookahead and rows else len(self._pending))
+
+    def _settled(self) -> dict[Row, np.ndarray]:
+        rows = [row for row in self._rows if row.stage == "denoising"]
+        return {row: held for row in rows if (held := row.settled()) is not None}
 
     def _take_results(self, count: int) -> None:
         for _ in range(count):

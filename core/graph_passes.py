@@ -197,13 +197,15 @@ class GraphPasses(Passes):
         ops, index = self.ops, self._filled(len(slots))
         state = self._state(slots, starts, index)
         cache, given = self._cache([slots[i] for i in index], draws.noise.shape[1]), self._given(draws, index)
-        before, temperature = self.taken(state), draws.temperature[index]
-        x, soft, masses = within.predict(ops, self.model, cache, before, given, self._of(classes), classes.count)
+        x, soft, masses = self.predicted(cache, state, given, self._of(classes), classes.count)
         chosen = choose(Masses(*(one[: len(slots)] for one in self.fetch(*masses)())))
-        chosen = chosen.rows(index)
-        token = within.drawn(ops, self.model, x, temperature, classes, chosen)
+        token = chosen.token.copy()
+        if (open_ := token < 0).any():
+            found = within.drawn(ops, self.model, x, draws.temperature, self._of(classes), chosen)
+            token[open_] = np.concatenate(self.fetch(*found)())
+        before, chosen, token = self.taken(state), chosen.rows(index), token[index]
         if chosen.factors is not None:
-            soft = within.fed_back(ops, self.model, x, temperature, classes, chosen.factors)
+            soft = within.fed_back(ops, self.model, x, draws.temperature[index], classes, chosen.factors)
         entropy = ops.cast(ops.asarray(chosen.entropy.astype(np.float32)), ops.wide)
         argmax = ops.asarray(chosen.argmax.astype(np.int32))
         after = ops.advance(given, before, ops.asarray(token), argmax, entropy, soft)
@@ -330,6 +332,12 @@ class GraphPasses(Passes):
         A backend may let the next call of the function overwrite what it returned, caches aside.
         """
         return function
+
+    def predicted(
+        self, cache: Cache, state: Any, draws: Draws, classes: Array, count: int
+    ) -> tuple[Array, Array, Masses]:
+        """Run a pass up to its choice; what comes back is good until the next one."""
+        return within.predict(self.ops, self.model, cache, self.taken(state), draws, classes, count)
 
     def taken(self, state: Any) -> StepState:
         """Return rows' canvases as `_state` left them as one batch."""

@@ -163,9 +163,14 @@ class Row:
         )
         return self.plan.canvas(noise, uniforms)
 
+    @property
+    def watches(self) -> bool:
+        """Whether what its next pass is given depends on what the last one came to, which then has to be seen first."""
+        return self.walk is not None or self.plan.watches(self.length)
+
     def settled(self) -> np.ndarray | None:
-        """Return a canvas that begins and is all held, int32 [L]: it is finished without a pass."""
-        return self.plan.settled(self.length, self.left) if self.stage == "denoising" and not self.begun else None
+        """Return the canvas that has not begun, int32 [L], if it is all held: it is finished without a pass."""
+        return None if self.begun else self.plan.settled(self.length, self.left)
 
     def draws(self) -> Draws:
         """Return what the next pass is given, and count it."""

@@ -29,22 +29,23 @@ def predict(
     return x, soft, masses
 
 
-def drawn(ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: Classes, chosen: Chosen) -> np.ndarray:
-    """Return the drawn tokens, int32 [B, L]: x [B, L, D], temperature [B, 1], arrays of `chosen` [B, L]."""
-    tokens = chosen.token.copy()
-    flat = tokens.reshape(-1)
-    open_ = np.flatnonzero(flat < 0)
-    hot = np.broadcast_to(temperature, tokens.shape).reshape(-1)
+def drawn(ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: Array, chosen: Chosen) -> list[Array]:
+    """Return the tokens, int32 [R], of `ROWS` of the positions in turn whose class has to be looked into.
+
+    x [≥ B, L, D], temperature [B, 1], classes int32 [V], arrays of `chosen` [B, L].
+    """
+    parts = []
+    open_ = np.flatnonzero(chosen.token < 0)
+    hot = np.broadcast_to(temperature, chosen.token.shape).reshape(-1)
     for at in range(0, len(open_), ROWS):
         some = open_[at : at + ROWS]
-        mine = ops.asarray(classes.of)
         label = ops.asarray(chosen.label.reshape(-1)[some].astype(np.int32))
         scores = _scores(ops, weights, x, some, hot[some])
-        scores = ops.where(ops.reshape(mine, (1, 1, -1)) == ops.reshape(label, (1, -1, 1)), scores, -np.inf)
+        scores = ops.where(ops.reshape(classes, (1, 1, -1)) == ops.reshape(label, (1, -1, 1)), scores, -np.inf)
         mass = ops.unary(scores - ops.reduce(scores, "max", -1, True), "exp")
         u = ops.asarray(chosen.rest.reshape(-1)[some][None].astype(np.float32))
-        flat[some] = ops.to_numpy(reference.draw(ops, mass, u))[0]
-    return tokens
+        parts.append(reference.draw(ops, mass, u)[0])
+    return parts
 
 
 def fed_back(

@@ -64,6 +64,8 @@ class Capturable(CardOps):
     def can_capture(self, weights: Model) -> bool:
         return True
 
+    can_capture_classes = can_capture
+
 
 def card_passes(checkpoint: Checkpoint, capture: Any = rerun, **options: Any) -> CardPasses:
     ops = Capturable("float32", "cpu")

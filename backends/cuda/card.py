@@ -41,6 +41,10 @@ class CardOps(InferenceOps):
         """Whether a pass over these weights reads nothing back to the host, so that a CUDA graph can hold it."""
         return False
 
+    def can_capture_classes(self, weights: Model) -> bool:
+        """The same of a pass that ends in `class_head`."""
+        return False
+
     # ---- Between host and card ----------------------------------------------------------------------------------
 
     def asarray(self, x: Any, dtype: DType | None = None) -> Array:

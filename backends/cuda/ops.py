@@ -88,6 +88,9 @@ class CudaOps(CardOps):
         attend = all(self._attends(layer.self_attn) for layer in weights.layers)
         return self.kernels and attend and all(map(unpack.supports, experts))
 
+    def can_capture_classes(self, weights: Model) -> bool:
+        return self.can_capture(weights) and self._scores(weights.embed_tokens)
+
     def stack(self, part: Any) -> Any:
         """Lay q, k and v, or gate and up, in one weight (`Attention.qkv_proj`); the parts become views of it."""
         if not self.kernels:

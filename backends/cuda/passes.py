@@ -3,6 +3,8 @@
     step       the rows' canvases are taken out of a pool on the card by slot, and put back, inside the captured pass:
                what it is given are slots, lengths and draws, so a graph serves whatever rows a batch is made of
     capture    once for each of a few batch sizes, lengths and pools of slots; a row's settings are data
+    within     of a pass whose tokens are chosen on the host, the part up to that is captured, for 32, 64, 128, …
+               classes; the rest is a few launches
     fetch      results are copied to pinned memory behind their pass, and an event says when they are there
     pool       it keeps its addresses while rows join and leave; where it grows, the graphs over the old one are let go
 
@@ -23,7 +25,7 @@ from ...core import memory, model, sampler
 from ...core.config import ModelConfig
 from ...core.errors import DgemmaError
 from ...core.graph_passes import GraphPasses
-from ...core.parts import Array, Cache, Draws, Model, StepState
+from ...core.parts import Array, Cache, Draws, Masses, Model, StepState
 from ...core.passes import Starts, StepResult
 from ..torch.primitives import TORCH_DTYPES
 from .card import CardOps
@@ -38,6 +40,9 @@ KEPT = 1 << 30
 
 LENGTHS = 8
 """Canvas lengths whose states have a pool; more only while rows of more are open."""
+
+LEAST_CLASSES = 32
+"""Of a captured pass that looks at classes of tokens; more are the next power of two."""
 
 REMEDY = "take a shorter context, or a smaller recipe (dgemma convert --recipe 4bit)"
 
@@ -86,6 +91,7 @@ class CardPasses(GraphPasses):
             self.lookahead, self.batch_sizes, self.read_sizes = 1, (1, 2, 4, 8, 16, 32), (64, 256, 1024)
         self._step = self.compile(self._stepped)
         self._both = self.compile(self._read_and_stepped)
+        self._within = self.compile(self._predicted) if ops.can_capture_classes(weights) else None
 
     @property
     def captures(self) -> bool:
@@ -141,6 +147,29 @@ class CardPasses(GraphPasses):
     def _read_and_stepped(self, cache: Cache, tokens: Array, rows: _Rows, draws: Draws) -> tuple[Cache, _Results]:
         cache, after = model.encode_and_step(self.ops, self.model, cache, tokens, _taken(rows), draws)
         return cache, _put(rows, after)
+
+    def predicted(
+        self, cache: Cache, state: Any, draws: Draws, classes: Array, count: int
+    ) -> tuple[Array, Array, Masses]:
+        if self._within is None or self._capture is None:
+            return super().predicted(cache, state, draws, classes, count)
+        # Filled up with classes that no token has, so that few numbers of them are captured.
+        size = max(LEAST_CLASSES, 1 << (count - 1).bit_length())
+        numbers = torch.zeros(size, dtype=torch.bool, device=classes.device)
+        x, soft, masses = self._within(cache, state, draws, classes, numbers)
+        return x, soft, Masses(*(one[..., :count] for one in masses))
+
+    def _predicted(
+        self, cache: Cache, rows: _Rows, draws: Draws, classes: Array, numbers: Array
+    ) -> tuple[Array, Array, Masses]:
+        """`predicted` for as many classes as `numbers` [C] has elements, whatever they are."""
+        return super().predicted(cache, rows, draws, classes, len(numbers))
+
+    def taken(self, state: _Rows) -> StepState:
+        return _taken(state)
+
+    def put(self, state: _Rows, after: StepState) -> _Results:
+        return _put(state, after)
 
     def _state(self, slots: Sequence[int], starts: Starts, index: Sequence[int]) -> Any:
         if starts:
