@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 
 from ..core.errors import DgemmaError, shown
-from .picture import BACKGROUND, BARS, COLOURS, END, INK, SHADE, Look, Row, Run, Shot, characters, clusters, mixed
+from .picture import BACKGROUND, BARS, COLOURS, END, INK, SHADE, Colour, Row, Run, Shot, characters, clusters, mixed
 
 if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+    from PIL import Image
 
 WIDTH, HEIGHT, MARGIN, SIZE = 10, 22, 16, 16
 """Pixels of a cell, of the edge, and of the font."""
@@ -51,25 +51,28 @@ def draw(shots: Sequence[Shot], *, columns: int, font: Path | None = None) -> by
         raise DgemmaError('a GIF needs Pillow, which is not installed: pip install "dgemma[gif]"') from None
     tall = max((len(shot.rows) for shot in shots), default=1)
     size = (columns * WIDTH + 2 * MARGIN, tall * HEIGHT + 2 * MARGIN)
-    pen = _Pen(_fonts(font), size[0] - 2 * MARGIN)
     palette = Image.new("P", (1, 1))
-    palette.putpalette([part for colour in _colours() for part in colour])
-    frames = []
-    for shot in shots:
-        frame = Image.new("RGB", size, BACKGROUND)
+    colours = [part for colour in _colours() for part in colour]
+    palette.putpalette(colours)
+    pen = _Pen(_fonts(font), size[0] - 2 * MARGIN, palette)
+
+    def frame(shot: Shot) -> Image.Image:
+        found = Image.new("P", size, 0)  # the palette's first colour is the ground
+        found.putpalette(colours)
         for i, row in enumerate(shot.rows):
-            frame.paste(pen.row(row), (MARGIN, MARGIN + i * HEIGHT))
-        frames.append(frame.quantize(palette=palette, dither=Image.Dither.NONE))
+            found.paste(pen.row(row), (MARGIN, MARGIN + i * HEIGHT))
+        return found
+
     file = io.BytesIO()
     milliseconds = [round(max(shot.seconds, SHORTEST) * 1000) for shot in shots]
-    frames[0].save(
-        file, "GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0, disposal=1,
+    frame(shots[0]).save(
+        file, "GIF", save_all=True, append_images=map(frame, shots[1:]), duration=milliseconds, loop=0, disposal=1,
         optimize=False, comment=b"drawn by dgemma replay",
     )  # fmt: skip
     return file.getvalue()
 
 
-def _colours() -> list[tuple[int, int, int]]:
+def _colours() -> list[Colour]:
     """All that is drawn with, and what lies between it and its ground."""
     found = []
     for ink in (INK, *COLOURS.values()):
@@ -85,9 +88,6 @@ class _Fonts:
     regular: Any
     bold: Any
     italic: Any
-
-    def of(self, look: Look) -> Any:
-        return self.bold if look.bold else self.italic if look.italic else self.regular
 
 
 def _fonts(path: Path | None) -> _Fonts:
@@ -110,48 +110,65 @@ def _fonts(path: Path | None) -> _Fonts:
 
 
 class _Pen:
-    """Draws rows; one that comes again is drawn once."""
+    """Draws rows; a row, and a character, that comes again is drawn once."""
 
-    def __init__(self, fonts: _Fonts, width: int) -> None:
+    def __init__(self, fonts: _Fonts, width: int, palette: Image.Image) -> None:
         self._fonts = fonts
         self._width = width
+        self._palette = palette
         self.row = cache(self._row)
+        self._glyph = cache(self._drawn)
+        self._shade = cache(self._shaded)
 
     def _row(self, row: Row) -> Image.Image:
-        from PIL import Image, ImageDraw
+        from PIL import Image
 
         strip = Image.new("RGB", (self._width, HEIGHT), BACKGROUND)
-        pen = ImageDraw.Draw(strip)
         for run in row:
-            self._run(pen, run)
-        return strip
+            self._run(strip, run)
+        return strip.quantize(palette=self._palette, dither=Image.Dither.NONE)
 
-    def _run(self, pen: ImageDraw.ImageDraw, run: Run) -> None:
+    def _run(self, strip: Image.Image, run: Run) -> None:
         look = run.look
-        left, right = run.column * WIDTH, (run.column + run.cells) * WIDTH - 1
+        left, right = run.column * WIDTH, (run.column + run.cells) * WIDTH
         if look.ground is not None:
-            pen.rectangle((left, 0, right, HEIGHT - 1), look.ground)
+            strip.paste(look.ground, (left, 0, right, HEIGHT))
         for column, cells, text in characters(run):
             x = column * WIDTH
-            if text == SHADE:
-                for at in range(x - HEIGHT, x + cells * WIDTH, 4):  # slanted lines, cut off at the cell's edges
-                    inside = [(at + dx, HEIGHT - 4 - dx) for dx in range(HEIGHT - 6)]
-                    pen.point([one for one in inside if x <= one[0] < x + cells * WIDTH], look.ink)
+            if text[0] == SHADE:
+                box = (x, 3, x + cells * WIDTH, HEIGHT - 3)
+                strip.paste(self._shade(look.ink).crop(box), box)
             elif text in BARS:
-                high = 2 + (HEIGHT - 8) * (BARS.index(text) + 1) // len(BARS)
-                pen.rectangle((x, HEIGHT - 4 - high, x + WIDTH - 1, HEIGHT - 4), look.ink)
+                high = 3 + (HEIGHT - 8) * (BARS.index(text) + 1) // len(BARS)
+                strip.paste(look.ink, (x, HEIGHT - 3 - high, x + WIDTH, HEIGHT - 3))
             elif text == END:
-                pen.rectangle((x + 2, 7, x + 7, HEIGHT - 6), look.ink)
-            else:
-                self._glyphs(pen, x, cells, text, look)
+                strip.paste(look.ink, (x + 2, 7, x + WIDTH - 2, HEIGHT - 5))
+            else:  # one by one: fonts of more than one width keep to the grid too
+                for i, glyph in enumerate(clusters(text)):
+                    if not glyph.isspace():
+                        mask = self._glyph(glyph, look.bold, look.italic)
+                        strip.paste(look.ink, (x + i * WIDTH - WIDTH, 0), mask)
         if look.underline:
-            pen.line((left, HEIGHT - 3, right, HEIGHT - 3), look.ink)
+            strip.paste(look.ink, (left, HEIGHT - 3, right, HEIGHT - 2))
 
-    def _glyphs(self, pen: ImageDraw.ImageDraw, x: int, cells: int, text: str, look: Look) -> None:
-        font = self._fonts.of(look)
-        thicker = 0.35 if look.bold and font is self._fonts.regular else 0
-        # One by one: fonts of more than one width keep to the grid too.
-        for i, glyph in enumerate(clusters(text)):
-            if not glyph.isspace():
-                middle = x + (cells * WIDTH / 2 if cell_len(glyph) == cells else (i + 0.5) * WIDTH)
-                pen.text((middle, HEIGHT - 6), glyph, look.ink, font=font, anchor="ms", stroke_width=thicker)
+    def _drawn(self, glyph: str, bold: bool, italic: bool) -> Image.Image:
+        """One character, with a cell of room on either side."""
+        from PIL import Image, ImageDraw
+
+        font = self._fonts.bold if bold else self._fonts.italic if italic else self._fonts.regular
+        width = max(cell_len(glyph), 1) * WIDTH
+        mask = Image.new("L", (width + 2 * WIDTH, HEIGHT))
+        thicker = 0.35 if bold and font is self._fonts.regular else 0
+        place = (WIDTH + width / 2, HEIGHT - 6)
+        ImageDraw.Draw(mask).text(place, glyph, 255, font=font, anchor="ms", stroke_width=thicker)
+        return mask
+
+    def _shaded(self, ink: Colour) -> Image.Image:
+        """A row of slanted lines."""
+        from PIL import Image, ImageDraw
+
+        found = Image.new("RGB", (self._width, HEIGHT), BACKGROUND)
+        pen = ImageDraw.Draw(found)
+        for x in range(-HEIGHT, self._width, 4):
+            pen.line((x, HEIGHT, x + HEIGHT, 0), ink)
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -137,20 +138,21 @@ def mixed(one: Colour, other: Colour, share: float) -> Colour:
 
 
 def characters(run: Run) -> Iterator[tuple[int, int, str]]:
-    """Yield (column, cells, text) of what is placed by itself: shapes, wide characters, and stretches of the rest."""
-    column, stretch, begun = run.column, "", run.column
-    for character in clusters(run.text):
-        cells = cell_len(character)
-        if cells > 1 or character in SHAPES:
-            if stretch:
-                yield begun, column - begun, stretch
-            yield column, cells, character
-            stretch, begun = "", column + cells
-        else:
-            stretch += character
-        column += cells
-    if stretch:
-        yield begun, column - begun, stretch
+    """Yield (column, cells, text) of what is placed by itself: shapes, wide characters, and stretches of the rest.
+
+    Shade beside shade is one.
+    """
+    column = run.column
+    for kind, group in groupby(clusters(run.text), key=_kind):
+        found = list(group)
+        for text in ["".join(found)] if kind in ("rest", SHADE) else found:
+            cells = cell_len(text)
+            yield column, cells, text
+            column += cells
+
+
+def _kind(character: str) -> str:
+    return character if character in SHAPES else "wide" if cell_len(character) > 1 else "rest"
 
 
 def clusters(text: str) -> list[str]:

@@ -83,11 +83,8 @@ def _run(run: Run, i: int) -> str:
     if run.look.ground is not None:
         parts.append(_box(run.column, run.cells, top, HEIGHT, _hex(run.look.ground)))
     for column, cells, text in characters(run):
-        if text == SHADE:
-            if parts and (joined := _longer(parts[-1], column, top)) is not None:
-                parts[-1] = joined
-            else:
-                parts.append(_box(column, cells, top + 2, HEIGHT - 4, "url(#shade)"))
+        if text[0] == SHADE:
+            parts.append(_box(column, cells, top + 2, HEIGHT - 4, "url(#shade)"))
         elif text in BARS:
             high = 2 + 12 * (BARS.index(text) + 1) / len(BARS)
             parts.append(_box(column, cells, top + 16 - high, high, _hex(run.look.ink)))
@@ -96,14 +93,6 @@ def _run(run: Run, i: int) -> str:
         elif text.strip():
             parts.append(_glyphs(column, cells, text, top, run.look))
     return "".join(parts)
-
-
-def _longer(part: str, column: int, top: float) -> str | None:
-    """Return a shaded box with one cell more, where this is one that ends at the column."""
-    found = re.fullmatch(r'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" (.*url\(#shade\).*)', part)
-    if found is None or abs(float(found[1]) + float(found[3]) - column * WIDTH) > 0.05:
-        return None
-    return f'<rect x="{found[1]}" y="{found[2]}" width="{_figure(float(found[3]) + WIDTH)}" {found[4]}'
 
 
 def _box(column: float, cells: float, top: float, height: float, fill: str) -> str:

@@ -70,7 +70,7 @@ def test_every_moment_shows_its_frame(tmp_path: Path) -> None:
             if group.get("transform") is None and begin <= i < end:
                 visible += seen(group)
         wanted = "".join(
-            text for row in shot.rows for one in row for _, _, text in characters(one) if text not in "░▁▂▃▄▅▆▇█∎"
+            text for row in shot.rows for one in row for _, _, text in characters(one) if text[0] not in "░▁▂▃▄▅▆▇█∎"
         )
         assert sorted(visible.replace(" ", "")) == sorted(wanted.replace(" ", "")), i
 
