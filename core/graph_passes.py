@@ -201,11 +201,12 @@ class GraphPasses(Passes):
         chosen = choose(Masses(*(one[: len(slots)] for one in self.fetch(*masses)())))
         token = chosen.token.copy()
         if (open_ := token < 0).any():
-            found = within.drawn(ops, self.model, x, draws.temperature, self._of(classes), chosen)
+            found = within.drawn(ops, self._logits, x, draws.temperature, self._of(classes), chosen)
             token[open_] = np.concatenate(self.fetch(*found)())
         before, chosen, token = self.taken(state), chosen.rows(index), token[index]
         if chosen.factors is not None:
-            soft = within.fed_back(ops, self.model, x, draws.temperature[index], classes, chosen.factors)
+            mean, heat = partial(ops.mean_embedding, table=self.model.embed_tokens), draws.temperature[index]
+            soft = within.fed_back(ops, self._logits, mean, x, heat, classes, chosen.factors)
         entropy = ops.cast(ops.asarray(chosen.entropy.astype(np.float32)), ops.wide)
         argmax = ops.asarray(chosen.argmax.astype(np.int32))
         after = ops.advance(given, before, ops.asarray(token), argmax, entropy, soft)
@@ -268,8 +269,10 @@ class GraphPasses(Passes):
         return self.ops.to_numpy(batch.soft[row : row + 1])[0]
 
     def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
-        x = self._states_of(slot, canvas, previous)
-        return self.ops.to_numpy(self.ops.logits(x, self.model.embed_tokens, self.config.softcap))[0].astype(np.float32)
+        return self.ops.to_numpy(self._logits(self._states_of(slot, canvas, previous)))[0].astype(np.float32)
+
+    def _logits(self, x: Array) -> Array:
+        return self.ops.logits(x, self.model.embed_tokens, self.config.softcap)
 
     def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         return self.ops.to_numpy(self._states_of(slot, canvas, previous))[0].astype(np.float32)
@@ -289,7 +292,7 @@ class GraphPasses(Passes):
         x = model.denoise(ops, self.model, self._cache(slots, length), ops.asarray(canvases.astype(np.int32)), soft)
         rows = ops.asarray(np.asarray([row * length + position for row, position in at], np.int32))
         x = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), rows, 1)  # [1, R, D]: of the others nobody asks
-        found = self.fetch(*within.scored(ops, self.model, x, ops.asarray(tokens.astype(np.int32))))()
+        found = self.fetch(*within.scored(ops, self._logits, x, ops.asarray(tokens.astype(np.int32))))()
         log_p, entropy, token, top = (np.concatenate(found[i::4]) for i in range(4))
         return Scores(
             log_p=log_p.astype(np.float32), entropy=entropy.astype(np.float32), token=token.astype(np.int32),

@@ -8,6 +8,8 @@ Only positions that may be accepted and whose class does not say its token are l
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from . import model, reference
@@ -17,6 +19,9 @@ from .parts import Array, Cache, Draws, Masses, Model, StepState
 
 ROWS = 32
 """Positions whose logits are in memory at once."""
+
+Logits = Callable[[Array], Array]
+"""States [1, R, D] → logits, wide [1, R, V]."""
 
 
 def predict(
@@ -29,7 +34,7 @@ def predict(
     return x, soft, masses
 
 
-def drawn(ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: Array, chosen: Chosen) -> list[Array]:
+def drawn(ops: Ops, logits: Logits, x: Array, temperature: np.ndarray, classes: Array, chosen: Chosen) -> list[Array]:
     """Return the tokens, int32 [R], of `ROWS` of the positions in turn whose class has to be looked into.
 
     x [≥ B, L, D], temperature [B, 1], classes int32 [V], arrays of `chosen` [B, L].
@@ -40,7 +45,7 @@ def drawn(ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: 
     for at in range(0, len(open_), ROWS):
         some = open_[at : at + ROWS]
         label = ops.asarray(chosen.label.reshape(-1)[some].astype(np.int32))
-        scores = _scores(ops, weights, x, some, hot[some])
+        scores = _scores(ops, logits, x, some, hot[some])
         scores = ops.where(ops.reshape(classes, (1, 1, -1)) == ops.reshape(label, (1, -1, 1)), scores, -np.inf)
         mass = ops.unary(scores - ops.reduce(scores, "max", -1, True), "exp")
         u = ops.asarray(chosen.rest.reshape(-1)[some][None].astype(np.float32))
@@ -49,29 +54,33 @@ def drawn(ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: 
 
 
 def fed_back(
-    ops: Ops, weights: Model, x: Array, temperature: np.ndarray, classes: Classes, factors: np.ndarray
-) -> Array:
-    """Return the mean embedding [B, L, D] under a distribution whose classes are multiplied: factors [B, L, C + 1]."""
+    ops: Ops, logits: Logits, mean: Callable[[Array], Array], x: Array, temperature: np.ndarray, classes: Classes,
+    factors: np.ndarray,
+) -> Array:  # fmt: skip
+    """Return the mean embedding [B, L, D] under a distribution whose classes are multiplied: factors [B, L, C + 1].
+
+    `mean` is `Ops.mean_embedding` over the table: wide [1, R, V] → [1, R, D].
+    """
     batch, length, _ = factors.shape
     column = ops.asarray(np.where(classes.of < 0, classes.count, classes.of).astype(np.int32))
     hot = np.broadcast_to(temperature, (batch, length)).reshape(-1)
     parts = []
     for at in range(0, batch * length, ROWS):
         some = np.arange(at, min(at + ROWS, batch * length))
-        p = reference.softmax(ops, _scores(ops, weights, x, some, hot[some]))
+        p = reference.softmax(ops, _scores(ops, logits, x, some, hot[some]))
         mine = ops.asarray(factors.reshape(batch * length, -1)[some][None].astype(np.float32))
         p = p * ops.cast(ops.take(mine, column, 2), ops.wide)
-        parts.append(ops.mean_embedding(p, weights.embed_tokens))
+        parts.append(mean(p))
     return ops.reshape(ops.concat(parts, 1), (batch, length, -1))
 
 
-def scored(ops: Ops, weights: Model, x: Array, tokens: Array) -> list[Array]:
+def scored(ops: Ops, logits: Logits, x: Array, tokens: Array) -> list[Array]:
     """Return what positions, x [1, R, D], say of tokens int32 [K] at temperature 1: of each `ROWS` of them in turn the
     logs of their probabilities [R, K], entropies [R], the likeliest tokens int32 [R] and the logs of theirs [R]."""
     parts = []
     for at in range(0, x.shape[1], ROWS):
         some = ops.take(x, ops.asarray(np.arange(at, min(at + ROWS, x.shape[1]), dtype=np.int32)), 1)
-        found = ops.logits(some, weights.embed_tokens, weights.config.softcap)[0]  # [R, V] <- big
+        found = logits(some)[0]  # [R, V] <- big
         shifted = found - ops.reduce(found, "max", -1, True)
         mass = ops.unary(shifted, "exp")
         total = ops.reduce(mass, "sum", -1, True)
@@ -81,8 +90,8 @@ def scored(ops: Ops, weights: Model, x: Array, tokens: Array) -> list[Array]:
     return parts
 
 
-def _scores(ops: Ops, weights: Model, x: Array, some: np.ndarray, temperature: np.ndarray) -> Array:
+def _scores(ops: Ops, logits: Logits, x: Array, some: np.ndarray, temperature: np.ndarray) -> Array:
     """Return logits over temperature of some of a pass's positions, wide [1, R, V]."""
     rows = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), ops.asarray(some.astype(np.int32)), 1)
     hot = ops.cast(ops.asarray(temperature[None, :, None].astype(np.float32)), ops.wide)
-    return ops.logits(rows, weights.embed_tokens, weights.config.softcap) / hot
+    return logits(rows) / hot

@@ -123,6 +123,26 @@ def logits_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
     return _finish(ops, "logits", {"logits": ops.logits(states, table, config.softcap)}, options)
 
 
+def classes_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
+    """Return the head for classes of tokens: states, temperature, classes, count → soft, mass, best, score, moment."""
+    ops = options.ops()
+    states = ops.input("states", ops.dtype, (BATCH, LENGTH, config.hidden_size))
+    temperature = ops.input("temperature", "float32", (BATCH, 1))
+    classes = ops.input("classes", "int32", (config.vocab_size,))
+    count = ops.input("count", "int32", (1,))
+    table = ops.pack(get(f"{weights.DECODER}.embed_tokens.weight"))
+    soft, masses = ops.class_head(states, table, config.softcap, temperature, classes, count)
+    return _finish(ops, "classes", {"soft": soft, **masses._asdict()}, options)
+
+
+def embedding_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
+    """Return what makes mean embeddings of distributions: probabilities → soft."""
+    ops = options.ops()
+    probabilities = ops.input("probabilities", "float32", (BATCH, LENGTH, config.vocab_size))
+    table = ops.pack(get(f"{weights.DECODER}.embed_tokens.weight"))
+    return _finish(ops, "embedding", {"soft": ops.mean_embedding(probabilities, table)}, options)
+
+
 def _built(ops: OnnxOps, config: ModelConfig, get: Any) -> Model:
     return weights.build(config, lambda name: ops.pack(get(name)))
 

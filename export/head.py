@@ -74,6 +74,20 @@ def scores(ops: PrimitiveOps, x: Array, table: Array | PackedPlaces, softcap: fl
     return parts[0] if len(parts) == 1 else ops.builder.op("Concat", *parts, axis=1)
 
 
+def mean_embedding(ops: PrimitiveOps, probabilities: Array, table: Any) -> Array:
+    """`Ops.mean_embedding`, with a quantized table in parts."""
+    b, whole = ops.builder, Table(ops, table)
+    given = probabilities.rows()
+    soft = None
+    for start in whole.starts:
+        stored, values = whole.part(start, given if soft is None else soft)
+        mass = b.op("Slice", given, b.ints(start), b.ints(start + stored.shape[0]), b.ints(1))
+        soft = add_product(ops, mass, values, soft)
+    shape = probabilities.shape[:-1]
+    made = ops.array(soft, (*shape, whole.width), ops.wide, (product(shape), whole.width))  # type: ignore[arg-type]
+    return ops.cast(made, ops.dtype)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Part:
     """What is kept of a part; `peak` is the m that its masses are relative to."""
@@ -160,9 +174,15 @@ def _mean(ops: PrimitiveOps, mass: Value, values: Value, count: int, before: Val
     flat = b.op("Reshape", mass, b.ints(0, -1))
     if count % DRAW_BLOCK:
         flat = b.op("Slice", flat, b.ints(0), b.ints(count), b.ints(1))
+    return add_product(ops, flat, values, before)
+
+
+def add_product(ops: PrimitiveOps, mass: Value, values: Value, before: Value | None) -> Value:
+    """Return before + mass · values, wide: mass wide [rows, v], values [v, D] → [rows, D]."""
+    b = ops.builder
     if ops.dtype == "float32":
-        return b.op("Gemm", flat, values, before)
-    made = b.op("Cast", b.op("MatMul", b.op("Cast", flat, to=int(ops.float_type)), values), to=int(ir.DataType.FLOAT))
+        return b.op("Gemm", mass, values, before)
+    made = b.op("Cast", b.op("MatMul", b.op("Cast", mass, to=int(ops.float_type)), values), to=int(ir.DataType.FLOAT))
     return made if before is None else b.op("Add", made, before)
 
 

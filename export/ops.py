@@ -4,7 +4,7 @@ linear         Gemm on [rows, D] with the weight as the checkpoint has it, trans
 norms, rotary  RMSNormalization-23 and RotaryEmbedding-23
 attention      Attention-23, whose past inputs are the cache; masks only where the span is causal
 experts        the function `dgemma::GegluMoE` (`experts.py`)
-head           `head.py`
+head           `head.py`; of classes of tokens `classes.py`
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..core.parts import KV, Rope, Span
+from ..core.parts import KV, Masses, Rope, Span
 from ..core.primitives import DType
 from . import packed
 from .arrays import Array, Size, product
+from .classes import class_head
 from .experts import geglu_moe
 from .graph import Builder
-from .head import scores, vocab_head
+from .head import mean_embedding, scores, vocab_head
 from .primitives import PrimitiveOps
 from .weights import PackedPlaces
 
@@ -166,3 +167,11 @@ class OnnxOps(PrimitiveOps):
         self, x: Array, table: Any, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
         return vocab_head(self, x, table, softcap, temperature, u)
+
+    def mean_embedding(self, probabilities: Array, table: Any) -> Array:
+        return mean_embedding(self, probabilities, table)
+
+    def class_head(
+        self, x: Array, table: Any, softcap: float, temperature: Array, classes: Array, count: Any
+    ) -> tuple[Array, Masses]:
+        return class_head(self, x, table, softcap, temperature, classes, count)

@@ -26,12 +26,11 @@ import onnxruntime as ort
 from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.loading import dense
 from ...checkpoints.weights import DECODER
-from ...core import memory, reference, sampler
+from ...core import memory, reference, sampler, within
 from ...core.canvas import Chosen, Classes
 from ...core.config import ModelConfig
-from ...core.errors import DgemmaError
-from ...core.parts import Draws, Masses
-from ...core.passes import Passes, Snapshot, Starts, StepResult
+from ...core.parts import Draws, Masses, StepState
+from ...core.passes import Passes, Scores, Snapshot, Starts, StepResult
 from ...core.primitives import DType
 from ..numpy import NumpyOps
 from .session import Session, Weights, open_session
@@ -92,7 +91,7 @@ class OrtPasses(Passes):
             self._session(name)
 
     def _session(self, name: str) -> Session:
-        """Return a graph's session: `encode` and `denoise`, and when something asks for them `states` and `logits`."""
+        """Return a graph's session: `encode` and `denoise`, and once something asks for them parts of a pass."""
         if name not in self._sessions:
             self._sessions[name] = open_session(
                 name, self._checkpoint, self._graphs.get(name), self.dtype, self.device, self._weights
@@ -154,18 +153,17 @@ class OrtPasses(Passes):
             one.length += len(tokens)
 
     def step(self, slots: Sequence[int], draws: Draws, starts: Starts) -> Callable[[], StepResult]:
+        self._begin(slots, starts)
         groups = self._groups(slots, draws)
-        parts = []
-        for group in groups:
-            rows = [self._slots[slots[i]] for i in group]
-            for i, row in zip(group, rows, strict=True):
-                if (noise := starts.get(slots[i])) is not None:
-                    row.canvas = self._start(noise)
-            parts.append(self._step(rows, Draws(*(x[group] for x in draws))))
-        place = np.argsort(np.concatenate(groups))  # of each row among the groups'
-        names = ("canvas", "argmax", "accepted", "entropy", "stop")
-        result = StepResult(**{name: np.concatenate([getattr(part, name) for part in parts])[place] for name in names})
+        parts = [self._step([self._slots[slots[i]] for i in one], Draws(*(x[one] for x in draws))) for one in groups]
+        result = _together(groups, parts)
         return lambda: result
+
+    def _begin(self, slots: Sequence[int], starts: Starts) -> None:
+        """Begin those canvases of some slots that begin with this pass."""
+        for slot in slots:
+            if (noise := starts.get(slot)) is not None:
+                self._slots[slot].canvas = self._start(noise)
 
     def _groups(self, slots: Sequence[int], draws: Draws) -> list[list[int]]:
         """Return which rows share a run; on a card, where caches would have to come to the host for it, none do."""
@@ -179,16 +177,11 @@ class OrtPasses(Passes):
 
     def _step(self, rows: Sequence[_Slot], draws: Draws) -> StepResult:
         """Run a pass of rows that are equally long and have one entropy bound."""
-        canvases = [row.canvas for row in rows if row.canvas is not None]
-        assert len(canvases) == len(rows), "a canvas begins with its noise"
-        session, (first, *_) = self._session("denoise"), rows
+        canvases, session = _canvases(rows), self._session("denoise")
         feeds = {
-            "input_ids": np.concatenate([canvas.tokens for canvas in canvases]).astype(np.int64),
-            "soft_embedding": _joined([canvas.soft for canvas in canvases]),
-            "temperature": draws.temperature, "uniform": draws.uniforms, "noise": draws.noise.astype(np.int64),
+            **self._seen(rows), "temperature": draws.temperature, "uniform": draws.uniforms,
+            "noise": draws.noise.astype(np.int64),
             "entropy_bound": draws.entropy_bound[0].astype(np.float32), "held": draws.held.astype(np.int64),
-            "position_ids": self._positions(first, draws.noise.shape),
-            **{name: _joined([row.cache[name] for row in rows]) for name in first.cache},
         }  # fmt: skip
         places: dict[str, Any] = dict.fromkeys(("argmax", "entropy", "accepted", "next_canvas"), session.host())
         made = session.run(feeds, places | {"next_soft_embedding": session.device})
@@ -196,15 +189,22 @@ class OrtPasses(Passes):
         argmax, soft = argmax.astype(np.int32), made["next_soft_embedding"]
         # The graphs know the draw only: where greedy, what it chose gives way to the likeliest.
         tokens = np.where(draws.greedy & accepted, argmax, tokens).astype(np.int32)
-        softs = [soft] if len(rows) == 1 else np.split(soft.numpy(), len(rows))
-        for i, (row, before) in enumerate(zip(rows, canvases, strict=True)):
-            own = slice(i, i + 1)
-            stable = before.stable + 1 if (argmax[own] == before.argmax).all() else 0
-            row.canvas = _Canvas(tokens=tokens[own], soft=softs[i], argmax=argmax[own], stable=stable)
-        stable = np.asarray([row.canvas.stable for row in rows if row.canvas is not None])
+        same = [(one == before.argmax[0]).all() for one, before in zip(argmax, canvases, strict=True)]
+        stable = np.asarray([before.stable + 1 for before in canvases]) * same
+        _keep(rows, tokens, argmax, stable, soft)
         sure = sampler.confident(self._host, draws.held, entropy, draws.confidence.astype(np.float32))
         stop = sure & (stable >= draws.stability)
         return StepResult(canvas=tokens, argmax=argmax, accepted=accepted, entropy=entropy, stop=stop)
+
+    def _seen(self, rows: Sequence[_Slot]) -> dict[str, Any]:
+        """Return what a pass over rows that are equally long sees: their canvases and their caches."""
+        canvases, first = _canvases(rows), rows[0]
+        ids = np.concatenate([canvas.tokens for canvas in canvases]).astype(np.int64)
+        return {
+            "input_ids": ids, "position_ids": self._positions(first, ids.shape),
+            "soft_embedding": _joined([canvas.soft for canvas in canvases]),
+            **{name: _joined([row.cache[name] for row in rows]) for name in first.cache},
+        }  # fmt: skip
 
     def _start(self, noise: np.ndarray) -> _Canvas:
         return _Canvas(
@@ -223,10 +223,71 @@ class OrtPasses(Passes):
     def step_within(
         self, slots: Sequence[int], draws: Draws, starts: Starts, classes: Classes, choose: Callable[[Masses], Chosen]
     ) -> StepResult:
-        raise DgemmaError("the onnx backend does not take constraints yet; use another one")
+        self._begin(slots, starts)
+        groups, session = self._groups(slots, draws), self._session("states")
+        runs = []
+        for group in groups:
+            seen = self._seen([self._slots[slots[i]] for i in group])
+            x = session.run(seen, {"states": session.device})["states"]
+            runs.append((x, *self._classes(x, draws.temperature[group], classes)))
+        place = np.argsort(np.concatenate(groups))
+        chosen = choose(Masses(*(np.concatenate(one)[place] for one in zip(*(run[2] for run in runs), strict=True))))
+        parts = []
+        for group, (x, soft, _) in zip(groups, runs, strict=True):
+            rows = [self._slots[slots[i]] for i in group]
+            given = Draws(*(one[group] for one in draws))
+            parts.append(self._chosen(rows, given, classes, chosen.rows(group), x, soft))
+        return _together(groups, parts)
+
+    def _classes(self, x: ort.OrtValue, temperature: np.ndarray, classes: Classes) -> tuple[ort.OrtValue, Masses]:
+        """Return what states [B, L, D] make of classes: the mean embedding, on the device, and the masses."""
+        session = self._session("classes")
+        feeds = {
+            "states": x, "temperature": temperature, "classes": classes.of.astype(np.int64),
+            "count": np.asarray([classes.count], np.int64),
+        }  # fmt: skip
+        made = session.run(feeds, {"soft": session.device} | dict.fromkeys(Masses._fields, session.host()))
+        mass, best, score, moment = (made[name].numpy() for name in Masses._fields)
+        return made["soft"], Masses(mass, best.astype(np.int32), score, moment)
+
+    def _chosen(
+        self, rows: Sequence[_Slot], draws: Draws, classes: Classes, chosen: Chosen, x: ort.OrtValue, soft: Any
+    ) -> StepResult:
+        """End a pass of rows as `_step` does, with what was chosen of its states x [B, L, D]."""
+        host, canvases, states = self._host, _canvases(rows), x.numpy()
+        token = chosen.token.copy()
+        if (open_ := token < 0).any():
+            found = within.drawn(host, self._logits, states, draws.temperature, classes.of, chosen)
+            token[open_] = np.concatenate(found)
+        if chosen.factors is not None:
+            soft = within.fed_back(
+                host, self._logits, self._mean, states, draws.temperature, classes, chosen.factors
+            )  # fmt: skip
+        before = StepState(
+            canvas=np.concatenate([one.tokens for one in canvases]), soft=None,
+            argmax=np.concatenate([one.argmax for one in canvases]),
+            stable=np.asarray([one.stable for one in canvases], np.int32), accepted=None, entropy=None, stop=None,
+        )  # fmt: skip
+        bounds = draws.entropy_bound.astype(np.float32), draws.confidence.astype(np.float32)
+        given = draws._replace(entropy_bound=bounds[0], confidence=bounds[1])
+        after = host.advance(given, before, token, chosen.argmax, chosen.entropy.astype(np.float32), soft)
+        _keep(rows, after.canvas, after.argmax, after.stable, after.soft)
+        return StepResult(
+            canvas=after.canvas, argmax=after.argmax, accepted=after.accepted, entropy=after.entropy, stop=after.stop
+        )
 
     def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
-        raise DgemmaError("the onnx backend does not read classes yet; use another one")
+        _, masses = self._classes(self._states(slot, canvas, None), np.ones((1, 1), np.float32), classes)
+        return Masses(*(one[0] for one in masses))
+
+    def scores(
+        self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
+    ) -> Scores:
+        states = [self._states(slot, canvas, None).numpy() for slot, canvas in zip(slots, canvases, strict=True)]
+        x = np.stack([states[row][0, position] for row, position in at])[None]
+        found = within.scored(self._host, self._logits, x, tokens)
+        log_p, entropy, token, top = (np.concatenate(found[i::4]) for i in range(4))
+        return Scores(log_p=log_p, entropy=entropy, token=token, top=top)
 
     def _positions(self, slot: _Slot, shape: tuple[int, ...]) -> np.ndarray:
         """Return the positions of tokens [B, L] behind a slot's cache."""
@@ -240,7 +301,16 @@ class OrtPasses(Passes):
         return _array(canvas.soft)[0]
 
     def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
-        return _logits(self._session("logits"), self._states(slot, canvas, previous))
+        return self._logits(self._states(slot, canvas, previous))[0]
+
+    def _logits(self, states: Any) -> np.ndarray:
+        """States [B, L, D] → float32 [B, L, V]."""
+        return _logits(self._session("logits"), states)
+
+    def _mean(self, probabilities: np.ndarray) -> np.ndarray:
+        """Distributions, float32 [B, L, V] → mean embeddings [B, L, D]."""
+        session = self._session("embedding")
+        return session.run({"probabilities": probabilities}, {"soft": session.host()})["soft"].numpy()
 
     def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         return self._states(slot, canvas, previous).numpy()[0].astype(np.float32)
@@ -250,15 +320,13 @@ class OrtPasses(Passes):
             "logits", self._checkpoint, self._graphs.get("logits"), self.dtype, self.device, Weights()
         )  # one of its own, which was lent the table alone
         width = self._width
-        return lambda states: _logits(session, states[None].astype(width))
+        return lambda states: _logits(session, states[None].astype(width))[0]
 
     def _states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None) -> ort.OrtValue:
-        host = self._host
         if previous is None:
             soft = np.zeros((1, len(canvas), self.config.hidden_size), self._width)
         else:
-            probabilities = reference.softmax(host, previous[None].astype(np.float32))
-            soft = host.mean_embedding(probabilities, host.pack(self._table))
+            soft = self._mean(reference.softmax(self._host, previous[None].astype(np.float32)))
         session, one = self._session("states"), self._slots[slot]
         ids = canvas[None].astype(np.int64)
         positions = self._positions(one, ids.shape)
@@ -274,9 +342,31 @@ class OrtPasses(Passes):
         return self._checkpoint.tensor(f"{DECODER}.embed_tokens.weight")
 
 
+def _canvases(rows: Sequence[_Slot]) -> list[_Canvas]:
+    canvases = [row.canvas for row in rows if row.canvas is not None]
+    assert len(canvases) == len(rows), "a canvas begins with its noise"
+    return canvases
+
+
+def _keep(rows: Sequence[_Slot], tokens: np.ndarray, argmax: np.ndarray, stable: np.ndarray, soft: Any) -> None:
+    """Leave what a pass came to for the rows' next one; `soft` [B, L, D] stays on its device where it is one row's."""
+    softs = [soft] if len(rows) == 1 else np.split(_array(soft), len(rows))
+    for i, row in enumerate(rows):
+        row.canvas = _Canvas(
+            tokens=tokens[i : i + 1], soft=softs[i], argmax=argmax[i : i + 1], stable=int(stable[i])
+        )  # fmt: skip
+
+
+def _together(groups: Sequence[Sequence[int]], parts: Sequence[StepResult]) -> StepResult:
+    """Return groups' results as one, in the order of the rows."""
+    place = np.argsort(np.concatenate(groups))  # of each row among the groups'
+    names = ("canvas", "argmax", "accepted", "entropy", "stop")
+    return StepResult(**{name: np.concatenate([getattr(part, name) for part in parts])[place] for name in names})
+
+
 def _logits(session: Session, states: Any) -> np.ndarray:
-    """States [1, L, D] → float32 [L, V]."""
-    return session.run({"states": states}, {"logits": session.host()})["logits"].numpy()[0]
+    """States [B, L, D] → float32 [B, L, V]."""
+    return session.run({"states": states}, {"logits": session.host()})["logits"].numpy()
 
 
 def _joined(values: Sequence[Any]) -> Any:

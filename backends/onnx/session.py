@@ -219,7 +219,7 @@ def _written(name: str, checkpoint: Checkpoint, dtype: DType, *, cpu: bool) -> i
 
     write = {
         "encode": graphs.encode_graph, "denoise": graphs.denoise_graph, "states": graphs.states_graph,
-        "logits": graphs.logits_graph,
+        "logits": graphs.logits_graph, "classes": graphs.classes_graph, "embedding": graphs.embedding_graph,
     }[name]  # fmt: skip
     return write(checkpoint.config, from_checkpoint(checkpoint, in_memory=True), graphs.Options(dtype=dtype, cpu=cpu))
 
