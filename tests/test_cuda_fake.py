@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -19,9 +19,11 @@ from dgemma.backends.cuda.passes import CardPasses
 from dgemma.backends.torch.experts import _grouped_fits
 from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints.quant import Format
+from dgemma.core.canvas import Chosen, Classes
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine
 from dgemma.core.events import Done, Draft
+from dgemma.core.parts import Masses
 from dgemma.core.row import Request
 from dgemma.tools import bench
 from fake_card import Card, Refused, fake_card
@@ -206,6 +208,71 @@ def test_cards_without_a_grouped_product_run_experts_one_by_one() -> None:
             x, gate_up, down = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in
                                 ((4, 16), (2, 16, 16), (2, 16, 8)))  # fmt: skip
             assert _grouped_fits(x, gate_up, down) == fits
+
+
+# ---- Held tokens, and passes in a language ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fixed:
+    """A language of one string, whatever a pass says; `open` of its positions have their class looked into."""
+
+    classes: Classes
+    open: int = 0
+    mixed: bool = False
+    feedback: float = 0.0
+    log_accept: float = -1.0
+
+    def begin(self, **_: Any) -> Fixed:
+        return self
+
+    def choose(self, masses: Masses, *, held: np.ndarray, **_: Any) -> Chosen:
+        length, count = masses.mass.shape
+        assert count == self.classes.count and masses.best.shape == (length, count)
+        token, zeros = np.full(length, 7, np.int32), np.zeros(length, np.float32)
+        label = token * 0
+        factors = np.ones((length, count + 1), np.float32) if self.mixed else None
+        argmax = token.copy()
+        token[: self.open] = -1
+        return Chosen(token=token, label=label, rest=zeros, argmax=argmax, entropy=zeros, factors=factors)
+
+    def commit(self, argmax: np.ndarray) -> None:
+        pass
+
+
+def fixed(count: int = 150, **how: Any) -> Fixed:
+    of = (np.arange(262144) % (count + 1) - 1).astype(np.int32)
+    return Fixed(classes=Classes(of=of, count=count, key=str(count)), **how)
+
+
+def test_passes_in_a_language_are_captured_up_to_their_choice(card: Card) -> None:
+    """Alone, and beside rows with and without held tokens: the choice is the host's, one launch and copies follow."""
+    one = engine()
+    rows = [request(constraint=fixed()), request(1300, held=(7, -1) * 200), request(1200)]
+    generate(one, rows[0])
+    assert card.captures == 3, "the pass, and reading 1,024 and 256 tokens"
+    generate(one, *rows)
+    captured = card.captures
+    card.steady, card.waits = True, 0
+    card.launches.clear()
+    (events,) = generate(one, request(PROMPT - 7, constraint=fixed()))
+    assert sum(isinstance(event, Draft) for event in events) == STEPS * CANVASES
+    assert (card.captures, card.waits, dict(card.launches)) == (captured, 0, {"_advance": STEPS * CANVASES})
+    generate(one, *rows)
+    assert (card.captures, card.waits) == (captured, 0) and set(card.launches) == {"_advance"}
+
+
+@pytest.mark.parametrize("recipe, captured", [("4bit", True), ("bf16", False)])
+def test_classes_are_looked_into_on_the_card(card: Card, recipe: str, captured: bool) -> None:
+    """And what is fed back, where that is a mixture: the logits of some positions at a time, none of them copied."""
+    one = engine(recipe, captured=captured)
+    short = dict(canvas_length=64, max_new_tokens=64)
+    rows = [
+        request(20, constraint=fixed(9, open=40), **short),
+        request(30, constraint=fixed(9, open=3, mixed=True), canvas_length=8, max_new_tokens=16),
+    ]
+    for events in generate(one, *rows):
+        assert isinstance(events[-1], Done)
 
 
 # ---- Capturing --------------------------------------------------------------------------------------------------
