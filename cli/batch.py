@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..core.errors import DgemmaError
+from .keep import extend_option
 from .options import (
     Command,
     model_options,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     help="Answer N lines side by side, or as many of them as memory has room for.",
 )  # fmt: skip
 @option("--force", is_flag=True, group="Output", help="Begin anew, in place of the results in FILE.")
+@extend_option
 @option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors.")
 @system_option
 @raw_option
@@ -145,14 +147,16 @@ class Lines:
         self, errors: Console, results: Results, keys: Mapping[int, str], done: Outcome, *, ahead: int
     ) -> None:  # fmt: skip
         """Answer every line and write the results, in order."""
+        from ..show.asked import asked_of
         from .sinks import ResultSink, follow
 
         for item, events in self._side_by_side(ahead):
             head = {"line": item.line, "key": keys[item.line], **item.carried}
             what = f"line {item.line} of {self.last}"
             sink = ResultSink(errors, lambda record, head=head: results.append(head | record), what=what)
+            sink.asked = asked_of(events)
             try:
-                follow(self._events(item, events), sink)
+                follow(self._events(item, events), sink, title=what)
             except Failed as error:
                 done.failed[item.line] = str(error)
             else:

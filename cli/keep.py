@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..show.asked import Asked
     from ..show.record import Recorder
 
-_FILE, _FORCE, _RECORDER = (f"{__name__}.{name}" for name in ("file", "force", "recorder"))
+_FILE, _FORCE, _EXTEND, _RECORDER = (f"{__name__}.{name}" for name in ("file", "force", "extend", "recorder"))
 
 
 def _take_force(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -39,6 +39,14 @@ def _take_file(ctx: click.Context, param: click.Parameter, value: Path | None) -
         ctx.meta[_FILE] = value
 
 
+def _take_longer(ctx: click.Context, param: click.Parameter, value: Path | None) -> None:
+    if value is not None and not ctx.resilient_parsing:
+        from ..show.record import check_path
+
+        check_path(value, force=True)  # an earlier record is gone on with
+        ctx.meta[_FILE], ctx.meta[_EXTEND] = value, True
+
+
 record_options = together(
     option(
         "--record", type=click.Path(path_type=Path), metavar="FILE", group="Output", expose_value=False,
@@ -49,6 +57,13 @@ record_options = together(
         help="Write over an earlier record in FILE.",
     ),
 )  # fmt: skip
+
+
+extend_option = option(
+    "--record", type=click.Path(path_type=Path), metavar="FILE", group="Output", expose_value=False,
+    callback=_take_longer, help="Keep every pass in FILE, line by line; dgemma replay FILE draws it again.",
+)  # fmt: skip
+"""For a command that may go on with what an earlier run of it has left, unless `force` is given."""
 
 
 def kept(events: Iterator[Event], asked: Asked | None, title: str | None) -> Iterator[Event]:
@@ -68,7 +83,9 @@ def kept(events: Iterator[Event], asked: Asked | None, title: str | None) -> Ite
     asked = replace(asked, title=title or _command(ctx), model=str(ctx.params.get("model") or asked.model))
     recorder: Recorder | None = ctx.meta.get(_RECORDER)
     if recorder is None:
-        recorder = Recorder(ctx.meta[_FILE], force=ctx.meta.get(_FORCE, False))
+        extend = ctx.meta.get(_EXTEND, False)
+        force = ctx.params.get("force", False) if extend else ctx.meta.get(_FORCE, False)
+        recorder = Recorder(ctx.meta[_FILE], force=force, extend=extend)
         ctx.meta[_RECORDER] = recorder
         ctx.call_on_close(partial(_close, recorder))
     recorder.begin(asked)

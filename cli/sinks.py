@@ -212,6 +212,10 @@ class EventsSink(Sink):
                     "text": self._tokenizer.decode(tokens, special=True), "accepted": event.accepted.tolist(),
                     "entropy": [round(x, 6) if math.isfinite(x) else None for x in event.entropy.tolist()],
                 }  # fmt: skip
+                if event.held is not None:
+                    record["held"] = event.held.tolist()
+                if event.log_accept is not None:
+                    record["log_accept"] = round(event.log_accept, 6)
             case Done():
                 record = {"finish_reason": event.finish_reason, "stats": event.stats.to_dict()}
             case _:

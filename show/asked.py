@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 from ..core.errors import DgemmaError
@@ -79,8 +79,8 @@ def _options(request: Request) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for one in fields(request):
         value = getattr(request, one.name)
-        if is_dataclass(value):
-            found |= {inner.name: getattr(value, inner.name) for inner in fields(value)}
+        if one.name == "sampler":
+            found |= asdict(value)
         elif one.name not in _BESIDE and isinstance(value, int | float | str):
             found[one.name] = value
         elif one.name == "stop" and value:

@@ -42,20 +42,23 @@ class Recorder(AbstractContextManager["Recorder"]):
     Args:
         path: the file, which must not be there.
         force: write over an earlier record, and over nothing else.
+        extend: go on with an earlier record, behind its last whole line.
 
     Raises:
         DgemmaError: it cannot be written, or something is there.
     """
 
-    def __init__(self, path: str | Path, *, force: bool = False) -> None:
+    def __init__(self, path: str | Path, *, force: bool = False, extend: bool = False) -> None:
         self.path = Path(path)
         self.problem: str | None = None
         self._began = time.perf_counter()
         self._asked: Asked | None = None
         self._frames: Frames | None = None
         self._spelled: set[int | tuple[int, ...]] = set()
-        self._handle = _open(self.path, force)
-        self._write({"format": FORMAT, "dgemma": __version__})
+        there = extend and not force and os.path.lexists(self.path)
+        self._handle = _reopen(self.path) if there else _open(self.path, force)
+        if not os.fstat(self._handle).st_size:
+            self._write({"format": FORMAT, "dgemma": __version__})
 
     def begin(self, asked: Asked) -> None:
         """The events that follow answer this."""
@@ -188,7 +191,7 @@ def check_path(path: str | Path, *, force: bool) -> None:
         raise DgemmaError(f"{where}: is there already; choose another name, or write over it with force")
     with files.open_file(Path(path)) as file:
         begins = file.read(len(_BEGINS))
-    if begins and begins != _BEGINS:
+    if not _BEGINS.startswith(begins):
         raise DgemmaError(f"{where}: is no record, and is not written over; remove it, or choose another name")
 
 
@@ -210,3 +213,35 @@ def _open(path: Path, force: bool) -> int:
         if error.errno == errno.EEXIST:
             check_path(path, force=force)
         raise DgemmaError(f"{shown(path)}: {files.why(error)}") from None
+
+
+def _reopen(path: Path) -> int:
+    """Open an earlier record, and take away a line that was cut short."""
+    check_path(path, force=True)
+    where = shown(path)
+    try:
+        with files.Folder(path.parent) as folder:
+            handle = folder.open(path.name, os.O_RDWR | os.O_APPEND)
+        try:
+            first, end, _ = os.pread(handle, 1 << 12, 0).partition(b"\n")
+            if end and not first.startswith(f'{{"format": "{FORMAT}"'.encode()):
+                raise DgemmaError(f"{where}: a record of another version, which is not gone on with")
+            os.ftruncate(handle, _whole(handle))
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+    except OSError as error:
+        raise DgemmaError(f"{where}: {files.why(error)}") from None
+
+
+def _whole(handle: int) -> int:
+    """Return how many bytes of a file its whole lines take."""
+    end, block = os.fstat(handle).st_size, 1 << 16
+    while end:
+        start = max(end - block, 0)
+        at = os.pread(handle, end - start, start).rfind(b"\n")
+        if at >= 0:
+            return start + at + 1
+        end = start
+    return 0

@@ -333,3 +333,28 @@ def test_delays(tmp_path: Path) -> None:
     assert refused.exit_code == 2 and "three ways" in refused.stderr
     refused = run("replay", tmp_path / "r.jsonl", "--step")
     assert refused.exit_code == 2 and "stdout is none" in refused.stderr
+
+
+def test_batch_goes_on_with_what_it_kept(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(BOARD) for _ in range(3)) + "\n")
+    path = tmp_path / "r.jsonl"
+    files = ("--out", tmp_path / "out.jsonl", "--record", path)
+    command = ("batch", tmp_path / "in.jsonl", "--backend", "numpy", "-q", *files)
+    assert run(*command).exit_code == 0
+    titles = [f"line {i} of 3" for i in (1, 2, 3)]
+    recording = dgemma.replay(path)
+    assert [turn.asked.title for turn in recording.turns] == titles and all(turn.whole for turn in recording.turns)
+    results, kept = (tmp_path / "out.jsonl").read_bytes(), path.read_bytes()
+    second = kept.index(b"line 3 of 3")
+    for size in (second + 2000, second + 20, kept.index(b"\n") + 1, 10):  # a kill, here and there
+        (tmp_path / "out.jsonl").write_bytes(b"".join(results.splitlines(keepends=True)[:2]))
+        path.write_bytes(kept[:size])
+        assert run(*command).exit_code == 0
+        again = dgemma.replay(path)
+        assert again.cut is None and again.turns[-1].whole and again.turns[-1].asked.title == titles[2]
+        drafts = [[one for one in turn if isinstance(one, Draft)] for turn in (again.turns[-1], recording.turns[2])]
+        assert [*map(same, *drafts)] == [True] * len(drafts[0])
+    assert run(*command, "--force").exit_code == 0
+    assert [turn.asked.title for turn in dgemma.replay(path).turns] == titles
+    refused = run(*command[:-1], tmp_path / "in.jsonl")
+    assert refused.exit_code == 1 and "is no record" in refused.stderr
