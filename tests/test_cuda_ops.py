@@ -16,6 +16,7 @@ import torch
 
 import dgemma
 import loops
+from dgemma.backends.cuda import passes as card_module
 from dgemma.backends.cuda.graph import Capture, CudaCapture, rerun
 from dgemma.backends.cuda.ops import CudaOps
 from dgemma.backends.cuda.passes import CardPasses
@@ -27,6 +28,7 @@ from dgemma.backends.torch.packed import QuantizedTensor
 from dgemma.checkpoints import weights
 from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.checkpoints.quant import Format, quantize
+from dgemma.constraints.walk import Constraint
 from dgemma.core import sampler as sampling
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.engine import Engine
@@ -35,8 +37,9 @@ from dgemma.core.ops import Ops
 from dgemma.core.parts import KV, Cache, Model
 from dgemma.tools import bench
 from kernel_harness import launched, running
+from lattices import automaton_of
 from law import assert_low_precision
-from tiny import tiny_checkpoint
+from tiny import VOCAB, tiny_checkpoint
 from under_test import values
 
 CANVAS, SHORT, WINDOW = 8, 4, 12
@@ -190,6 +193,36 @@ def test_captured_rows_are_plain_rows(small: Checkpoint, device: str) -> None:
         model = build(ops, small, "4bit")
         plain, captured = (answers(card_passes(ops, model, captured=on, reads=(SHORT, 6))) for on in (False, True))
     assert [one[:-1] for one in captured] == [one[:-1] for one in plain]
+
+
+def test_captured_rows_with_held_tokens_and_in_a_language(
+    small: Checkpoint, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Next to each other, and as plain passes have them; what is held stays, and what is written is in the language."""
+    monkeypatch.setattr(card_module, "LEAST_CLASSES", 4)  # the interpreter takes its time for each
+    kind = np.arange(VOCAB) % 3
+    table = np.stack([np.choose(kind, (-1, 0, 1)), np.choose(kind, (0, 1, -1))])
+    language = Constraint(automaton=automaton_of(table, np.array([True, True])))
+    more: list[dict[str, Any]] = [{"held": (-1, 77, -1, 78)}, {"constraint": language, "held": (-1, 22)}, {}]
+
+    def answers(passes: CardPasses) -> list[Any]:
+        engine = Engine(passes, None, prefix_bytes=0)
+        handles = [
+            engine.add(loops.request(4 + i, QUICK, max_new_tokens=SHORT, seed=i, **one)) for i, one in enumerate(more)
+        ]
+        return [loops.seen(handle)[:-1] for handle in handles]
+
+    with running(device):
+        ops = CudaOps("bfloat16", device)
+        model = build(ops, small, "4bit")
+        plain, captured = (answers(card_passes(ops, model, captured=on, reads=(SHORT, 7))) for on in (False, True))
+    assert captured == plain
+    (_, held, _), (_, within, _) = (row[-1] for row in captured[:2])
+    assert held[1::2] == (77, 78) and within[1] == 22
+    state = 0
+    for token in within:
+        state = int(table[state, token])
+        assert state >= 0
 
 
 def test_a_row_is_the_same_whatever_shares_its_batch(small: Checkpoint, device: str) -> None:
