@@ -11,7 +11,10 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 
+from .canvas import fill
 from .canvas.ask import ask
+from .canvas.filler import Filler
+from .canvas.holes import MARKER, Hole
 from .canvas.questions import Questions
 from .canvas.reader import Reader
 from .checkpoints import weights
@@ -143,12 +146,12 @@ class DiffusionGemma:
             integer("n", n, 1, 1 << 20)
         prompts = _several(prompt)
         if prompts is None:
-            requests = [self._request(cast("Prompt", prompt), GenerateOptions(**given))]
+            requests = [self.request(cast("Prompt", prompt), GenerateOptions(**given))]
         else:
             requests = []
             for i, (one, options) in enumerate(zip(prompts, spread(given, len(prompts)), strict=True), 1):
                 try:
-                    requests.append(self._request(one, options))
+                    requests.append(self.request(one, options))
                     self.engine.check(requests[-1])  # all of them before the first is added, which checks it again
                 except DgemmaError as error:
                     raise DgemmaError(f"prompt {i}: {error}") from None
@@ -240,9 +243,9 @@ class DiffusionGemma:
             confidence=confidence, stability=stability, temperature=temperature, greedy=greedy, stop=stop, eos=eos,
             thinking=thinking, raw=raw, specials=specials,
         )  # fmt: skip
-        return self.engine.add(self._request(prompt, options)).events()
+        return self.engine.add(self.request(prompt, options)).events()
 
-    def _request(self, prompt: Prompt, options: GenerateOptions) -> Request:
+    def request(self, prompt: Prompt, options: GenerateOptions) -> Request:
         """Return what the engine is asked for, with every default filled in."""
         sampler = settings(self.generation.sampler, **options.sampling)
         if options.stops and self.engine.tokenizer is None:
@@ -294,6 +297,37 @@ class DiffusionGemma:
             self, prompt, choices, template, questions=questions, joint=joint, samples=samples, seed=seed,
             canvas_length=canvas_length, raw=raw, specials=specials,
         )  # fmt: skip
+
+    def fill(
+        self, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, n: int | None = None,
+        marker: str = MARKER, lengths: Sequence[int] | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """Fill the holes of a text, with both sides in view; outside them it comes back as it is.
+
+        Args:
+            text: with `<fill>` where any length, and `<fill:12>` where 12 tokens are missing (`<fill:>` is the text
+                `<fill>`); or a list of text, as it stands, and `Hole`.
+            prompt: what the text is the answer to, as in `stream`. Without one, it is a document.
+            n: so many candidates, of seeds that count up.
+            marker: another marker.
+            lengths: tokens that open holes are tried with, side by side; the likeliest candidate is taken.
+            options: those of `stream`. `max_new_tokens` is what one open hole may take, by default a quarter of a
+                canvas; `stop` ends a hole; `eos` are the tokens that fill it up.
+
+        Returns:
+            A `Filled`; with `n` a list of them, those of higher score first.
+
+        Raises:
+            DgemmaError: no hole, text that the tokenizer cannot write exactly, more of it right of a hole than the
+                canvas and the prompt have room for, or an option that cannot be; before any pass.
+        """
+        return fill.fill(self, text, prompt, GenerateOptions(**options), n=n, marker=marker, lengths=lengths)
+
+    def stream_fill(
+        self, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, marker: str = MARKER, **options: Any
+    ) -> Filler:
+        """Yield the events of `fill` as they come; the `Filled` is then the iterator's `result`."""
+        return fill.stream_fill(self, text, prompt, GenerateOptions(**options), marker=marker)
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None

@@ -87,6 +87,13 @@ class Tokenizer:
         """Return the id of a token spelled in full, such as `<|channel>`, or None."""
         return self._backend.token_to_id(token)
 
+    @cached_property
+    def text_ids(self) -> tuple[int, ...]:
+        """Tokens that text is made of: no control tokens, and not the one for what is unknown."""
+        vocab = self._backend.get_vocab(with_added_tokens=True)
+        others = {*self._controls, self._unknown}
+        return tuple(sorted(i for text, i in vocab.items() if text and i < self.vocab_size and i not in others))
+
     @property
     def closed_thought(self) -> list[int]:
         """A thinking channel without a thought, as it stands before an answer; none where the template knows of none.

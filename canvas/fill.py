@@ -1,0 +1,219 @@
+"""A text with holes and what is asked of it, checked and laid out for the engine before any pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from ..core.errors import DgemmaError
+from ..core.given import ids_of, integer
+from ..core.options import GenerateOptions
+from ..text.tokens import Tokenizer
+from .borders import Speller
+from .filler import Filled, Filler, Job, ranked
+from .holes import LONGEST, MARKER, Hole, Template, marked, template_of
+from .model import Model, Prompt
+from .windows import Laid, fits_whole, next_start, window_at
+
+TURN_END = "<turn|>"
+
+QUARTER = 4
+"""An open hole has room for a quarter of a canvas, where nothing else is said."""
+
+FURTHER = """\
+Write a text from its beginning. Further down it goes on as shown between the lines of dashes{holes}; write it so that \
+it leads there.
+-----
+{text}
+-----"""
+"""What the model is told of text that its canvas has no room for."""
+
+GAPS = " ({marker} stands for what is still missing there)"
+
+
+def fill(
+    model: Model, text: str | Sequence[str | Hole], prompt: Prompt | None, options: GenerateOptions, *,
+    n: int | None = None, marker: str = MARKER, lengths: Sequence[int] | None = None,
+) -> Filled | list[Filled]:  # fmt: skip
+    """See `DiffusionGemma.fill`."""
+    if n is not None:
+        integer("n", n, 1, 1 << 20)
+    if lengths is not None:
+        for length in ids_of(lengths, "lengths"):
+            integer("lengths", length, 1, LONGEST)
+    tried = [None] if lengths is None else sorted(set(ids_of(lengths, "lengths"))) or [None]
+    jobs = [job_of(model, text, prompt, options, marker=marker, length=length) for length in tried]
+    seeds = [(int(options.seed) + i) % (1 << 64) for i in range(n or 1)]
+    found = ranked([Filler(job, seed=seed, drafts=False) for job in jobs for seed in seeds])
+    return found[0] if n is None else found[:n]
+
+
+def stream_fill(
+    model: Model, text: str | Sequence[str | Hole], prompt: Prompt | None, options: GenerateOptions, *,
+    marker: str = MARKER,
+) -> Filler:  # fmt: skip
+    """See `DiffusionGemma.stream_fill`."""
+    filler = Filler(job_of(model, text, prompt, options, marker=marker), seed=int(options.seed))
+    filler.begin()
+    return filler
+
+
+def job_of(
+    model: Model, text: str | Sequence[str | Hole], prompt: Prompt | None, options: GenerateOptions, *,
+    marker: str = MARKER, length: int | None = None,
+) -> Job:  # fmt: skip
+    """Check what is asked, and lay it out.
+
+    `length` is that of all open holes, where one is tried.
+
+    Raises:
+        DgemmaError: as `DiffusionGemma.fill`.
+    """
+    if options.thinking:
+        raise DgemmaError("thinking has no place in a fill: what is written are the holes alone; leave it out")
+    template = template_of(text, marker)
+    if length is not None:
+        template = replace(template, holes=tuple(replace(one, length=one.length or length) for one in template.holes))
+    tokenizer = model.tokenizer
+    base = model.request([0], options)
+    size = base.canvas_length or model.config.canvas_length
+    speller = Speller(tokenizer, specials=options.specials and prompt is None)
+    ends = base.eos_token_ids
+    end = _end(tokenizer, ends) if prompt is not None and not options.raw else None
+    first = prompt is None
+    pieces = tuple(
+        tuple(speller.ids(piece, first=first and i == 0)) for i, piece in enumerate(template.pieces)
+    )  # fmt: skip
+    closed = end if template.pieces[-1] or template.holes[-1].length is not None else None
+    laid = _laid(template, pieces, size, prompted=prompt is not None, end=closed, room=options.max_new_tokens)
+    told = _told(_hidden(template, laid, speller, marker), marker)
+    ids = _prompt(model, prompt, told, options, laid)
+    _check_room(model, laid, ids, closed)
+    filler = sorted({model.config.pad_token_id, *ends} & set(range(model.config.vocab_size)))
+    return Job(
+        engine=model.engine, speller=speller, template=template, laid=laid, prompt=tuple(ids), end=closed, base=base,
+        text_ids=np.array(sorted(set(tokenizer.text_ids) - set(filler)), np.int32),
+        filler=np.array(filler, np.int32), stop=options.stops,
+    )  # fmt: skip
+
+
+def _laid(
+    template: Template, pieces: tuple[tuple[int, ...], ...], size: int, *, prompted: bool, end: int | None,
+    room: int | None,
+) -> Laid:  # fmt: skip
+    """Lay pieces and holes out; a hole at the very end, of any length, has the rest of its canvas."""
+    usual = room or max(size // QUARTER, 1)
+    rooms = [usual if hole.length is None else hole.length for hole in template.holes]
+    trails = template.holes[-1].length is None and not template.pieces[-1] and room is None
+    extra = 0 if end is None else 1
+    whole = prompted and fits_whole(pieces, rooms, size - extra)
+    if trails and whole:
+        rooms[-1] += size - sum(map(len, pieces)) - sum(rooms)
+    elif trails and len(rooms) == 1:
+        rooms[-1] = size
+    return Laid(
+        pieces=pieces, rooms=tuple(rooms), open=tuple(hole.length is None for hole in template.holes), whole=whole,
+        length=size,
+    )  # fmt: skip
+
+
+def _hidden(template: Template, laid: Laid, speller: Speller, marker: str) -> str:
+    """Return the text that the first canvas has no room for, with markers for the holes in it."""
+    window = window_at(laid, 0)
+    last = window.holes[-1]
+    piece, shown = template.pieces[last + 1], speller.text(laid.pieces[last + 1][: window.shown])
+    rest = piece[len(shown) :] if piece.startswith(shown) else piece
+    if not rest and last + 1 == len(template.holes):
+        return ""
+    return marked(Template(pieces=(rest, *template.pieces[last + 2 :]), holes=template.holes[last + 1 :]), marker)
+
+
+def _prompt(model: Model, prompt: Prompt | None, told: str, options: GenerateOptions, laid: Laid) -> list[int]:
+    """Return what comes before the text.
+
+    Raises:
+        DgemmaError: part of the text belongs there and has no place in such a prompt, with the numbers.
+    """
+    tokenizer = model.tokenizer
+    plain = prompt is not None and (not isinstance(prompt, str) and not _is_chat(prompt))
+    if told and (plain or options.raw or not tokenizer.has_template):
+        window = window_at(laid, 0)
+        left = laid.tokens - (0 if laid.whole else len(laid.pieces[0])) - len(window.held)
+        raise DgemmaError(
+            f"the text goes on for {left:,} tokens that are right of a hole and beyond its canvas of {laid.length:,}, "
+            f"and {_no_place(plain, options.raw)}: shorten what is right of the holes, or raise canvas_length"
+        )
+    if prompt is None:
+        if not told:
+            ids = tokenizer.encode("", bos=True)
+            if not ids and not laid.pieces[0]:
+                raise DgemmaError(
+                    "the text begins with a hole, and this checkpoint has no token that a text begins with: put text "
+                    "before the hole, or give a prompt"
+                )
+            return ids
+        prompt = told
+    elif told:
+        prompt = _with(prompt, told)
+    ids = model.prompt_ids(prompt, raw=options.raw, specials=options.specials)
+    thought = [] if plain or options.raw or not tokenizer.has_template else tokenizer.closed_thought
+    return ids if thought and ids[-len(thought) :] == thought else [*ids, *thought]
+
+
+def _no_place(plain: bool, raw: bool) -> str:
+    if plain:
+        return "a prompt of token ids has no place for them"
+    return "raw leaves out the chat template that could say so" if raw else "the checkpoint has no chat template"
+
+
+def _told(hidden: str, marker: str) -> str:
+    if not hidden:
+        return ""
+    gaps = GAPS.format(marker=marker) if marker in hidden else ""
+    return FURTHER.format(text=hidden, holes=gaps)
+
+
+def _is_chat(prompt: Any) -> bool:
+    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
+
+
+def _with(prompt: Any, told: str) -> Prompt:
+    """Add to what the user says last."""
+    if isinstance(prompt, str):
+        return f"{prompt}\n\n{told}"
+    messages = [dict(one) for one in prompt]
+    last = next((one for one in reversed(messages) if one.get("role") == "user"), None)
+    if last is None or not isinstance(last.get("content"), str):
+        return [*messages, {"role": "user", "content": told}]
+    last["content"] = f"{last['content']}\n\n{told}"
+    return messages
+
+
+def _end(tokenizer: Tokenizer, ends: Sequence[int]) -> int | None:
+    """Return the token that ends an answer: that of a turn, or the first of those that may."""
+    turn = tokenizer.id_of(TURN_END)
+    return turn if turn in ends else next(iter(ends), None)
+
+
+def _check_room(model: Model, laid: Laid, prompt: Sequence[int], end: int | None) -> None:
+    """Refuse a text that does not fit the model's context, however long its open holes come out.
+
+    Raises:
+        DgemmaError: with the numbers.
+    """
+    at: tuple[int, int] | None = (0, 0)
+    needed = 0
+    while at is not None:
+        hole, done = at
+        window = window_at(laid, hole, done)
+        before = 0 if laid.whole else sum(map(len, laid.pieces[: hole + 1])) + sum(laid.rooms[:hole]) + done
+        needed = max(needed, len(prompt) + before + len(window.held) + (end is not None))
+        at = next_start(laid, window, done, ended=False)
+    if needed > model.config.max_positions:
+        raise DgemmaError(
+            f"the text and its prompt come to {needed:,} tokens, and the model's context is "
+            f"{model.config.max_positions:,}: shorten what is left of the holes"
+        )
