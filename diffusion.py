@@ -11,11 +11,7 @@ from typing import Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 
-from .canvas import fill
-from .canvas.ask import ask
-from .canvas.filler import Filler
-from .canvas.holes import MARKER, Hole
-from .canvas.questions import Questions
+from .canvas.instruments import Instruments
 from .canvas.reader import Reader
 from .checkpoints import weights
 from .core import finite
@@ -37,7 +33,7 @@ Each = Value | list[Value] | tuple[Value, ...]
 """One for all prompts, or one for each."""
 
 
-class DiffusionGemma:
+class DiffusionGemma(Instruments):
     """A loaded model; `load` makes one.
 
     Any number of threads may call it at once. One thread of the engine's own runs all passes, over the rows of all
@@ -265,69 +261,6 @@ class DiffusionGemma:
             canvas_length=length,
             fit=wanted == "fit",
         )
-
-    def read(
-        self, prompt: Any, choices: Sequence[str] | Sequence[Sequence[str]] | None = None, template: str | None = None,
-        *, questions: Questions | None = None, joint: bool = False, samples: int = 1, seed: int = 0,
-        canvas_length: int | None = None, raw: bool = False, specials: bool = False,
-    ) -> Any:  # fmt: skip
-        """Say how likely choices are as the answer, or at places in it, in one pass and with nothing written.
-
-        It is the model's own probability, calibrated as it is. docs/canvas.md tells how choices of several tokens, and
-        of different lengths, are compared.
-
-        Args:
-            prompt: as `stream`; with questions what they are about, which may be any JSON value too.
-            choices: two texts or more; of a template with several places one list for all, or a list for each.
-            template: the answer, with `<read>` where a choice stands; None is a choice and nothing else.
-            questions: instead of the two, what is asked about the prompt: see `canvas.questions`.
-            joint: ask all questions on one canvas, in one pass; otherwise each is asked by itself.
-            samples: average over the noise of so many canvases.
-            seed: of that noise.
-            canvas_length: positions; None is the smallest of 16, 32, 64, 128 and 256 that hold the template.
-            raw, specials: as `stream`.
-
-        Returns:
-            A `Reading`; of several places a list of them; of questions their `Answer`s by name.
-
-        Raises:
-            DgemmaError: what is wrong with which argument or question, before any pass; or as `logits`.
-        """
-        return ask(
-            self, prompt, choices, template, questions=questions, joint=joint, samples=samples, seed=seed,
-            canvas_length=canvas_length, raw=raw, specials=specials,
-        )  # fmt: skip
-
-    def fill(
-        self, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, n: int | None = None,
-        marker: str = MARKER, lengths: Sequence[int] | None = None, **options: Any,
-    ) -> Any:  # fmt: skip
-        """Fill the holes of a text, with both sides in view; outside them it comes back as it is.
-
-        Args:
-            text: with `<fill>` where any length, and `<fill:12>` where 12 tokens are missing (`<fill:>` is the text
-                `<fill>`); or a list of text, as it stands, and `Hole`.
-            prompt: what the text is the answer to, as in `stream`. Without one, it is a document.
-            n: so many candidates, of seeds that count up.
-            marker: another marker.
-            lengths: tokens that open holes are tried with, side by side; the likeliest candidate is taken.
-            options: those of `stream`. `max_new_tokens` is what one open hole may take, by default a quarter of a
-                canvas; `stop` ends a hole; `eos` are the tokens that fill it up.
-
-        Returns:
-            A `Filled`; with `n` a list of them, those of higher score first.
-
-        Raises:
-            DgemmaError: no hole, text that the tokenizer cannot write exactly, more of it right of a hole than the
-                canvas and the prompt have room for, or an option that cannot be; before any pass.
-        """
-        return fill.fill(self, text, prompt, GenerateOptions(**options), n=n, marker=marker, lengths=lengths)
-
-    def stream_fill(
-        self, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, marker: str = MARKER, **options: Any
-    ) -> Filler:
-        """Yield the events of `fill` as they come; the `Filled` is then the iterator's `result`."""
-        return fill.stream_fill(self, text, prompt, GenerateOptions(**options), marker=marker)
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None

@@ -12,13 +12,12 @@ from ..core.errors import DgemmaError
 from ..core.given import ids_of, integer
 from ..core.options import GenerateOptions
 from ..text.tokens import Tokenizer
+from .ask import TURN_END
 from .borders import Speller
 from .filler import Filled, Filler, Job, ranked
 from .holes import LONGEST, MARKER, Hole, Template, marked, template_of
 from .model import Model, Prompt
 from .windows import Laid, fits_whole, next_start, window_at
-
-TURN_END = "<turn|>"
 
 QUARTER = 4
 """An open hole has room for a quarter of a canvas, where nothing else is said."""
@@ -94,7 +93,8 @@ def job_of(
     _check_room(model, laid, ids, closed)
     filler = sorted({model.config.pad_token_id, *ends} & set(range(model.config.vocab_size)))
     return Job(
-        engine=model.engine, speller=speller, template=template, laid=laid, prompt=tuple(ids), end=closed, base=base,
+        engine=model.engine, reader=model.reader, speller=speller, template=template,
+        laid=laid, prompt=tuple(ids), end=closed, base=base,
         text_ids=np.array(sorted(set(tokenizer.text_ids) - set(filler)), np.int32),
         filler=np.array(filler, np.int32), stop=options.stops,
     )  # fmt: skip

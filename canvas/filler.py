@@ -23,7 +23,7 @@ from ..core.row import Request, Share
 from .borders import Speller
 from .holes import Template
 from .language import language_of
-from .score import log_probabilities
+from .reader import Look, Reader
 from .windows import Laid, Window, next_start, window_at
 
 STRIDE = 0x9E3779B97F4A7C15
@@ -68,6 +68,7 @@ class Job:
     """A text that is to be filled, checked."""
 
     engine: Engine
+    reader: Reader
     speller: Speller
     template: Template
     laid: Laid
@@ -182,7 +183,7 @@ class Filler(Iterator[Event]):
         if self._scored:
             counted = [i for i, token in enumerate(window.held) if token != FREE]
             counted += [place for some in places for place in some]
-            found = log_probabilities(job.engine, self._prompt, tokens, counted).tolist()
+            found = log_probabilities(job.reader, self._prompt, tokens, counted)
             self._all += found
             scores = iter(found[len(found) - sum(map(len, places)) :])
             for hole, some in zip(window.holes, places, strict=True):
@@ -239,6 +240,19 @@ def ranked(fillers: Sequence[Filler]) -> list[Filled]:
             one.close()
         raise
     return sorted((one.finished() for one in fillers), key=lambda one: -one.score)
+
+
+def log_probabilities(
+    reader: Reader, prompt: Sequence[int], canvas: Sequence[int], places: Sequence[int]
+) -> list[float]:  # fmt: skip
+    """Return the log-probability of a canvas's own tokens at some places, nats; see `Filled.score`."""
+    if not places:
+        return []
+    tokens = np.asarray(canvas, np.int32)
+    wanted, column = np.unique(tokens[list(places)], return_inverse=True)
+    look = Look(prompt=tuple(prompt), canvas=tokens, at=tuple(places))
+    found = reader.scores([look], wanted.tolist())[0].log_p
+    return found[np.arange(len(places)), column.reshape(-1)].tolist()
 
 
 def _together(parts: Sequence[Stats], emitted: int) -> Stats:

@@ -1,11 +1,9 @@
-"""What this room needs of a loaded model, and passes behind a prompt by themselves."""
+"""What this room needs of a loaded model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Protocol
-
-import numpy as np
 
 from ..core.config import GenerationConfig, ModelConfig
 from ..core.engine import Engine
@@ -13,6 +11,7 @@ from ..core.options import GenerateOptions
 from ..core.row import Request
 from ..text.chat import Message
 from ..text.tokens import Tokenizer
+from .reader import Reader
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -21,6 +20,7 @@ class Model(Protocol):
     """A loaded model, `DiffusionGemma`."""
 
     engine: Engine
+    reader: Reader
     generation: GenerationConfig
 
     @property
@@ -34,23 +34,3 @@ class Model(Protocol):
     ) -> list[int]: ...  # fmt: skip
 
     def request(self, prompt: Prompt, options: GenerateOptions) -> Request: ...
-
-
-def open_behind(engine: Engine, prompt: Sequence[int], canvas: int) -> int:
-    """Take a slot behind a prompt, from what the engine has kept of it; in the engine's thread, which closes it.
-
-    Raises:
-        DgemmaError: as `Passes.fits`.
-    """
-    passes, snapshot = engine.passes, engine.prefixes.find(tuple(prompt))
-    if snapshot is None:
-        return passes.open_behind(prompt, canvas)
-    passes.fits(len(prompt), canvas)
-    slot = passes.open(len(prompt), canvas, snapshot)
-    try:
-        for at in range(snapshot.length, len(prompt), passes.chunk):
-            passes.read([(slot, np.asarray(prompt[at : at + passes.chunk], np.int32))])
-    except BaseException:
-        passes.close(slot)
-        raise
-    return slot
