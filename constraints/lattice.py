@@ -104,8 +104,8 @@ def best_paths(lattice: Lattice, row: Row) -> Best:
             sources, targets = lattice.by_label[int(row.held[i])]
             here[sources] = after[targets]
             continue
-        np.take(after, lattice.targets, out=terms, mode="wrap")
-        np.take(sets[i], lattice.sets, out=other, mode="wrap")
+        after.take(lattice.targets, out=terms, mode="wrap")
+        sets[i].take(lattice.sets, out=other, mode="wrap")
         np.add(terms, other, out=terms)
         for view, span in blocks:
             np.maximum.reduce(view, axis=0, out=here[span])
@@ -184,8 +184,8 @@ def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -
             here[sources] = after[targets]
         else:
             parts, sums = chances.parts[i], chances.sums[i]
-            np.take(after, lattice.targets, out=terms, mode="wrap")
-            np.take(sets[i], lattice.sets, out=parts, mode="wrap")
+            after.take(lattice.targets, out=terms, mode="wrap")
+            sets[i].take(lattice.sets, out=parts, mode="wrap")
             np.add(parts, terms, out=parts)
             for block, span in blocks:
                 part, top = block[i], here[span]
@@ -220,9 +220,9 @@ def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
         at /= chances.sums[i]
         for view, part, span in blocks:
             np.multiply(part[i], at[span], out=view)
-        np.take(flow, lattice.set_order, out=by_set, mode="wrap")
+        flow.take(lattice.set_order, out=by_set, mode="wrap")
         np.add.reduceat(by_set, lattice.set_starts, out=shares[i])
-        np.take(flow, lattice.into, out=into, mode="wrap")
+        flow.take(lattice.into, out=into, mode="wrap")
         for view, total in sums:
             np.add.reduce(view, axis=0, out=total)
         at = arrived[lattice.into_order]
