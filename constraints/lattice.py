@@ -189,11 +189,14 @@ def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -
             np.add(parts, terms, out=parts)
             for block, span in blocks:
                 part, top = block[i], here[span]
+                if len(part) == 1:  # the only way out: its chance is 1
+                    top[:] = part[0]
+                    part.fill(1)
+                    continue
                 np.maximum.reduce(part, axis=0, out=top)
                 np.subtract(part, top, out=part)
                 np.exp(part, out=part)
-                np.add.reduce(part, axis=0, out=sums[span])
-            here += np.log(sums)
+                top += np.log(np.add.reduce(part, axis=0, out=sums[span]))
         reference = here[along[i]]
         scale += float(reference)
         here -= reference

@@ -137,10 +137,12 @@ class Walk:
         label, rest = everywhere.astype(np.int32), np.zeros(length, np.float32)
         token = argmax
         if not greedy:
-            label[:inside], rest[:inside] = _draw(lattice, row, paths.beta, np.asarray(uniforms, np.float64))
+            perhaps = _perhaps_accepted(entropy, bound)[:inside]
+            until = int(perhaps.nonzero()[0].max(initial=-1)) + 1  # what is behind becomes noise, whatever is drawn
+            label[:until], rest[:until] = _draw(lattice, row, paths.beta, np.asarray(uniforms[:until], np.float64))
             token = self._tokens(best, label, row.held, held)
-            open_ = _unknown(row, label[:inside], rest[:inside], self._constraint.sizes)
-            token[:inside][open_ & _perhaps_accepted(entropy, bound)[:inside]] = -1
+            unknown = _unknown(row, label[:inside], rest[:inside], self._constraint.sizes)
+            token[:inside][unknown & perhaps] = -1
         return Chosen(token, label, rest, argmax, entropy, self._factors(paths, row, length))
 
     def commit(self, argmax: np.ndarray) -> None:
@@ -235,9 +237,12 @@ def _entropies(row: Row, paths: Paths, sizes: np.ndarray) -> np.ndarray:
 
 
 def _draw(lattice: Lattice, row: Row, beta: np.ndarray, uniforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one string, left to right: its classes, int [L], and what is left of each uniform for inside the class."""
-    length = len(row.held)
-    labels, rest = row.held.copy(), np.zeros(length)
+    """Draw as much of a string as there are uniforms, left to right.
+
+    Returns its classes, int [U], and what is left of each uniform for the draw inside the class, in [0, 1).
+    """
+    length = len(uniforms)
+    labels, rest = row.held[:length].copy(), np.zeros(length)
     state = row.start
     for i in range(length):
         edges = lattice.out[state]
