@@ -68,6 +68,7 @@ class _Machine:
         self.sets: list[frozenset[Config]] = []
         self.known: dict[frozenset[Config], int] = {}
         self.closures: dict[tuple[int, bool], tuple[Config, ...]] = {}
+        self.passed: dict[int, set[int]] = {}  # states that a closure comes by with nothing asked
         self.steps: dict[tuple[int, int], int] = {}
 
     def number(self, found: frozenset[Config]) -> int:
@@ -99,6 +100,7 @@ class _Machine:
                         todo.append(step)
             kept = (one for one in todo if nfa.arcs[one[0]] or nfa.ends[one[0]] or one[0] == nfa.final)
             self.closures[state, at_start] = tuple(kept)
+            self.passed.setdefault(state, set()).update(one for one, asked in todo if not asked)
         return self.closures[state, at_start]
 
     def asked(self, number: int, state: int) -> frozenset[tuple[int, int]] | None:
@@ -151,8 +153,13 @@ class _Machine:
         found = []
         for mask in masks:
             if (shared := mask & used) not in known:
-                reached = (self.closure(t) for bit, t in arcs if bit & shared)
-                known[shared] = self.number(frozenset(one for configs in reached for one in configs))
+                reached: set[Config] = set()
+                passed: set[int] = set()
+                for target in sorted({t for bit, t in arcs if bit & shared}):
+                    if target not in passed:  # else all that it leads to is there
+                        reached.update(self.closure(target))
+                        passed |= self.passed[target]
+                known[shared] = self.number(frozenset(reached))
             found.append(known[shared])
         return found
 

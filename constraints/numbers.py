@@ -66,7 +66,7 @@ class _Form:
     def at_least(self, bound: Decimal, strict: bool) -> str:
         if bound >= 0:
             return self._from(bound, strict)
-        return f"(?:{self._from(Decimal(0), False)}|-{self._to(-bound, strict)})"
+        return f"(?:{self._from(Decimal(0), False)}|-(?=[0.]*[1-9]){self._to(-bound, strict)})"  # without −0
 
     def at_most(self, bound: Decimal, strict: bool) -> str:
         if bound < 0:

@@ -67,6 +67,15 @@ def category(name: Any, ascii_only: bool) -> Intervals:
     return matched(_WRITTEN[name], re.ASCII if ascii_only else 0)
 
 
+@lru_cache(maxsize=1024)
 def folded(span: tuple[int, int], flags: int) -> Intervals:
-    """Return the characters that differ from one of a span's in case alone."""
-    return matched(f"[\\U{span[0]:08x}-\\U{span[1]:08x}]", re.IGNORECASE | flags)
+    """Return a span's characters, and those that differ from one of them in case alone, as `re` has it."""
+    judge = re.compile(f"[\\U{span[0]:08x}-\\U{span[1]:08x}]", re.IGNORECASE | flags)
+    return union([(span,), *(((ord(c), ord(c)),) for c in judge.findall(_cased()))])
+
+
+@lru_cache(maxsize=1)
+def _cased() -> str:
+    """All characters that have a case; the planes from the third on hold none."""
+    every = map(chr, range(0x20000))
+    return "".join(c for c in every if c.lower() != c or c.upper() != c)

@@ -75,8 +75,7 @@ def _name(given: Any) -> str:
 
 def _of(given: Any, inside: tuple[Any, ...]) -> tuple[dict[str, Any], Back]:
     """Return a type's schema and what makes its values."""
-    plain = given in _PLAIN if isinstance(given, type) or given is Any else False
-    if plain:
+    if (isinstance(given, type) or given is Any) and given in _PLAIN:
         return _PLAIN[given]
     if given is None:
         return _PLAIN[type(None)]
@@ -86,8 +85,9 @@ def _of(given: Any, inside: tuple[Any, ...]) -> tuple[dict[str, Any], Back]:
         )
     if model := _pydantic(given):
         return model
-    if isinstance(given, type) and issubclass(given, enum.Enum):
-        return {"enum": [one.value for one in given]}, given
+    if isinstance(given, enum.EnumMeta):
+        members: list[enum.Enum] = list(given)  # type: ignore[arg-type]
+        return {"enum": [one.value for one in members]}, given
     if isinstance(given, type) and dataclasses.is_dataclass(given):
         return _record(given, (*inside, given))
     return _composed(given, inside)
