@@ -21,8 +21,8 @@ from .keywords import Schema
 from .numbers import integer, number
 from .strings import CHARACTER, counted, string
 
-DEPTH = 3
-"""Objects and arrays inside each other, where a schema leaves open what a value is."""
+DEPTH, DEEPEST = 3, 4
+"""Objects and arrays inside each other, where a schema leaves open what a value is: one more doubles the states."""
 
 TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 
@@ -59,8 +59,8 @@ def regex_of_schema(schema: Any, *, indent: int | None = None, depth: int = DEPT
         raise DgemmaError(f"the schema is a {type(schema).__name__}, expected a mapping such as {{'type': 'object'}}")
     if indent is not None and (isinstance(indent, bool) or not isinstance(indent, int) or not 0 <= indent <= 16):
         raise DgemmaError(f"the schema's indent is {quoted(indent)}, expected None or spaces from 0 to 16")
-    if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= 6:
-        raise DgemmaError(f"the schema's depth is {quoted(depth)}, expected 0 to 6")
+    if isinstance(depth, bool) or not isinstance(depth, int) or not 0 <= depth <= DEEPEST:
+        raise DgemmaError(f"the schema's depth is {quoted(depth)}, expected 0 to {DEEPEST}")
     try:
         found = _Writer(schema, indent, depth).value(schema, "/", (), 0)
     except RecursionError:

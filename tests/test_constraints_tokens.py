@@ -12,7 +12,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from dgemma.constraints import TokenAutomaton, compile_constraint, from_pattern, from_states
+import gemma3
+from dgemma.constraints import TokenAutomaton, compile_constraint, from_pattern, from_states, regex_of_schema
 from dgemma.constraints.stored import cache_folder
 from dgemma.core.errors import DgemmaError
 from dgemma.text.tokens import Tokenizer
@@ -333,3 +334,56 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert cache_folder() == tmp_path / "dgemma" / "constraints"
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert cache_folder().is_absolute()
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(gemma3.fetched(tmp_path_factory.mktemp("gemma3")), vocab_size=gemma3.VOCABULARY)
+
+
+def test_a_real_vocabulary_says_what_it_decodes_to(gemma: Tokenizer) -> None:
+    known = np.flatnonzero(gemma.spelling.known)
+    assert len(known) > 262_000
+    for token in [*range(3, 800), *known[::97].tolist()]:
+        said = gemma.spelling.inside.of(token)
+        if said and "\ufffd" not in said.decode(errors="replace"):
+            assert gemma.decode([token]).encode() == said
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"[0-9]{4}-[0-9]{2}-[0-9]{2}",
+        "yes|no|maybe|perhaps",
+        r'[^"\\\x00-\x1f]{0,200}',
+        "(?:😀|👩‍🚀|é|日本)+[.!]",
+        regex_of_schema(
+            {
+                "type": "object",
+                "properties": {name: {"type": "string", "maxLength": 30} for name in "abcdef"},
+                "required": list("abcdef"),
+            }
+        ),
+    ],
+    ids=["date", "choices", "text", "emoji", "schema"],
+)
+def test_a_real_vocabulary(gemma: Tokenizer, pattern: str) -> None:
+    found = compile_constraint(pattern, gemma, ends=(1, 106), pad=0, thinking=True)
+    members = np.argsort(found.classes, kind="stable")
+    bounds = np.searchsorted(found.classes[members], np.arange(found.count + 1))
+    draw, judge, over = random.Random(7), re.compile(pattern), 0
+    for _ in range(30):
+        state, tokens = found.start, []
+        while not (found.accepting[state] and (len(tokens) > 120 or draw.random() < 0.5)) and len(tokens) < 600:
+            low, high = np.searchsorted(found.sources, [state, state + 1])
+            at = draw.randrange(low, high)
+            token = members[draw.randrange(*bounds[found.labels[at] : found.labels[at] + 2])]
+            tokens.append(int(token))
+            state = int(found.targets[at])
+        if found.accepting[state]:
+            cut = next((i for i, token in enumerate(tokens) if token in (1, 106)), len(tokens))
+            assert judge.fullmatch(gemma.decode(tokens[:cut])), tokens
+            over += 1
+    assert over > 20
+    for text in ("2024-02-29", "maybe", "é👩‍🚀日本!"):
+        assert found.accepts([*gemma.encode(text), 106, 0, 1]) == bool(judge.fullmatch(text))
