@@ -25,7 +25,7 @@ from fake_passes import CHUNK, FakePasses, answer, reads, request
 from tiny import IDS, TEMPLATE, tiny_checkpoint
 
 PROMPT = "Is it so?"
-BACKENDS = ("numpy", "torch", "mlx")
+BACKENDS = ("numpy", "torch", "mlx", "onnx")
 
 
 @pytest.fixture(scope="module")
