@@ -2,6 +2,7 @@
 
     python benchmarks/vs_ort.py                       # 110 M parameters, float32 and 4bit, 2 threads
     python benchmarks/vs_ort.py --context 4096        # behind a longer prompt
+    python benchmarks/vs_ort.py --classes 150         # a pass inside a language, against one that is free
     python benchmarks/vs_ort.py --memory --layers 48  # peak memory of a running model against its file
     python benchmarks/vs_ort.py --memory --shape 26b --recipe 4bit   # the released model's, six layers of it
 
@@ -31,13 +32,16 @@ import rows
 from quant_step import CANVAS, write
 
 from dgemma.convert import convert
+from dgemma.core.canvas import Chosen, Classes
 from dgemma.core.config import SamplerConfig
+from dgemma.core.parts import Masses
 from dgemma.core.sampler import draws_of, first_canvas
 from dgemma.tools.bench import Shape, settings
 
 
-def one_pass(folder: Path, backend: str, context: int) -> Callable[[], object]:
-    """Return what runs one denoising pass behind a prompt, and waits for it."""
+def one_pass(folder: Path, backend: str, context: int, classes: int = 0) -> Callable[[], object]:
+    """Return what runs one denoising pass behind a prompt, and waits for it; with `classes`, one that looks at so many
+    classes of tokens and takes the likeliest, which leaves out what an automaton would do."""
     import dgemma
 
     passes = dgemma.load(folder, backend=backend, device="cpu", dtype="float32").engine.passes
@@ -46,7 +50,16 @@ def one_pass(folder: Path, backend: str, context: int) -> Callable[[], object]:
     sampler = SamplerConfig(t_min=0.6, t_max=0.6)
     draws = draws_of(sampler, seed=0, canvas=0, step=0, length=CANVAS, vocab_size=vocab)
     starts = {slot: first_canvas(0, 0, CANVAS, vocab)}
-    return lambda: passes.step([slot], draws, starts)()
+    if not classes:
+        return lambda: passes.step([slot], draws, starts)()
+    of = np.random.default_rng(1).integers(-1, classes, vocab).astype(np.int32)
+    some, calm = Classes(of=of, count=classes, key=str(classes)), np.ones((1, CANVAS), np.float32)
+
+    def choose(masses: Masses) -> Chosen:
+        best = np.take_along_axis(masses.best, masses.score.argmax(-1)[..., None], -1)[..., 0]
+        return Chosen(token=best, label=0 * best, rest=0 * calm, argmax=best, entropy=calm)
+
+    return lambda: passes.step_within([slot], draws, starts, some, choose)
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -61,12 +74,17 @@ def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, li
     return times
 
 
-def compare(folders: dict[str, Path], context: int, repeats: int) -> list[dict[str, Any]]:
+def compare(folders: dict[str, Path], context: int, repeats: int, classes: int) -> list[dict[str, Any]]:
     runs = {"torch float32": one_pass(folders["float32"], "torch", context)}
     for name, folder in folders.items():
         runs[f"onnx {name}"] = one_pass(folder, "onnx", context)
-    times = in_turn(runs, repeats)
     pairs = [("onnx float32", "torch float32"), *((f"onnx {n}", "onnx float32") for n in folders if n != "float32")]
+    if classes:
+        pairs = [(f"{name}, {classes} classes", name) for name in runs]
+        runs |= {f"onnx {n}, {classes} classes": one_pass(f, "onnx", context, classes) for n, f in folders.items()}
+        name = f"torch float32, {classes} classes"
+        runs[name] = one_pass(folders["float32"], "torch", context, classes)
+    times = in_turn(runs, repeats)
     return [
         {
             "benchmark": "vs_ort", "what": what, "against": against, "context": context,
@@ -113,14 +131,15 @@ def memory(name: str, folder: Path, how: str) -> dict[str, Any]:
 @click.option("--recipe", "recipes", multiple=True, default=("4bit", "8bit"), show_default=True)
 @click.option("--context", default=128, show_default=True, help="Tokens in the cache.")
 @click.option("--repeats", default=15, show_default=True)
+@click.option("--classes", default=0, help="Classes of tokens that passes are to look at.")
 @click.option("--memory", "of_memory", is_flag=True, help="Peak memory of a running model instead.")
 @click.option("--layers", default=6, show_default=True, help="6 make 108.5 M parameters; a multiple of 6.")
 @click.option("--experts", type=int, help="In a layer; by default the shape's, 32 or 128.")
 @click.option("--shape", type=click.Choice(["110m", "26b"]), default="110m", show_default=True, help="Of a layer.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work; by default a temporary folder.")
 def main(
-    recipes: tuple[str, ...], context: int, repeats: int, of_memory: bool, layers: int, experts: int | None,
-    shape: Shape, folder: Path | None,
+    recipes: tuple[str, ...], context: int, repeats: int, classes: int, of_memory: bool, layers: int,
+    experts: int | None, shape: Shape, folder: Path | None,
 ) -> None:  # fmt: skip
     import torch
 
@@ -140,7 +159,7 @@ def main(
             of = {name: one for name, one in folders.items() if name != "bfloat16"}
             taken = [memory(name, one, how) for name, one in of.items() for how in ("mapped", "prepacked")]
         else:
-            taken = compare(folders, context, repeats)
+            taken = compare(folders, context, repeats, classes)
     common = {
         "dtype": "float32", "shape": shape, "layers": layers,
         "experts": experts or settings(shape)["text_config"]["num_experts"], "parameters": parameters,
