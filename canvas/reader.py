@@ -9,7 +9,7 @@ runs a pass over as many as it takes.
 
 from __future__ import annotations
 
-import threading
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -48,6 +48,8 @@ class _Job:
     snapshot: Snapshot
     found: Scores | None = None
     error: BaseException | None = None
+    gone: bool = False
+    """Whether nobody waits for it any more."""
 
     @property
     def done(self) -> bool:
@@ -63,8 +65,8 @@ class Reader:
         """What the model sees behind an answer's end, once it was asked."""
         self.labels: dict[int, list[str]] = {}
         """Of so many options, once they were looked for."""
-        self._lock = threading.Lock()
-        self._waiting: list[_Job] = []
+        self._waiting: deque[_Job] = deque()  # without a lock, which a forked child might find taken
+        self._line: list[_Job] = []  # the engine's thread's alone
 
     def scores(self, looks: Sequence[Look], tokens: Sequence[int], stem: Tokens = ()) -> list[Scores]:
         """Look at canvases: of each, what its R positions say of the K tokens, in their order.
@@ -143,15 +145,14 @@ class Reader:
     # ---- Passes -----------------------------------------------------------------------------------------------
 
     def _looked(self, jobs: list[_Job]) -> list[Scores]:
-        with self._lock:
-            self._waiting += jobs
+        self._waiting.extend(jobs)
         try:
             for job in jobs:
                 while not job.done:
                     self.engine.run("reading", self._pass)
         finally:
-            with self._lock:
-                self._waiting = [job for job in self._waiting if job not in jobs]
+            for job in jobs:
+                job.gone = True
         results = []
         for job in jobs:
             if job.error is not None:
@@ -162,22 +163,22 @@ class Reader:
 
     def _pass(self) -> None:
         """Run one pass over those that wait; in the engine's thread."""
-        with self._lock:
-            if not self._waiting:
-                return
-            length = len(self._waiting[0].look.canvas)
-            jobs = [job for job in self._waiting if len(job.look.canvas) == length][:TOGETHER]
+        while self._waiting:
+            self._line.append(self._waiting.popleft())
+        self._line = [job for job in self._line if not job.done and not job.gone]
+        if not self._line:
+            return
+        length = len(self._line[0].look.canvas)
+        jobs = [job for job in self._line if len(job.look.canvas) == length][:TOGETHER]
         try:
             room = max(len(job.look.prompt) for job in jobs)
-            passes = self.engine.passes
-            while not passes.fits(room, length, len(jobs)) and len(jobs) > 1:
+            while not self.engine.passes.fits(room, length, len(jobs)) and len(jobs) > 1:
                 jobs = jobs[: len(jobs) // 2]
             self._run(jobs, room, length)
         except BaseException as error:
             for job in jobs:
                 job.error = error
-        with self._lock:
-            self._waiting = [job for job in self._waiting if not job.done]
+        self._line = [job for job in self._line if not job.done]
 
     def _run(self, jobs: list[_Job], room: int, length: int) -> None:
         passes, slots = self.engine.passes, list[int]()

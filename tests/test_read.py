@@ -323,7 +323,28 @@ def test_a_pass_that_comes_to_nan(config: ModelConfig) -> None:
     passes.logits = lambda *a: np.full((16, 272), np.nan, np.float32)  # type: ignore[method-assign, assignment]
     with pytest.raises(DgemmaError, match="NaN"):
         reader.scores([look((20, 21))], [5])
-    assert not passes.held and not reader._waiting
+    assert not passes.held and not reader._waiting and not reader._line
+
+
+def test_an_interrupted_read_leaves_nothing_behind(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = Talkative(config)
+    engine = Engine(passes, None, prefix_bytes=1 << 20)
+    reader, run = Reader(engine), engine.run
+    reader.scores([look((20, 21))], [5])
+
+    def interrupted(doing: str, work: Any) -> Any:
+        if work == reader._pass:
+            raise KeyboardInterrupt
+        return run(doing, work)
+
+    monkeypatch.setattr(engine, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reader.scores([look((20, 21))], [5])
+    monkeypatch.setattr(engine, "run", run)
+    before = len(passes.log)
+    reader.scores([look((20, 21), 3)], [5])
+    assert [what for what, _ in passes.log[before:]] == ["open", "logits", "close"]
+    assert not passes.held and not reader._waiting and not reader._line
 
 
 def test_threads_and_generations_side_by_side(tiny: dgemma.DiffusionGemma) -> None:
@@ -348,7 +369,7 @@ def test_threads_and_generations_side_by_side(tiny: dgemma.DiffusionGemma) -> No
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and tiny.engine.busy == 0 and not tiny.reader._waiting
+    assert not wrong and tiny.engine.busy == 0 and not tiny.reader._line
 
 
 # ---- What is refused --------------------------------------------------------------------------------------------
