@@ -90,14 +90,21 @@ def job_of(
     laid = _laid(template, pieces, size, prompted=prompt is not None, end=closed, room=options.max_new_tokens)
     told = _told(_hidden(template, laid, speller, marker), marker)
     ids = _prompt(model, prompt, told, options, laid)
-    _check_room(model, laid, ids, closed)
-    filler = sorted({model.config.pad_token_id, *ends} & set(range(model.config.vocab_size)))
-    return Job(
+    text_ids, filler = tokens_of(model, ends)
+    job = Job(
         engine=model.engine, reader=model.reader, speller=speller, template=template,
         laid=laid, prompt=tuple(ids), end=closed, base=base,
-        text_ids=np.array(sorted(set(tokenizer.text_ids) - set(filler)), np.int32),
-        filler=np.array(filler, np.int32), stop=options.stops,
+        text_ids=text_ids, filler=filler, stop=options.stops,
     )  # fmt: skip
+    check_room(job)
+    return job
+
+
+def tokens_of(model: Model, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what holes are made of, int32 ids: text, and filler, which stands for nothing."""
+    filler = {token for token in (model.config.pad_token_id, *ends) if token < model.config.vocab_size}
+    text = set(model.tokenizer.text_ids) - filler
+    return np.array(sorted(text), np.int32), np.array(sorted(filler), np.int32)
 
 
 def _laid(
@@ -198,22 +205,23 @@ def _end(tokenizer: Tokenizer, ends: Sequence[int]) -> int | None:
     return turn if turn in ends else next(iter(ends), None)
 
 
-def _check_room(model: Model, laid: Laid, prompt: Sequence[int], end: int | None) -> None:
+def check_room(job: Job) -> None:
     """Refuse a text that does not fit the model's context, however long its open holes come out.
 
     Raises:
         DgemmaError: with the numbers.
     """
+    laid, most = job.laid, job.engine.passes.config.max_positions
     at: tuple[int, int] | None = (0, 0)
     needed = 0
     while at is not None:
         hole, done = at
-        window = window_at(laid, hole, done)
+        window = job.window(hole, done)
         before = 0 if laid.whole else sum(map(len, laid.pieces[: hole + 1])) + sum(laid.rooms[:hole]) + done
-        needed = max(needed, len(prompt) + before + len(window.held) + (end is not None))
+        needed = max(needed, len(job.prompt) + before + len(window.held) + (job.end is not None))
         at = next_start(laid, window, done, ended=False)
-    if needed > model.config.max_positions:
+    if needed > most:
         raise DgemmaError(
-            f"the text and its prompt come to {needed:,} tokens, and the model's context is "
-            f"{model.config.max_positions:,}: shorten what is left of the holes"
+            f"the text and its prompt come to {needed:,} tokens, and the model's context is {most:,}: shorten what is "
+            "left of the holes"
         )

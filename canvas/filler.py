@@ -82,8 +82,12 @@ class Job:
     filler: np.ndarray
     stop: tuple[str, ...]
 
-    def request(self, window: Window, done: int, prompt: Sequence[int], *, seed: int, drafts: bool) -> Request:
-        """Return what a canvas asks the engine for: `done` tokens of its first hole are in the prompt."""
+    def window(self, hole: int, done: int) -> Window:
+        """Return the canvas that begins with a hole, of which so many tokens are done."""
+        return window_at(self.laid, hole, done)
+
+    def request(self, window: Window, prompt: Sequence[int], *, seed: int, drafts: bool) -> Request:
+        """Return what a canvas asks the engine for."""
         held = window.held
         last = window.holes[-1] + 1 == len(self.template.holes)
         if self.end is not None and last and window.shown == len(self.laid.pieces[-1]) and len(held) < self.laid.length:
@@ -141,9 +145,9 @@ class Filler(Iterator[Event]):
         if self._at is None or self._handle is not None:
             return
         hole, done = self._at
-        self._window = window_at(self.job.laid, hole, done)
+        self._window = self.job.window(hole, done)
         seed = (self._seed + self._canvas * STRIDE) % (1 << 64)
-        request = self.job.request(self._window, done, self._prompt, seed=seed, drafts=self._drafts)
+        request = self.job.request(self._window, self._prompt, seed=seed, drafts=self._drafts)
         self._handle = self.job.engine.add(request, share)
 
     def advance(self) -> Iterator[Event]:

@@ -8,6 +8,7 @@ from typing import Any
 from ..core.options import GenerateOptions
 from . import fill
 from .ask import ask
+from .edit import STRENGTH, Edited, edit
 from .filler import Filler
 from .holes import MARKER, Hole
 from .model import Model, Prompt
@@ -80,3 +81,27 @@ class Instruments:
     ) -> Filler:  # fmt: skip
         """Yield the events of `fill` as they come; the `Filled` is then the iterator's `result`."""
         return fill.stream_fill(self, text, prompt, GenerateOptions(**options), marker=marker)
+
+    def edit(
+        self: Model, text: str, *, lines: tuple[int, int] | None = None, span: tuple[int, int] | None = None,
+        instruction: str | None = None, strength: float = STRENGTH, **options: Any,
+    ) -> Edited:  # fmt: skip
+        """Rewrite a region of a text, and leave all else as it is, byte for byte.
+
+        Args:
+            lines: the first and the last line of the region, counted from 1; the end of the last line is kept.
+            span: the region in characters instead.
+            instruction: how it is to be changed; said in the chat template, with the region as it was.
+            strength: how much of the old text is lost to noise before it is rewritten: 0 keeps it, without any pass, 1
+                forgets it.
+            options: those of `stream`. `max_new_tokens` is what each part of the region may take, by default a quarter
+                more than it did; a part is at most half a canvas.
+
+        Raises:
+            DgemmaError: no such region, text that the tokenizer cannot write exactly, or more of it than the model's
+                context holds; before any pass.
+        """
+        return edit(
+            self, text, lines=lines, span=span, instruction=instruction, strength=strength,
+            options=GenerateOptions(**options),
+        )  # fmt: skip

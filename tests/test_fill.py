@@ -335,7 +335,7 @@ def test_an_answer_stands_on_its_canvas_whole_and_ends_its_turn(model: dgemma.Di
     assert model.tokenizer.decode(made.prompt, special=True).endswith("<|turn>model\n")
     window = window_at(made.laid, 0)
     assert made.laid.whole and made.end == IDS["<turn|>"]
-    request = made.request(window, 0, made.prompt, seed=0, drafts=False)
+    request = made.request(window, made.prompt, seed=0, drafts=False)
     assert request.held == (*made.laid.pieces[0], -1, -1, *made.laid.pieces[1], IDS["<turn|>"])
 
 
