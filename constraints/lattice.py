@@ -35,7 +35,7 @@ class Row:
     score: np.ndarray  # float [L, C]
     best: np.ndarray  # int [L, C]
     moment: np.ndarray  # float [L, C]
-    held: np.ndarray  # int [L]: the class that is held there, −1 where free
+    held: np.ndarray  # int [L]: the class that is held there, −1 where free, C where it is no token of the language
     start: int
     final: np.ndarray  # bool [S]: where it may end
 
@@ -101,7 +101,7 @@ def best_paths(lattice: Lattice, row: Row) -> Best:
     for i in range(length - 1, -1, -1):
         after, here = gamma[i + 1], gamma[i]
         if row.held[i] >= 0:
-            sources, targets = lattice.by_label[int(row.held[i])]
+            sources, targets = lattice.labelled(int(row.held[i]))
             here[sources] = after[targets]
             continue
         after.take(lattice.targets, out=terms, mode="wrap")
@@ -180,7 +180,7 @@ def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -
     for i in range(length - 1, -1, -1):
         after, here = beta[i + 1], beta[i, :states]
         if row.held[i] >= 0:
-            sources, targets = lattice.by_label[int(row.held[i])]
+            sources, targets = lattice.labelled(int(row.held[i]))
             here[sources] = after[targets]
         else:
             parts, sums = chances.parts[i], chances.sums[i]
@@ -217,7 +217,7 @@ def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
     sums = [*zip(_views(into, lattice.into_blocks), [arrived[s] for s in _spans(lattice.into_blocks)], strict=True)]
     for i in range(length):
         if row.held[i] >= 0:
-            sources, targets = lattice.by_label[int(row.held[i])]
+            sources, targets = lattice.labelled(int(row.held[i]))
             at = np.bincount(targets, at[sources], states).astype(np.float32)
             continue
         at /= chances.sums[i]

@@ -64,11 +64,16 @@ class Lattice:
     into_order: np.ndarray  # int [S]: where each state is among those blocks' sums
     set_order: np.ndarray  # int [K]: entries of the blocks by source, set after set
     set_starts: np.ndarray  # int [D]
+    pairs: tuple[np.ndarray, np.ndarray]  # sources and targets
     by_label: dict[int, tuple[np.ndarray, np.ndarray]]  # rising sources, and targets, of each label's edges
+
+    def labelled(self, label: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return rising sources, and targets, of the edges of a label; none where nothing has it."""
+        return self.by_label.get(label, (_NONE, _NONE))
 
     def step(self, state: int, label: int) -> int:
         """Return the state that a label leads to, −1 where none does; the held class is a label like any other."""
-        sources, targets = self.by_label.get(label, (_NONE, _NONE))
+        sources, targets = self.labelled(label)
         at = int(sources.searchsorted(state))
         return int(targets[at]) if at < len(sources) and sources[at] == state else -1
 
@@ -122,6 +127,7 @@ def lattice_of(automaton: TokenAutomaton) -> Lattice:
         into_order=rank,
         set_order=place[by_set],
         set_starts=np.searchsorted(sets[by_set], np.arange(len(members))),
+        pairs=(pair_sources, pair_targets),
         by_label=_by_label(renumbered[automaton.sources], renumbered[automaton.targets], automaton.labels),
     )
 

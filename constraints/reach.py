@@ -15,21 +15,17 @@ def before(lattice: Lattice, after: np.ndarray, label: int) -> np.ndarray:
         for block in lattice.blocks:
             view = padded[block.offset : block.offset + block.depth * block.width].reshape(block.depth, block.width)
             np.logical_or.reduce(view, axis=0, out=found[block.first : block.first + block.width])
-    elif label in lattice.by_label:
-        sources, targets = lattice.by_label[label]
+    else:
+        sources, targets = lattice.labelled(label)
         found[sources[after[targets]]] = True
     return found
 
 
 def behind(lattice: Lattice, at: np.ndarray, label: int) -> np.ndarray:
     """Return where one token leads to from `at`, bool [S]."""
+    sources, targets = lattice.pairs if label < 0 else lattice.labelled(label)
     found = np.zeros(lattice.states, bool)
-    if label < 0:
-        for state in np.flatnonzero(at):
-            found[lattice.out[state].pair_targets] = True
-    elif label in lattice.by_label:
-        sources, targets = lattice.by_label[label]
-        found[targets[at[sources]]] = True
+    found[targets[at[sources]]] = True
     return found
 
 
@@ -62,22 +58,22 @@ def borders(lattice: Lattice, held: np.ndarray, budget: int, every: int) -> dict
 
 
 def fewest(lattice: Lattice, held: np.ndarray) -> tuple[int | None, int]:
-    """Return how many tokens the shortest string has that keeps all that is held, and where it first cannot be kept.
+    """Return how many tokens the shortest string has that keeps all that is held, and −1.
 
-    None as the first where no string of any length fits; the second is then the first held position that no path
-    reaches.
+    Where no string of any length does: None, and the first held position that no path reaches, or the last one.
     """
     at = np.zeros(lattice.states, bool)
     at[lattice.start] = True
-    last = int(np.flatnonzero(held >= 0)[-1]) + 1 if (held >= 0).any() else 0
+    fixed = np.flatnonzero(held >= 0)
+    last = int(fixed[-1]) + 1 if len(fixed) else 0
     i = 0
     while i < last or not (at & lattice.accepting).any():
         label = int(held[i]) if i < len(held) else -1
         following = behind(lattice, at, label)
-        if not following.any():
-            return None, i
+        if not following.any() or i >= last + lattice.states:
+            return None, min(i, last - 1)
         i += 1
         if i < last and label < 0 and (following == at).all():
-            i = int(np.flatnonzero(held >= 0)[np.searchsorted(np.flatnonzero(held >= 0), i)])
+            i = int(fixed[np.searchsorted(fixed, i)])
         at = following
     return i, -1

@@ -67,7 +67,7 @@ class Constraint:
         """
         held = np.asarray(held, np.int64)
         classes = self.classes_of(held)
-        for i in np.flatnonzero((held >= 0) & (classes < 0))[:1]:
+        for i in np.flatnonzero(classes == self.automaton.count)[:1]:
             raise DgemmaError(
                 f"token {held[i]}, held at position {i} of the answer, is in no answer that the constraint has"
             )
@@ -77,11 +77,12 @@ class Constraint:
         return Walk(self, ends, classes, budget)
 
     def classes_of(self, held: np.ndarray) -> np.ndarray:
-        """Return the class that each held token counts as, int [n]: −1 where free, and where it has none."""
+        """Return the class that each held token counts as, int [n]: −1 where free, C where it has none."""
         if self.automaton.held_class is not None:
             return np.where(held >= 0, self.automaton.held_class, -1)
-        known = (held >= 0) & (held < len(self.automaton.classes))
-        return np.where(known, self.automaton.classes[np.where(known, held, 0)], -1)
+        known = held < len(self.automaton.classes)
+        found = np.where(known, self.automaton.classes[np.where(known, held, 0)], -1)
+        return np.where(held < 0, -1, np.where(found < 0, self.automaton.count, found))
 
 
 def _why(lattice: Lattice, held: np.ndarray, classes: np.ndarray, budget: int) -> str:
@@ -89,6 +90,8 @@ def _why(lattice: Lattice, held: np.ndarray, classes: np.ndarray, budget: int) -
     fixed = int(np.count_nonzero(held >= 0))
     kept = f" with the {fixed} tokens held" if fixed > 1 else " with the token held" if fixed else ""
     count, where = fewest(lattice, classes)
+    if count is None and not fixed:
+        return f"the constraint has no answer that ends within {budget} tokens"
     if count is None:
         before = f", given the {fixed - 1} held elsewhere" if fixed > 1 else ""
         return (

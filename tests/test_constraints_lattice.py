@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -348,6 +350,19 @@ def test_what_a_pass_holds_beyond_what_was_asked_counts() -> None:
     found = chosen(way, masses, np.zeros(16), held)
     assert found.argmax[3] == found.token[3] == held[3] and found.entropy[3] == 0
     way.commit(found.argmax)
+    dead = Constraint(automaton=word("31415")).begin(budget=8, canvas_length=8, held=np.zeros(0, int))
+    with pytest.raises(DgemmaError, match="no answer with what is held"):
+        masses = masses_of(random_logs(rng, 8, 1, 12), word("31415"))
+        chosen(dead, masses, np.zeros(8), np.array([3, 7, -1, -1, -1, -1, -1, -1]))
+
+
+def test_an_automaton_that_never_ends_is_refused() -> None:
+    """A user's own may have states that lead nowhere."""
+    automaton = word("31415")
+    endless = replace(automaton, accepting=np.zeros(automaton.states, bool))
+    for held in ([], [3, 1]):
+        with pytest.raises(DgemmaError, match="no answer that"):
+            Constraint(automaton=endless).begin(budget=20, canvas_length=8, held=np.array(held, int))
 
 
 def _after(automaton: TokenAutomaton, tokens: np.ndarray) -> int:
