@@ -40,6 +40,7 @@ function dgemmaCanvas(host, data) {
     return [
       `step ${pass.step + 1} of at most ${pass.steps}`, ...(canvases ? [`canvas ${pass.canvas + 1}`] : []),
       `accepted ${pass.accepted} of ${pass.free}`, `entropy ${pass.entropy.toFixed(3)} nats`,
+      ...(pass.log === undefined ? [] : [`log accept ${pass.log === null ? "-∞" : pass.log.toFixed(3)}`]),
     ].join(" · ");
   }
 

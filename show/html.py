@@ -69,6 +69,8 @@ class Drawing:
             "entropies": [_entropy(draft, span) for span in spans],
             "end": -1 if frame.end is None else int(frame.states[frame.end]), "blank": frame.blank,
         }  # fmt: skip
+        if draft.log_accept is not None:
+            found["log"] = thousandths(draft.log_accept)
         if any(span.stop - span.start > 1 for span in spans):
             found["widths"] = [span.stop - span.start for span in spans]
         if draft.following is not None:
@@ -112,8 +114,9 @@ def part(drawing: Drawing, *, live: bool = False) -> str:
         "  host.dataset.dgemma = 'drawn';\n"
         "  dgemmaCanvas(host, JSON.parse(host.querySelector('script').textContent));\n}"
     )
+    # The last attribute keeps a notebook's own keys away from the slider's.
     return (
-        f'<div data-dgemma="new"><pre>{escape(text)}</pre>'
+        f'<div data-dgemma="new" data-lm-suppress-shortcuts="true"><pre>{escape(text)}</pre>'
         f'<script type="application/json">{_json(data)}</script>'
         f"<template><style>{_file(STYLE)}</style>{_figure(drawing)}</template></div>"
         f"<script>(() => {{\n{start}\n}})();</script>"

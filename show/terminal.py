@@ -121,6 +121,7 @@ class CanvasView:
             *([f"canvas {draft.canvas + 1}"] if draft.canvas else []),
             f"accepted {frame.accepted}/{int(frame.free.sum())}",
             f"entropy {frame.uncertainty:.3f} nats",
+            *([] if draft.log_accept is None else [f"log accept {draft.log_accept:.3f}"]),
         ]
         while len(parts) > 1 and len(self._separator.join(parts)) > width:
             parts.pop()

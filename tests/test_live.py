@@ -83,6 +83,8 @@ def test_held_tokens_are_drawn_apart_and_do_not_count() -> None:
     assert row.plain == "aabb░░" and row.get_style_at_offset(terminal(), 0) == STYLES[HELD]
     assert "accepted 1/2" in status.plain and "entropy 1.500 nats" in status.plain
     assert legend.plain.endswith("settled  held")
+    view.update(replace(make_draft([1, 2, 2], [True, True, False], step=1), held=held, log_accept=-2.5))
+    assert shown(view, 120)[1].plain.endswith("nats · log accept -2.500")
 
 
 def test_a_new_canvas_forgets_the_one_before() -> None:

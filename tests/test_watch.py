@@ -68,7 +68,7 @@ def test_the_slider_shows_every_pass(show: Any, tmp_path: Path) -> None:
     assert text(chromium, "canvas") == "def f():\n    é世" and text(chromium, "count") == "7 tokens in 4 passes"
     first = slide(chromium, 0)
     assert first.startswith("def f():") and "░" in first
-    assert text(chromium, "count") == "step 1 of at most 4 · accepted 5 of 15 · entropy 0.733 nats"
+    assert text(chromium, "count") == "step 1 of at most 4 · accepted 5 of 15 · entropy 0.733 nats · log accept -1.235"
     drafts = [event for event in told if isinstance(event, Draft)]
     frames = told.asked.frames()
     for i, draft in enumerate(drafts):
@@ -191,6 +191,7 @@ def test_a_notebook_draws_live_and_has_the_slider_at_the_end(notebook: Display, 
     assert isinstance(result, Generation) and result.text == model.generate(".3.1\n.2..\n....\n...4").text
     found = [data_of(made) for made in notebook.shown]
     assert [(one["live"], len(one["passes"])) for one in found[:-1]] == [(True, 1)] * result.stats.steps
+    assert all('data-lm-suppress-shortcuts="true"' in made for made in notebook.shown), "JupyterLab takes arrow keys"
     assert not found[-1]["live"] and len(found[-1]["passes"]) == result.stats.steps
     assert [one["passes"][0] for one in found[:-1]] == found[-1]["passes"]
     chromium = show(f"<!doctype html><title>x</title><body>{notebook.shown[0]}")
