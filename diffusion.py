@@ -7,22 +7,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast, overload
+from typing import Any, TypeVar, Unpack, cast, overload
 
 import numpy as np
 
 from .canvas.instruments import Instruments
 from .canvas.reader import Reader
 from .checkpoints import weights
+from .constraints.asked import constraint_of
+from .constraints.typed import parsed
 from .core import finite
 from .core.config import GenerationConfig, ModelConfig
 from .core.engine import Engine
 from .core.errors import DgemmaError, quoted
 from .core.events import Commit, Done, Event, Generation
-from .core.given import figure, ids_of, integer
+from .core.given import figure, held_of, ids_of, integer
 from .core.handle import Handle
 from .core.memory import check_canvas
-from .core.options import GenerateOptions, spread
+from .core.options import GenerateOptions, Options, spread
 from .core.row import Request, Share, check_tokens
 from .core.sampler import settings
 from .text.tokens import Message, Tokenizer
@@ -84,7 +86,7 @@ class DiffusionGemma(Instruments):
     @overload
     def generate(  # pyright: ignore[reportOverlappingOverload] - a str is a sequence of str
         self, prompt: Prompt, max_new_tokens: int | None = ..., seed: int = ..., steps: int | None = ..., *,
-        n: None = ..., **options: Any,
+        n: None = ..., **options: Unpack[Options],
     ) -> Generation: ...  # fmt: skip
 
     @overload
@@ -93,29 +95,10 @@ class DiffusionGemma(Instruments):
         steps: Each[int | None] = ..., *, n: int | None = ..., **options: Any,
     ) -> list[Any]: ...  # fmt: skip
 
-    def generate(  # pyright: ignore[reportInconsistentOverload] - the overloads leave the options' names to this one
-        self,
-        prompt: Prompt | Sequence[Prompt],
-        max_new_tokens: Each[int | None] = None,
-        seed: Each[int] = 0,
-        steps: Each[int | None] = None,
-        *,
-        n: int | None = None,
-        canvas_length: Each[int | Literal["fit"] | None] = None,
-        schedule_steps: Each[int | None] = None,
-        entropy_bound: Each[float | None] = None,
-        t_min: Each[float | None] = None,
-        t_max: Each[float | None] = None,
-        confidence: Each[float | None] = None,
-        stability: Each[int | None] = None,
-        temperature: Each[float | None] = None,
-        greedy: Each[bool | None] = None,
-        stop: Each[str | Sequence[str]] = (),
-        eos: Each[int | Sequence[int] | None] = None,
-        thinking: Each[bool] = False,
-        raw: Each[bool] = False,
-        specials: Each[bool] = False,
-    ) -> Any:
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: Each[int | None] = None, seed: Each[int] = 0,
+        steps: Each[int | None] = None, *, n: int | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
         """Write until an end-of-sequence token, a stop string or the token budget.
 
         Args:
@@ -132,30 +115,26 @@ class DiffusionGemma(Instruments):
         Raises:
             DgemmaError: as `stream`; of several prompts, by its number.
         """
-        given = {
-            "max_new_tokens": max_new_tokens, "seed": seed, "steps": steps, "canvas_length": canvas_length,
-            "schedule_steps": schedule_steps, "entropy_bound": entropy_bound, "t_min": t_min, "t_max": t_max,
-            "confidence": confidence, "stability": stability, "temperature": temperature, "greedy": greedy,
-            "stop": stop, "eos": eos, "thinking": thinking, "raw": raw, "specials": specials,
-        }  # fmt: skip
+        given = {"max_new_tokens": max_new_tokens, "seed": seed, "steps": steps, **options}
         if n is not None:
             integer("n", n, 1, 1 << 20)
         prompts = _several(prompt)
         if prompts is None:
-            requests = [self.request(cast("Prompt", prompt), GenerateOptions(**given))]
+            asked = [GenerateOptions(**given)]
+            requests = [self.request(cast("Prompt", prompt), asked[0])]
         else:
-            requests = []
-            for i, (one, options) in enumerate(zip(prompts, spread(given, len(prompts)), strict=True), 1):
+            requests, asked = [], spread(given, len(prompts))
+            for i, (one, own) in enumerate(zip(prompts, asked, strict=True), 1):
                 try:
-                    requests.append(self.request(one, options))
+                    requests.append(self.request(one, own))
                     self.engine.check(requests[-1])  # all of them before the first is added, which checks it again
                 except DgemmaError as error:
                     raise DgemmaError(f"prompt {i}: {error}") from None
-        results = self._written(requests, n)
+        results = self._written(requests, [one.schema for one in asked], n)
         return results if prompts is not None else results[0]
 
-    def _written(self, requests: Sequence[Request], n: int | None) -> list[Any]:
-        """Return what is generated for each request, or, with `n`, lists of it."""
+    def _written(self, requests: Sequence[Request], schemas: Sequence[Any], n: int | None) -> list[Any]:
+        """Return what is generated for each request, or, with `n`, lists of it; `schemas` are those that it obeys."""
         handles: list[list[Handle]] = []
         try:
             for request in requests:
@@ -164,7 +143,10 @@ class DiffusionGemma(Instruments):
                 for i in range(n or 1):
                     one = replace(request, seed=(request.seed + i) % (1 << 64), drafts=False)
                     samples.append(self.engine.add(one, share))
-            results = [[collected(handle.events()) for handle in samples] for samples in handles]
+            results = [
+                [_collected(handle.events(), schema) for handle in samples]
+                for samples, schema in zip(handles, schemas, strict=True)
+            ]
         except BaseException:
             for handle in chain(*handles):
                 handle.cancel()
@@ -172,27 +154,9 @@ class DiffusionGemma(Instruments):
         return [made if n else made[0] for made in results]
 
     def stream(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int | None = None,
-        seed: int = 0,
-        steps: int | None = None,
-        *,
-        canvas_length: int | Literal["fit"] | None = None,
-        schedule_steps: int | None = None,
-        entropy_bound: float | None = None,
-        t_min: float | None = None,
-        t_max: float | None = None,
-        confidence: float | None = None,
-        stability: int | None = None,
-        temperature: float | None = None,
-        greedy: bool | None = None,
-        stop: str | Sequence[str] = (),
-        eos: int | Sequence[int] | None = None,
-        thinking: bool = False,
-        raw: bool = False,
-        specials: bool = False,
-    ) -> Iterator[Event]:
+        self, prompt: Prompt, max_new_tokens: int | None = None, seed: int = 0, steps: int | None = None,
+        **options: Unpack[Options],
+    ) -> Iterator[Event]:  # fmt: skip
         """Check the options, then yield `Prefill`, `Draft`, `Commit` and, last, `Done`.
 
         What is None comes from the checkpoint's `generation_config.json`.
@@ -223,23 +187,32 @@ class DiffusionGemma(Instruments):
             eos: end-of-sequence token ids; an empty sequence never ends early. By default those of
                 generation_config.json, or of config.json where it names none.
             thinking: ask the chat template for a thinking channel.
+            thinking_budget: tokens after which that channel is closed, by holding its end mark there; a model that
+                closes it earlier is left alone.
             raw: take text as it stands, without the chat template; all of it is yours, so special tokens spelled out in
                 it are those tokens.
             specials: special tokens spelled out in messages, or in text, are those tokens too. Otherwise they are the
                 text that they look like: nobody can type a control token.
+            regex: what the answer has to match, all of it, as by `re.fullmatch`. Of `regex`, `schema`, `choices` and
+                `dfa` one may be given; thinking before the answer stays free. See docs/canvas.md.
+            schema: a JSON schema (a dict, or JSON as text), or a pydantic model or dataclass, which `Generation.parsed`
+                is then an object of.
+            choices: texts of which the answer is one.
+            dfa: an automaton over characters, `dgemma.constraints.from_states`.
+            feedback: how much of what a constraint makes of a pass self-conditioning gets: 0, the default, is the
+                model's own distribution, 1 is that given the constraint.
+            init: a draft of the answer, text or token ids, that canvases start from instead of noise.
+            strength: how much of a draft is lost to noise, token by token: 0 keeps all of it, 1 is as without one.
+            held: tokens that positions of the answer keep: a mapping from position to token id, or a sequence of ids
+                from the first position on, −1 where one is free.
 
         Raises:
             DgemmaError: a prompt or an option that cannot be, in one line; raised here, before the first event. While
                 events are read: a pass that comes to NaN or infinity (damaged weights, or float16 overflows), with the
                 dtype and what to try; and whatever the device refuses.
         """
-        options = GenerateOptions(
-            max_new_tokens=max_new_tokens, seed=seed, steps=steps, canvas_length=canvas_length,
-            schedule_steps=schedule_steps, entropy_bound=entropy_bound, t_min=t_min, t_max=t_max,
-            confidence=confidence, stability=stability, temperature=temperature, greedy=greedy, stop=stop, eos=eos,
-            thinking=thinking, raw=raw, specials=specials,
-        )  # fmt: skip
-        return self.engine.add(self.request(prompt, options)).events()
+        given = GenerateOptions(max_new_tokens=max_new_tokens, seed=seed, steps=steps, **options)
+        return self.engine.add(self.request(prompt, given)).events()
 
     def request(self, prompt: Prompt, options: GenerateOptions) -> Request:
         """Return what the engine is asked for, with every default filled in."""
@@ -251,16 +224,46 @@ class DiffusionGemma(Instruments):
         if length is not None:
             check_canvas(self.config, length)
         ids = tuple(self.prompt_ids(prompt, thinking=options.thinking, raw=options.raw, specials=options.specials))
+        if options.language is not None and not options.thinking and self._is_chat(prompt, options.raw):
+            closed = tuple(self.tokenizer.closed_thought)
+            ids += () if closed and ids[-len(closed) :] == closed else closed
+        budget, ends = int(options.max_new_tokens or self.generation.budget(len(ids))), self._ends(options.eos)
+        if options.thinking_budget is not None and options.thinking_budget >= budget:
+            raise DgemmaError(
+                f"thinking_budget is {options.thinking_budget} and max_new_tokens {budget}: no answer has room"
+            )
         return Request(
             prompt=ids,
-            max_new_tokens=int(options.max_new_tokens or self.generation.budget(len(ids))),
+            max_new_tokens=budget,
             seed=int(options.seed),  # one of NumPy's does not count up to 2^64
             sampler=sampler,
-            eos_token_ids=self._ends(options.eos),
+            eos_token_ids=ends,
             stop=options.stops,
             canvas_length=length,
             fit=wanted == "fit",
-        )
+            held=held_of(options.held, self.config.vocab_size),
+            init=self._draft(options.init),
+            strength=1.0 if options.init is None else 0.5 if options.strength is None else float(options.strength),
+            thinking_budget=options.thinking_budget,
+            constraint=constraint_of(
+                options, cast("Tokenizer | None", self.engine.tokenizer), prompt=ids, ends=ends,
+                pad=self.config.pad_token_id,
+            ),
+        )  # fmt: skip
+
+    def _draft(self, init: str | Sequence[int] | None) -> tuple[int, ...]:
+        if init is None:
+            return ()
+        tokens = self.tokenizer.encode(init) if isinstance(init, str) else ids_of(init, "init")
+        if tokens:
+            check_tokens(tokens, self.config.vocab_size, what="init")
+        return tuple(tokens)
+
+    def _is_chat(self, prompt: Prompt, raw: bool) -> bool:
+        """Whether the chat template lays a prompt out."""
+        if isinstance(prompt, str):
+            return not raw and self.tokenizer.has_template
+        return isinstance(prompt, Sequence) and bool(len(prompt)) and isinstance(prompt[0], Mapping)
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None
@@ -309,12 +312,11 @@ class DiffusionGemma(Instruments):
         self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False
     ) -> list[int]:
         """Return a prompt's token ids as the model would read them; arguments as `stream`."""
+        if self._is_chat(prompt, raw):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            return self.tokenizer.render(cast("Sequence[Message]", messages), thinking=thinking, specials=specials)
         if isinstance(prompt, str):
-            if raw or not self.tokenizer.has_template:
-                return self.tokenizer.encode(prompt, bos=True, specials=raw or specials)
-            prompt = [{"role": "user", "content": prompt}]
-        if isinstance(prompt, Sequence) and len(prompt) and isinstance(prompt[0], Mapping):
-            return self.tokenizer.render(cast("Sequence[Message]", prompt), thinking=thinking, specials=specials)
+            return self.tokenizer.encode(prompt, bos=True, specials=raw or specials)
         return ids_of(prompt, "the prompt")
 
     def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
@@ -333,8 +335,7 @@ def _several(prompt: Any) -> list[Prompt] | None:
     return list(prompt) if all(isinstance(one, str | list | tuple) for one in prompt) else None
 
 
-def collected(events: Iterator[Event]) -> Generation:
-    """Return what events come to; they end with `Done`."""
+def _collected(events: Iterator[Event], schema: Any) -> Generation:
     tokens: list[int] = []
     text = thought = ""
     for event in events:
@@ -349,5 +350,6 @@ def collected(events: Iterator[Event]) -> Generation:
                 token_ids=tuple(tokens),
                 finish_reason=event.finish_reason,
                 stats=event.stats,
+                parsed=None if schema is None else parsed(text, schema),
             )
     raise AssertionError("the engine ended without Done")

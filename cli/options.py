@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from functools import reduce
@@ -12,7 +13,7 @@ import click
 
 from ..backends import DTYPES, MODULES
 from ..checkpoints.files import read_bytes
-from ..core.options import DEFAULTS, SAID
+from ..core.options import DEFAULTS, MOST, SAID
 
 Command_ = TypeVar("Command_", bound=Callable[..., Any])
 
@@ -93,6 +94,20 @@ model_options = together(
 )  # fmt: skip
 
 
+class Schema(click.ParamType):
+    """A file that holds a JSON schema."""
+
+    name = "file"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(read_file(Path(value)))
+        except (ValueError, RecursionError) as error:
+            self.fail(f"{value} is not JSON: {str(error).splitlines()[0]}", param, ctx)
+
+
 class CanvasLength(click.ParamType):
     """A number of positions, or `fit`."""
 
@@ -108,14 +123,16 @@ class CanvasLength(click.ParamType):
         return click.IntRange(min=1).convert(length, param, ctx)
 
 
-_GROUPS = {"length": "Length and seed", "sampling": SAMPLING, "prompt": "Prompt"}
+_GROUPS = {"length": "Length and seed", "sampling": SAMPLING, "prompt": "Prompt", "canvas": "What the answer is"}
+_NAMES = {"schema": "--json-schema"}
+"""Of options that a command spells otherwise."""
 _SHOWN = {"max_new_tokens": "the checkpoint's", "canvas_length": "the checkpoint's", "seed": True}
 
 
 def generate_option(name: str) -> Callable[[Command_], Command_]:
     """Return the option of a command that one of `GenerateOptions` is."""
     said, group = SAID[name], _GROUPS[SAID[name].group]
-    long = f"--{name.replace('_', '-')}"
+    long = _NAMES.get(name, f"--{name.replace('_', '-')}")
     names = [long, *([f"-{said.letter}"] if said.letter else [])]
     valued: dict[str, Any] = {"group": group, "help": said.help, "metavar": said.unit}
     match said.kind:
@@ -125,9 +142,14 @@ def generate_option(name: str) -> Callable[[Command_], Command_]:
         case "canvas":
             return option(*names, type=CanvasLength(), show_default=_SHOWN[name], **valued)
         case "number":
-            return option(*names, type=click.FloatRange(min=said.least), **valued)
+            most = said.most if said.most < MOST else None
+            return option(*names, type=click.FloatRange(min=said.least, max=most), **valued)
+        case "text":
+            return option(*names, **valued)
+        case "schema":
+            return option(*names, name, type=Schema(), **valued)
         case "texts":
-            return option(*names, multiple=True, **valued)
+            return option(*names, name, multiple=True, **valued)
         case "flag" if name == "thinking":
             return option(f"{long}/--no-{name}", default=False, show_default=True, group=group, help=said.help)
         case "flag":
@@ -139,7 +161,10 @@ budget_options = together(generate_option("max_new_tokens"), generate_option("se
 
 raw_option, specials_option = generate_option("raw"), generate_option("specials")
 
-sampling_options = together(*(generate_option(name) for name in SAID if name not in ("eos", "raw", "specials")))
+UNASKED = ("eos", "dfa", "held")
+"""Options that no command has."""
+
+sampling_options = together(*(generate_option(name) for name in SAID if name not in (*UNASKED, "raw", "specials")))
 
 system_option = option(
     "--system", metavar="TEXT", group="Prompt", help="System prompt: what the model is told before everything else.",

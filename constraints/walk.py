@@ -43,7 +43,7 @@ class Constraint:
         if not 0 <= self.feedback <= 1:
             raise DgemmaError(f"feedback is {self.feedback}, expected a number from 0 to 1")
 
-    @cached_property
+    @property
     def classes(self) -> Classes:
         return Classes(of=self.automaton.classes, count=self.automaton.count, key=self.automaton.key)
 

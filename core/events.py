@@ -129,6 +129,8 @@ class Generation:
     """
     finish_reason: FinishReason
     stats: Stats
+    parsed: Any = None
+    """With a schema: what the text says, an object of the class that was given as one."""
 
     def __repr__(self) -> str:
         head = self.text if len(self.text) <= 60 else f"{self.text[:57]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -66,3 +67,30 @@ def ids_of(values: Any, what: str) -> list[int]:
 def integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise DgemmaError(f"{name} is {show(value)}, expected an integer from {low} to {high}")
+
+
+def number(name: str, value: Any, low: float, high: float) -> None:
+    known = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not known or not low <= value <= high:
+        raise DgemmaError(f"{name} is {show(value)}, expected a number from {low} to {high}")
+
+
+def held_of(value: Any, vocab_size: int) -> tuple[int, ...]:
+    """Return held tokens by position of an answer, −1 where one is free, of a mapping or of a sequence.
+
+    Raises:
+        DgemmaError: neither, a position below 0 or beyond any context, or an id that does not exist.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, Mapping):
+        for at in value:
+            integer("a position of held", at, 0, 1 << 24)
+        tokens = [-1] * (max(value, default=-1) + 1)
+        for at, token in value.items():
+            tokens[at] = token
+    else:
+        tokens = ids_of(value, "held")
+    for token in tokens:
+        integer("a token of held", token, -1, vocab_size - 1)
+    return tuple(int(token) for token in tokens)

@@ -6,17 +6,21 @@ fields. Every default but the seed's and the flags' is None, the checkpoint's ow
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypedDict, cast
 
 from .errors import DgemmaError, quoted
 
-Kind = Literal["integer", "number", "flag", "texts", "ids", "canvas"]
-"""`texts` and `ids` are one or several; `canvas` is an integer or `fit`."""
-Group = Literal["length", "sampling", "prompt"]
+Kind = Literal["integer", "number", "flag", "text", "texts", "ids", "canvas", "schema", "object"]
+"""`texts` and `ids` are one or several; `canvas` is an integer or `fit`; a `schema` is a file to a command, and an
+`object` is no command's."""
+Group = Literal["length", "sampling", "prompt", "canvas"]
 
 MOST = 1 << 31
+LANGUAGES = ("regex", "schema", "choices", "dfa")
+"""Options that say which answers there are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +111,10 @@ class GenerateOptions:
         "Let the model think first. What it thinks is shown apart from the answer.",
         "flag", "prompt", False,
     )
+    thinking_budget: int | None = _option(
+        "Close the thinking channel after N tokens, so that an answer is always left room for.",
+        "integer", "length", least=1,
+    )
     raw: bool = _option(
         "Give text to the model as it stands, without the chat template, special tokens and all.",
         "flag", "prompt", False,
@@ -115,10 +123,42 @@ class GenerateOptions:
         "Special tokens spelled out in a message are those tokens. Otherwise nobody can type one.",
         "flag", "prompt", False,
     )
+    regex: str | None = _option(
+        "Write what this regular expression matches, all of it.",
+        "text", "canvas", unit="PATTERN",
+    )
+    schema: Any = _option(  # noqa: RUF009 - a field, of no type that it knows to be immutable
+        "Write JSON that this schema allows.",
+        "schema", "canvas", unit="FILE",
+    )
+    choices: str | Sequence[str] = _option(
+        "Write one of these texts. Given several times.",
+        "texts", "canvas", (), unit="TEXT",
+    )
+    dfa: Any = _option(  # noqa: RUF009 - a field, of no type that it knows to be immutable
+        "Write what an automaton of one's own accepts.",
+        "object", "canvas",
+    )
+    feedback: float | None = _option(
+        "How much of what a constraint makes of a pass the model is told: 0 nothing, 1 all of it.",
+        "number", "canvas", unit="SHARE", most=1,
+    )
+    init: str | Sequence[int] | None = _option(
+        "Start from this draft of the answer instead of noise.",
+        "text", "canvas", unit="TEXT",
+    )
+    strength: float | None = _option(
+        "How much of a draft is lost to noise: 0 keeps it, 1 forgets it; 0.5 where nothing else is said.",
+        "number", "canvas", unit="SHARE", most=1,
+    )
+    held: Any = _option(  # noqa: RUF009 - a field, of no type that it knows to be immutable
+        "Tokens that positions of the answer keep.",
+        "object", "canvas",
+    )
     # fmt: on
 
     def __post_init__(self) -> None:
-        from .given import check_flags, integer  # which need NumPy, and this module's readers do not
+        from .given import check_flags, integer, number  # which need NumPy, and this module's readers do not
 
         if self.max_new_tokens is not None:
             integer("max_new_tokens", self.max_new_tokens, 1, MOST)
@@ -130,9 +170,38 @@ class GenerateOptions:
                 raise DgemmaError(f"canvas_length is {quoted(self.canvas_length)}, expected an integer, or 'fit'")
             case _:
                 integer("canvas_length", self.canvas_length, 1, MOST)
+        if self.thinking_budget is not None:
+            integer("thinking_budget", self.thinking_budget, 1, MOST)
+        for name in ("feedback", "strength"):
+            if (value := getattr(self, name)) is not None:
+                number(name, value, 0, SAID[name].most)
         check_flags(thinking=self.thinking, raw=self.raw, specials=self.specials)
         if any(not isinstance(one, str) or not one for one in self.stops):
             raise DgemmaError("stop: expected non-empty strings")
+        if any(not isinstance(one, str) for one in self.alternatives):
+            raise DgemmaError("choices: expected strings")
+        if isinstance(self.schema, str):
+            try:
+                object.__setattr__(self, "schema", json.loads(self.schema))
+            except (ValueError, RecursionError) as error:
+                raise DgemmaError(f"schema is no JSON: {quoted(str(error))}") from None
+        given = self._languages()
+        if len(given) > 1:
+            raise DgemmaError(f"{given[0]} and {given[1]} are both given: an answer is of one language")
+
+    @property
+    def language(self) -> str | None:
+        """Which of `LANGUAGES` is given."""
+        return next(iter(self._languages()), None)
+
+    def _languages(self) -> list[str]:
+        values = {name: getattr(self, name) for name in LANGUAGES}
+        return [name for name, value in values.items() if not (value is None or (type(value) is tuple and not value))]
+
+    @property
+    def alternatives(self) -> tuple[str, ...]:
+        """`choices` as a tuple."""
+        return (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -144,6 +213,34 @@ class GenerateOptions:
     def sampling(self) -> dict[str, Any]:
         """What `core.sampler.settings` takes."""
         return {name: getattr(self, name) for name, said in SAID.items() if said.group == "sampling"}
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `GenerateOptions` but for those that stand by position."""
+
+    canvas_length: int | Literal["fit"] | None
+    schedule_steps: int | None
+    temperature: float | None
+    greedy: bool | None
+    t_max: float | None
+    t_min: float | None
+    entropy_bound: float | None
+    confidence: float | None
+    stability: int | None
+    stop: str | Sequence[str]
+    eos: int | Sequence[int] | None
+    thinking: bool
+    thinking_budget: int | None
+    raw: bool
+    specials: bool
+    regex: str | None
+    schema: Any
+    choices: str | Sequence[str]
+    dfa: Any
+    feedback: float | None
+    init: str | Sequence[int] | None
+    strength: float | None
+    held: Any
 
 
 SAID: Mapping[str, Said] = {one.name: one.metadata["said"] for one in fields(GenerateOptions)}

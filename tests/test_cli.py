@@ -160,16 +160,22 @@ def test_prompts(scripted: Any, tmp_path: Path, args: list[str], stdin: str | No
 
 def test_options_reach_the_model(scripted: Any, tmp_path: Path) -> None:
     model = scripted(["ok"])
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "null"}')
     result = run(
         "generate", "x", "-m", tmp_path, "-n", 7, "--seed", 1, "--steps", 2, "--schedule-steps", 3, "--t-min", 0.1,
         "--t-max", 0.9, "--entropy-bound", 0.5, "--confidence", 0.25, "--stop", "a", "--stop", "b", "--thinking",
-        "--raw", "--temperature", 0.5, "--greedy", "--stability", 2, "--canvas-length", 16,
+        "--raw", "--temperature", 0.5, "--greedy", "--stability", 2, "--canvas-length", 16, "--choices", "a",
+        "--choices", "b", "--regex", "a|b", "--json-schema", schema, "--feedback", 0.5, "--init", "a",
+        "--strength", 0.25, "--thinking-budget", 9,
     )  # fmt: skip
     assert result.exit_code == 0
     assert model.asked[0][1] == {
         "max_new_tokens": 7, "seed": 1, "steps": 2, "schedule_steps": 3, "t_min": 0.1, "t_max": 0.9,
         "entropy_bound": 0.5, "confidence": 0.25, "stop": ("a", "b"), "thinking": True, "raw": True,
         "temperature": 0.5, "greedy": True, "stability": 2, "specials": False, "canvas_length": 16,
+        "choices": ("a", "b"), "regex": "a|b", "schema": {"type": "null"}, "feedback": 0.5, "init": "a",
+        "strength": 0.25, "thinking_budget": 9,
     }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import pytest
 
 import dgemma
 from dgemma.cli import options as command
-from dgemma.core.options import SAID, GenerateOptions, spread
+from dgemma.core.options import SAID, GenerateOptions, Options, spread
 from dgemma.core.random import step_noise
 from dgemma.runtime import DiffusionGemma
 from said import says
@@ -31,15 +31,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> DiffusionGemma:
 
 @pytest.mark.parametrize("method", [DiffusionGemma.stream, DiffusionGemma.generate])
 def test_an_option_is_declared_once(method: Any) -> None:
-    """What the declaration says is what both methods take, with its defaults, and what commands take but for eos."""
+    """What the declaration says is what both methods take, with its defaults, and what commands take but for some."""
     taken = {name: one.default for name, one in signature(method).parameters.items()}
-    for name in ("self", "prompt", "n"):
+    for name in ("self", "prompt", "n", "options"):
         taken.pop(name, None)
-    assert taken == {one.name: one.default for one in fields(GenerateOptions)}
+    declared = {one.name: one.default for one in fields(GenerateOptions)}
+    assert taken == {name: declared[name] for name in taken}
+    assert declared.keys() == taken.keys() | Options.__annotations__.keys()
+    for name in Options.__annotations__:
+        assert f" {name}: " in (DiffusionGemma.stream.__doc__ or "")
     params: set[str] = set()
     for decorate in (command.sampling_options, command.raw_option, command.specials_option):
         params |= {one.name for one in decorate(lambda: None).__click_params__}  # type: ignore[attr-defined]
-    assert params == SAID.keys() - {"eos"}
+    assert params == SAID.keys() - set(command.UNASKED)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,18 @@ OWN = ("line", "key", "text", "thinking", "token_ids", "finish_reason", "stats")
 DEEPEST = 100
 """Lists and objects within each other in one line."""
 _BEGINS = b'{"line": '
-LATER = ("canvas_length",)
+LATER = (
+    "canvas_length",
+    "thinking_budget",
+    "regex",
+    "schema",
+    "choices",
+    "dfa",
+    "feedback",
+    "init",
+    "strength",
+    "held",
+)
 """Options that are younger than the key: where one is not given, results are those of before it."""
 LARGEST = 1 << 32
 """Bytes of results that are read again."""
@@ -50,7 +61,7 @@ class Item:
     def key(self, settings: Mapping[str, Any]) -> str:
         """Return what tells that a result answers this line with these settings."""
         given = {**settings, **self.options}
-        given = {name: value for name, value in given.items() if value is not None or name not in LATER}
+        given = {name: value for name, value in given.items() if name not in LATER or value not in (None, (), [])}
         what = json.dumps([self.asked, given], sort_keys=True, default=list)
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
