@@ -1,10 +1,10 @@
 """The vocabulary head for classes of tokens: mean embedding and `Masses` of one pass; see `Ops.class_head`.
 
-Tokens are put in the order of their classes, those of none last, and each class is filled up to whole blocks of 16. The
-table's rows are taken in that order, part by part, so that a block's scores lie side by side and belong to one class:
-its highest score, its mass and its moment are reductions of the last axis, at which ONNX Runtime is fast. A scatter of
-scores to their classes, one by one, took a hundred times as long. What stays of a part is three numbers for each block;
-nothing is as large as the vocabulary.
+Tokens are put in the order of their classes, those of none last, and each class is filled up to whole blocks of 16 or
+64. The table's rows are taken in that order, part by part, so that a block's scores lie side by side and belong to one
+class: its highest score, its mass and its moment are reductions of the last axis, at which ONNX Runtime is fast. A
+scatter of scores to their classes, one by one, took a hundred times as long. A few numbers for each block stay of a
+part; nothing is as large as the vocabulary.
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from .weights import PackedPlaces
 if TYPE_CHECKING:
     from .primitives import PrimitiveOps
 
-BLOCK = 16
-"""Tokens in a block: every class wastes half of one."""
+BLOCK, LARGE = 16, 1 << 16
+"""Tokens in a block: every class wastes half of one. From so large a vocabulary on it is four times as many."""
 _END = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layout:
-    """Where tokens stand: `parts` of blocks, int64 [n, 16] each; their total is T blocks, a multiple of the parts."""
+    """Where tokens stand: parts of n blocks of S places each; their total is T blocks, a multiple of the parts."""
 
+    block: int  # S
     count: Value  # [1]: C, and the number that tokens of no class have
     sizes: Value  # [C + 1]: tokens of each class
-    places: Value  # [T, 16]: the token at each place; any where the place is filled up
+    places: Value  # [T, S]: the token at each place; any where the place is filled up
     of: Value  # [T]: each block's class
-    tokens: tuple[Value, ...]
-    valid: tuple[Value, ...]
+    tokens: tuple[Value, ...]  # [n, S] each, parts of `places`
+    valid: tuple[Value, ...]  # bool [n, S] each: whether there is a token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,14 +85,14 @@ def class_head(
 
 def _laid_out(ops: PrimitiveOps, classes: Value, count: Value, vocab: int, parts: int) -> _Layout:
     """Lay out tokens by their classes, int64 [V]."""
-    b = ops.builder
-    block = b.ints(BLOCK)
+    b, size = ops.builder, BLOCK if vocab < LARGE else 4 * BLOCK
+    block = b.ints(size)
     own = b.op("Where", b.op("Less", classes, b.ints(0)), count, classes)  # those of none have a class at the end
     _, order = b.ops("TopK", own, b.ints(vocab), outputs=2, axis=0, largest=0, sorted=1)  # of equals the first
     kinds = b.op("Add", count, b.ints(1))
     none = b.op("Expand", b.ints(0), kinds)
     sizes = b.op("ScatterElements", none, own, b.op("Expand", b.ints(1), b.ints(vocab)), axis=0, reduction="add")
-    blocks = b.op("Div", b.op("Add", sizes, b.ints(BLOCK - 1)), block)
+    blocks = b.op("Div", b.op("Add", sizes, b.ints(size - 1)), block)
     along = b.constant(0, np.int64)
     token_ends, block_ends = (b.op("CumSum", one, along) for one in (sizes, blocks))
     token_starts, block_starts = b.op("Sub", token_ends, sizes), b.op("Sub", block_ends, blocks)
@@ -104,15 +105,15 @@ def _laid_out(ops: PrimitiveOps, classes: Value, count: Value, vocab: int, parts
     of = b.op("Min", of, count)  # blocks behind the last are of no class either, and hold nothing
     skipped = b.op("Mul", b.op("Sub", number, b.op("Gather", block_starts, of)), block)
     first = b.op("Unsqueeze", b.op("Add", b.op("Gather", token_starts, of), skipped), b.ints(1))
-    place = b.op("Add", first, b.constant(np.arange(BLOCK)[None], np.int64))  # [T, 16]
+    place = b.op("Add", first, b.constant(np.arange(size)[None], np.int64))  # [T, S]
     valid = b.op("Less", place, b.op("Unsqueeze", b.op("Gather", token_ends, of), b.ints(1)))
     places = b.op("Gather", order, b.op("Min", place, b.ints(vocab - 1)))
     tokens, held = (b.ops("Split", one, outputs=parts, axis=0, num_outputs=parts) for one in (places, valid))
-    return _Layout(count=count, sizes=sizes, places=places, of=of, tokens=tokens, valid=held)
+    return _Layout(block=size, count=count, sizes=sizes, places=places, of=of, tokens=tokens, valid=held)
 
 
 def _rows(ops: PrimitiveOps, table: Any, tokens: Value, after: Value) -> Value:
-    """Return rows of the table by number, [16 · n, D], made behind `after`: see `ops.zero_behind`."""
+    """Return rows of the table by number, [n · S, D], made behind `after`: see `ops.zero_behind`."""
     b = ops.builder
     ids = b.op("Add", b.op("Reshape", tokens, b.ints(-1)), ops.zero_behind(after))
     if isinstance(table, PackedPlaces):
@@ -124,19 +125,19 @@ def _part(
     ops: PrimitiveOps, x: Array, values: Value, softcap: float, layout: _Layout, number: int, sharpness: Value,
     before: Value | None,
 ) -> tuple[_Part, Value]:  # fmt: skip
-    """Reduce a part, and return its masses [rows, 16 · n] besides; `before` is the peak of the parts before."""
+    """Reduce a part, and return its masses [rows, n · S] besides; `before` is the peak of the parts before."""
     b = ops.builder
     flat = b.op("Gemm", x.rows(), values, transB=1, alpha=1.0 / softcap)
     if ops.dtype != "float32":
         flat = b.op("Cast", flat, to=int(TYPES["float32"]))
-    near = b.op("Reshape", b.op("Tanh", flat), b.ints(0, -1, BLOCK))
+    near = b.op("Reshape", b.op("Tanh", flat), b.ints(0, -1, layout.block))
     near = b.op("Where", layout.valid[number], near, b.constant(NOTHING, np.float32))
     tops = b.op("ReduceMax", near, b.ints(2), keepdims=0)  # [rows, n]
     inside = b.op("ArgMax", near, axis=2, keepdims=0)
     size = b.op("Shape", layout.tokens[number], start=0, end=1)
     first = b.op("Mul", size, b.ints(number))
     block = b.op("Range", b.constant(0, np.int64), b.op("Squeeze", size), b.constant(1, np.int64))
-    best = b.op("Add", b.op("Mul", b.op("Add", block, first), b.ints(BLOCK)), inside)
+    best = b.op("Add", b.op("Mul", b.op("Add", block, first), b.ints(layout.block)), inside)
     top = b.op("ReduceMax", tops, b.ints(1), keepdims=1)
     peak = top if before is None else b.op("Max", top, before)
     steep = b.op("Unsqueeze", sharpness, b.ints(2))

@@ -70,15 +70,16 @@ def alike(got: Masses, want: Masses) -> None:
     assert (got.mass >= got.score).all()
 
 
-@pytest.mark.parametrize("part", [1 << 12, 1 << 30])
+@pytest.mark.parametrize(("part", "large"), [(1 << 12, 1 << 16), (1 << 30, 1 << 16), (1 << 13, 100)])
 @pytest.mark.parametrize(("vocab", "count", "dead"), [
     (16, 1, 0.0), (17, 3, 0.0), (600, 7, 0.4), (601, 40, 0.99), (2000, 500, 0.1), (1000, 5, 1.0),
 ])  # fmt: skip
 def test_the_head_of_classes_is_its_definition(
-    monkeypatch: pytest.MonkeyPatch, part: int, vocab: int, count: int, dead: float
+    monkeypatch: pytest.MonkeyPatch, part: int, large: int, vocab: int, count: int, dead: float
 ) -> None:
-    """In one part and in up to 32; with classes without tokens, ties, tokens of no class, and none of any."""
+    """In one part and in up to 32, in small blocks and large; with classes that are empty, ties, tokens of no class."""
     monkeypatch.setattr(head, "PART", part)
+    monkeypatch.setattr(head, "LARGE", large)
     draw = np.random.default_rng([vocab, count])
     x = draw.normal(size=(2, 5, 24)).astype(np.float32)
     table = draw.normal(size=(vocab, 24)).astype(np.float32)

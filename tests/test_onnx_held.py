@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +93,8 @@ def generated(
                 Request(
                     prompt=tuple(prompt), max_new_tokens=options.get("budget", 3 * CANVAS), seed=options["seed"],
                     sampler=settings, eos_token_ids=(), held=tuple(options.get("held", ())),
-                    constraint=options.get("constraint"),
+                    constraint=options.get("constraint"), canvas_length=options.get("length"),
+                    fit=options.get("fit", False),
                 )
             )
         )  # fmt: skip
@@ -151,3 +153,34 @@ def test_the_stop_test_leaves_held_positions_out(folder: Path) -> None:
         options = dict(seed=0, budget=CANVAS, held=held, sampler=settings | dict(confidence=confidence))
         ((_, drafts, _),) = generated(model, [([30], options)])
         assert len(drafts) == steps
+
+
+def test_no_held_token_is_ever_lost(folder: Path) -> None:
+    """Random cases, mixed in batches: canvas lengths, budgets, early stops. DGEMMA_HELD_CASES sets how many."""
+    model = dgemma.load(folder, backend="onnx", dtype="float32")
+    cases = int(os.environ.get("DGEMMA_HELD_CASES", "48"))
+    draw = np.random.default_rng(11)
+    for first in range(0, cases, 8):
+        given = []
+        for seed in range(first, first + 8):
+            budget = int(draw.integers(1, 50))
+            held = np.where(draw.random(budget) < draw.random(), draw.integers(0, VOCAB, budget), FREE)
+            settings = dict(
+                t_min=0.4, t_max=float(draw.uniform(0.4, 6)), steps=int(draw.integers(1, 6)),
+                entropy_bound=float(draw.choice([0, 0.1, 2, 9])), confidence=float(draw.choice([0, 0.5, 9])),
+                stability=int(draw.integers(0, 3)), greedy=bool(draw.integers(2)),
+            )  # fmt: skip
+            options = dict(seed=seed, budget=budget, held=held.tolist(), sampler=settings)
+            options |= dict(length=int(draw.choice([4, 8, 16])), fit=bool(draw.integers(2)))
+            given.append((draw.integers(16, VOCAB, int(draw.integers(1, 30))).tolist(), options))
+        for (tokens, drafts, _), (_, options) in zip(generated(model, given), given, strict=True):
+            held = np.asarray(options["held"])
+            np.testing.assert_array_equal(np.asarray(tokens)[held != FREE], held[held != FREE])
+            for draft in drafts:
+                mine = np.full(len(draft.tokens), FREE)
+                part = held[draft.canvas * options["length"] :][: len(mine)]
+                mine[: len(part)] = part
+                for shown in (draft.tokens, draft.following):
+                    np.testing.assert_array_equal(shown[mine != FREE], mine[mine != FREE])
+                marked = np.zeros(len(mine), bool) if draft.held is None else draft.held
+                np.testing.assert_array_equal(mine != FREE, marked)
