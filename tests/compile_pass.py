@@ -2,7 +2,8 @@
 
     python tests/compile_pass.py --recipe 4bit --arch sm_90        # half a minute; exit code 1 if one spills
 
-A denoising pass, passes that read 64, 256 and 1,024 tokens, and a canvas read in the next one's first pass. The
+A denoising pass, one up to the choice of a language with 150 classes of tokens, passes that read 64, 256 and 1,024
+tokens, and a canvas read in the next one's first pass. The
 kernels' own tests do this for each at its shipped sizes; this finds what a whole pass launches beside, and shows it
 together.
 """
@@ -19,6 +20,7 @@ from dgemma.backends.cuda.kernels import configs
 from dgemma.backends.cuda.ops import CudaOps
 from dgemma.core.model import encode, encode_and_step, step
 from dgemma.core.parts import Model, StepState
+from dgemma.core.within import predict
 from dgemma.tools import bench
 from kernel_harness import ARCHITECTURES, Launch, compile_ahead_launch, launched
 from test_cuda_ops import empty, meta_cache, meta_ops, meta_weight, random_model
@@ -40,6 +42,7 @@ def launches(ops: CudaOps, model: Model) -> list[Launch]:
 
     def run() -> None:
         step(ops, model, cache, state, meta_draws(tokens))
+        predict(ops, model, cache, state, meta_draws(tokens), empty(model.config.vocab_size, dtype=torch.int32), 150)
         encode_and_step(ops, model, cache, tokens, state, meta_draws(tokens))
         for length in (64, 256, 1024):
             encode(ops, model, cache, empty(1, length, dtype=torch.int32), number)
