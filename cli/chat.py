@@ -10,7 +10,7 @@ import click
 
 from ..core.errors import DgemmaError
 from .conversation import Conversation, settable
-from .keep import record_options
+from .keep import lost, record_options
 from .options import (
     Command,
     live_option,
@@ -169,5 +169,7 @@ class Table:
         finally:
             talk.answered(sink.answer)
         if said := notes.about(self.name, line, text=sink.answer, thinking=sink.thinking, done=done):
+            note(self.errors, said)
+        if said := lost():
             note(self.errors, said)
         footer(self.errors, done, full=self.stats)

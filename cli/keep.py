@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from ..show.asked import Asked
     from ..show.record import Recorder
 
-_FILE, _FORCE, _EXTEND, _RECORDER = (f"{__name__}.{name}" for name in ("file", "force", "extend", "recorder"))
+_FILE, _FORCE, _EXTEND, _RECORDER, _TOLD = (
+    f"{__name__}.{name}" for name in ("file", "force", "extend", "recorder", "told")
+)
 
 
 def _take_force(ctx: click.Context, param: click.Parameter, value: bool) -> None:
@@ -87,7 +89,7 @@ def kept(events: Iterator[Event], asked: Asked | None, title: str | None) -> Ite
         force = ctx.params.get("force", False) if extend else ctx.meta.get(_FORCE, False)
         recorder = Recorder(ctx.meta[_FILE], force=force, extend=extend)
         ctx.meta[_RECORDER] = recorder
-        ctx.call_on_close(partial(_close, recorder))
+        ctx.call_on_close(partial(_close, ctx, recorder))
     recorder.begin(asked)
     return _writing(events, recorder)
 
@@ -98,10 +100,20 @@ def _writing(events: Iterator[Event], recorder: Recorder) -> Iterator[Event]:
         yield event
 
 
-def _close(recorder: Recorder) -> None:
-    """Close the file; what kept it from being whole is the command's error, unless that has another."""
+def lost() -> str | None:
+    """Return why nothing more is written down, once: for commands that go on, whose error it then is not."""
+    ctx = click.get_current_context(silent=True)
+    recorder: Recorder | None = None if ctx is None else ctx.meta.get(_RECORDER)
+    if ctx is None or recorder is None or recorder.problem is None or ctx.meta.get(_TOLD):
+        return None
+    ctx.meta[_TOLD] = True
+    return recorder.problem
+
+
+def _close(ctx: click.Context, recorder: Recorder) -> None:
+    """Close the file; what kept it from being whole is the command's error, unless it was told or there is another."""
     recorder.close()
-    if recorder.problem is not None and sys.exception() is None:
+    if recorder.problem is not None and not ctx.meta.get(_TOLD) and sys.exception() is None:
         raise DgemmaError(recorder.problem)
 
 

@@ -106,34 +106,40 @@ def _entropy(draft: Draft, span: Span) -> int | None:
 
 def part(drawing: Drawing, *, live: bool = False) -> str:
     """Return markup for the middle of a page; without scripts it shows the text."""
+    return _host(drawing, live=live) + _script()
+
+
+def page(recording: Recording) -> str:
+    """Return a whole page, which needs nothing else."""
+    title = escape(printable(recording.turns[0].asked.title, grid=True).strip() or "A canvas being denoised")
+    parts = "\n".join(_host(_drawn(turn.asked, turn)) for turn in recording.turns)
+    return (
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
+        f"<style>\n{_PAGE}</style>\n</head>\n<body>\n<main>\n{parts}\n</main>\n{_script()}\n</body>\n</html>\n"
+    )
+
+
+def _host(drawing: Drawing, *, live: bool = False) -> str:
     data = drawing.data(live=live)
     text = "".join(said for _, said in data["said"])
+    # The last attribute keeps a notebook's own keys away from the slider's.
+    return (
+        f'<div data-dgemma="new" data-lm-suppress-shortcuts="true"><pre>{escape(text)}</pre>'
+        f'<script type="application/json">{_json(data)}</script>'
+        f"<template><style>{_file(STYLE)}</style>{_figure(drawing)}</template></div>"
+    )
+
+
+def _script() -> str:
     # Some notebooks show one output twice, and in none of them is it known where a script runs from.
     start = (
         f"{_file(CANVAS)}\nfor (const host of document.querySelectorAll('[data-dgemma=\"new\"]')) {{\n"
         "  host.dataset.dgemma = 'drawn';\n"
         "  dgemmaCanvas(host, JSON.parse(host.querySelector('script').textContent));\n}"
     )
-    # The last attribute keeps a notebook's own keys away from the slider's.
-    return (
-        f'<div data-dgemma="new" data-lm-suppress-shortcuts="true"><pre>{escape(text)}</pre>'
-        f'<script type="application/json">{_json(data)}</script>'
-        f"<template><style>{_file(STYLE)}</style>{_figure(drawing)}</template></div>"
-        f"<script>(() => {{\n{start}\n}})();</script>"
-    )
-
-
-def page(recording: Recording) -> str:
-    """Return a whole page, which needs nothing else."""
-    drawings = [_drawn(turn.asked, turn) for turn in recording.turns]
-    title = escape(printable(recording.turns[0].asked.title, grid=True).strip() or "A canvas being denoised")
-    parts = "\n".join(part(drawing) for drawing in drawings)
-    return (
-        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{title}</title>\n'
-        f"<style>\n{_PAGE}</style>\n</head>\n<body>\n<main>\n{parts}\n</main>\n</body>\n</html>\n"
-    )
+    return f"<script>(() => {{\n{start}\n}})();</script>"
 
 
 def _drawn(asked: Asked, events: Iterable[Event]) -> Drawing:

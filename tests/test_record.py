@@ -237,6 +237,11 @@ def test_a_full_disk_ends_the_record_alone(
     assert recording.cut is not None and "ends before the answer does" in recording.cut
 
     room[0] = 900
+    again = run("chat", "-m", tmp_path, "--record", tmp_path / "chat.jsonl", stdin="x\ny\nz\n")
+    assert (again.exit_code, again.stdout) == (0, "one two three\n" * 3), "a chat goes on"
+    assert again.stderr.count("chat.jsonl: the disk is full") == 1
+
+    room[0] = 900
     events = []
     with says("the disk is full"):
         for event in dgemma.record(scripted(["one ", "two ", "three"]), tmp_path / "other.jsonl"):
