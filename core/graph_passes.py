@@ -51,7 +51,7 @@ class GraphPasses(Passes):
         self._states: dict[int, tuple[StepState, int]] = {}  # slot → a batch, and its row there
         self._spoilt: set[int] = set()  # slots in whose entries NaN or infinity may stand: nobody has seen otherwise
         self._batch: tuple[int, ...] = ()  # slots of the batch that the last pass left
-        self._classes: tuple[str, Array] | None = None
+        self._classes: dict[str, Array] = {}  # by key
         self._step = self.compile(partial(model.step, ops, weights))
         self._encode = self.compile(partial(model.encode, ops, weights))
         self._both = self.compile(partial(model.encode_and_step, ops, weights))
@@ -201,12 +201,12 @@ class GraphPasses(Passes):
         chosen = choose(Masses(*(one[: len(slots)] for one in self.fetch(*masses)())))
         token = chosen.token.copy()
         if (open_ := token < 0).any():
-            found = within.drawn(ops, self._logits, x, draws.temperature, self._of(classes), chosen)
+            found = within.drawn(ops, self._logits_at, x, draws.temperature, self._of(classes), chosen)
             token[open_] = np.concatenate(self.fetch(*found)())
         before, chosen, token = self.taken(state), chosen.rows(index), token[index]
         if chosen.factors is not None:
             mean, heat = partial(ops.mean_embedding, table=self.model.embed_tokens), draws.temperature[index]
-            soft = within.fed_back(ops, self._logits, mean, x, heat, classes, chosen.factors)
+            soft = within.fed_back(ops, self._logits_at, mean, x, heat, classes, chosen.factors)
         entropy = ops.cast(ops.asarray(chosen.entropy.astype(np.float32)), ops.wide)
         argmax = ops.asarray(chosen.argmax.astype(np.int32))
         after = ops.advance(given, before, ops.asarray(token), argmax, entropy, soft)
@@ -269,10 +269,11 @@ class GraphPasses(Passes):
         return self.ops.to_numpy(batch.soft[row : row + 1])[0]
 
     def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
-        return self.ops.to_numpy(self._logits(self._states_of(slot, canvas, previous)))[0].astype(np.float32)
+        x = self._states_of(slot, canvas, previous)
+        return self.ops.to_numpy(self.ops.logits(x, self.model.embed_tokens, self.config.softcap))[0].astype(np.float32)
 
-    def _logits(self, x: Array) -> Array:
-        return self.ops.logits(x, self.model.embed_tokens, self.config.softcap)
+    def _logits_at(self, x: Array, places: Array) -> Array:
+        return self.ops.logits_at(x, places, self.model.embed_tokens, self.config.softcap)
 
     def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         return self.ops.to_numpy(self._states_of(slot, canvas, previous))[0].astype(np.float32)
@@ -292,7 +293,7 @@ class GraphPasses(Passes):
         x = model.denoise(ops, self.model, self._cache(slots, length), ops.asarray(canvases.astype(np.int32)), soft)
         rows = ops.asarray(np.asarray([row * length + position for row, position in at], np.int32))
         x = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), rows, 1)  # [1, R, D]: of the others nobody asks
-        found = self.fetch(*within.scored(ops, self._logits, x, ops.asarray(tokens.astype(np.int32))))()
+        found = self.fetch(*within.scored(ops, self._logits_at, x, ops.asarray(tokens.astype(np.int32))))()
         log_p, entropy, token, top = (np.concatenate(found[i::4]) for i in range(4))
         return Scores(
             log_p=log_p.astype(np.float32), entropy=entropy.astype(np.float32), token=token.astype(np.int32),
@@ -301,9 +302,10 @@ class GraphPasses(Passes):
 
     def _of(self, classes: Classes) -> Array:
         """Return classes on the device: those used last stay there."""
-        if self._classes is None or self._classes[0] != classes.key:
-            self._classes = classes.key, self.ops.asarray(classes.of)
-        return self._classes[1]
+        if classes.key not in self._classes:
+            self._classes = dict([*self._classes.items()][1 - within.KEPT :])
+            self._classes[classes.key] = self.ops.asarray(classes.of)
+        return self._classes[classes.key]
 
     def head(self) -> Callable[[np.ndarray], np.ndarray]:
         ops, table, softcap = self.ops, self.model.embed_tokens, self.config.softcap

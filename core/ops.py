@@ -148,6 +148,13 @@ class Ops(Primitives):
         """Return softcap · tanh(x · tableᵀ / softcap) in the wide dtype: x [B, L, D], table [V, D] → [B, L, V]."""
         return self.unary(self.cast(self.linear(x, table), self.wide) / softcap, "tanh") * softcap
 
+    def logits_at(self, x: Array, places: Array, table: Array, softcap: float) -> Array:
+        """Return `logits` of some positions of a pass: x [B, L, D], places int32 [R] in B·L → [1, R, V].
+
+        A head that has just been through all of x may still have them.
+        """
+        return self.logits(self.take(self.reshape(x, (1, -1, x.shape[-1])), places, 1), table, softcap)
+
     def mean_embedding(self, probabilities: Array, table: Array) -> Array:
         """Return the expected embedding, unscaled: wide [B, L, V] · table [V, D] → [B, L, D] in the compute dtype."""
         return self.matmul(self.cast(probabilities, self.dtype), table)

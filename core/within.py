@@ -20,15 +20,24 @@ from .parts import Array, Cache, Draws, Masses, Model, StepState
 ROWS = 32
 """Positions whose logits are in memory at once."""
 
-Logits = Callable[[Array], Array]
-"""States [1, R, D] → logits, wide [1, R, V]."""
+KEPT = 8
+"""Requests' classes of tokens that stay on the device."""
+
+Logits = Callable[[Array, Array], Array]
+"""`Ops.logits_at` over the table: states [B, L, D], places int32 [R] → wide [1, R, V]."""
 
 
 def predict(
     ops: Ops, weights: Model, cache: Cache, state: StepState, draws: Draws, classes: Array, count: int
 ) -> tuple[Array, Array, Masses]:
     """Run a pass up to its choice: classes int32 [V] → states [B, L, D], mean embedding [B, L, D], masses [B, L, C]."""
-    x = model.denoise(ops, weights, cache, state.canvas, state.soft)
+    return reduced(ops, weights, model.denoise(ops, weights, cache, state.canvas, state.soft), draws, classes, count)
+
+
+def reduced(
+    ops: Ops, weights: Model, x: Array, draws: Draws, classes: Array, count: int
+) -> tuple[Array, Array, Masses]:
+    """Return the same of states that are at hand."""
     temperature = ops.cast(draws.temperature, ops.wide)
     soft, masses = ops.class_head(x, weights.embed_tokens, weights.config.softcap, temperature, classes, count)
     return x, soft, masses
@@ -37,7 +46,8 @@ def predict(
 def drawn(ops: Ops, logits: Logits, x: Array, temperature: np.ndarray, classes: Array, chosen: Chosen) -> list[Array]:
     """Return the tokens, int32 [R], of `ROWS` of the positions in turn whose class has to be looked into.
 
-    x [≥ B, L, D], temperature [B, 1], classes int32 [V], arrays of `chosen` [B, L].
+    x [≥ B, L, D], temperature [B, 1], classes int32 [V], arrays of `chosen` [B, L]. Inside a class: the inverse CDF at
+    `rest`, tokens in rising order.
     """
     parts = []
     open_ = np.flatnonzero(chosen.token < 0)
@@ -79,8 +89,8 @@ def scored(ops: Ops, logits: Logits, x: Array, tokens: Array) -> list[Array]:
     logs of their probabilities [R, K], entropies [R], the likeliest tokens int32 [R] and the logs of theirs [R]."""
     parts = []
     for at in range(0, x.shape[1], ROWS):
-        some = ops.take(x, ops.asarray(np.arange(at, min(at + ROWS, x.shape[1]), dtype=np.int32)), 1)
-        found = logits(some)[0]  # [R, V] <- big
+        some = ops.asarray(np.arange(at, min(at + ROWS, x.shape[1]), dtype=np.int32))
+        found = logits(x, some)[0]  # [R, V] <- big
         shifted = found - ops.reduce(found, "max", -1, True)
         mass = ops.unary(shifted, "exp")
         total = ops.reduce(mass, "sum", -1, True)
@@ -92,6 +102,5 @@ def scored(ops: Ops, logits: Logits, x: Array, tokens: Array) -> list[Array]:
 
 def _scores(ops: Ops, logits: Logits, x: Array, some: np.ndarray, temperature: np.ndarray) -> Array:
     """Return logits over temperature of some of a pass's positions, wide [1, R, V]."""
-    rows = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), ops.asarray(some.astype(np.int32)), 1)
     hot = ops.cast(ops.asarray(temperature[None, :, None].astype(np.float32)), ops.wide)
-    return logits(rows) / hot
+    return logits(x, ops.asarray(some.astype(np.int32))) / hot

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -17,11 +18,12 @@ from ...checkpoints.loading import dense
 from ...checkpoints.quant import QTensor
 from ...core.errors import DgemmaError
 from ...core.ops import Ops
-from ...core.parts import KV, Attention, Experts, Mlp, Rope, Router, Span
+from ...core.parts import KV, Attention, Experts, Masses, Mlp, Rope, Router, Span
 from ...core.primitives import DType, Reduction, Unary
 from . import attention as attending
+from .classes import Layouts
 from .experts import expert_mlp, gated, grouped_matmul
-from .head import capped, vocab_head
+from .head import capped, class_head, vocab_head
 from .packed import QuantizedTensor, Weight, mix, project
 
 Array = mx.array
@@ -49,6 +51,7 @@ class MlxOps(Ops):
         self.on_cpu = mx.default_device().type == mx.cpu
         self.device = "cpu" if self.on_cpu else "gpu"
         self._counts: dict[int, Array] = {}
+        self._layouts = Layouts()
         self.compiles = compile and not (self.on_cpu and shutil.which("g++") is None)
         self.gated = mx.compile(gated) if self.compiles else gated
 
@@ -187,6 +190,13 @@ class MlxOps(Ops):
         self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
         return vocab_head(self, x, table, softcap, temperature, u)
+
+    def class_head(
+        self, x: Array, table: Weight, softcap: float, temperature: Array, classes: Array, count: int
+    ) -> tuple[Array, Masses]:
+        """Not to be compiled: how classes are laid out follows what is in the array."""
+        soft, found = class_head(x, table, softcap, temperature, partial(self._layouts.of, classes, count))
+        return soft, Masses(*found)
 
     # ---- Weights ----------------------------------------------------------------------------------------------
 

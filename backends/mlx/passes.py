@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from ...core import memory, model
+from ...core import memory, model, within
 from ...core.errors import DgemmaError, quoted
 from ...core.graph_passes import GraphPasses
-from ...core.parts import Cache, Model
+from ...core.parts import Cache, Draws, Masses, Model, StepState
 from ...core.passes import Snapshot
 from .caches import RowCaches, stepped
 from .compiling import compiled
@@ -38,6 +39,7 @@ class MlxPasses(GraphPasses):
         if ops.compiles:
             self.batch_sizes = BATCHES
         super().__init__(ops, weights)
+        self._denoise = self.compile(partial(model.denoise, ops, weights))
         self._place = mx.default_device()
         self._caches = RowCaches(weights.config, MLX_DTYPES[ops.dtype])
 
@@ -84,6 +86,14 @@ class MlxPasses(GraphPasses):
                 self._lengths[slot] += count
                 self._caches.put(slot, after, row, self._lengths[slot])
         self.wait()
+
+    def predicted(
+        self, cache: Cache, state: StepState, draws: Draws, classes: Array, count: int
+    ) -> tuple[Array, Array, Masses]:
+        x = self._denoise(
+            cache, state.canvas, state.soft
+        )  # the head is not compiled: it looks into the array of classes
+        return within.reduced(self.ops, self.model, x, draws, classes, count)
 
     def _cache(self, slots: Sequence[int], coming: int) -> Cache:
         lengths = [self._lengths[slot] for slot in slots]

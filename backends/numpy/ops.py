@@ -14,7 +14,7 @@ import numpy as np
 
 from ...checkpoints.loading import dense
 from ...core.ops import Ops
-from ...core.parts import KV, Span
+from ...core.parts import KV, NOTHING, Masses, Span
 from ...core.primitives import NUMPY_DTYPES, DType, Reduction, Unary
 
 Array = np.ndarray
@@ -96,6 +96,35 @@ class NumpyOps(Ops):
                 both = np.concatenate([old[slot, :, :held], new[row, :, :count]], 1)
                 old[slot, :, :kept] = both[:, both.shape[1] - kept :]
         return context
+
+    def class_head(
+        self, x: Array, table: Array, softcap: float, temperature: Array, classes: Array, count: int
+    ) -> tuple[Array, Masses]:
+        """The default body with each class's tokens side by side, and not one class after the other."""
+        scores = self.logits(x, table, softcap) / np.reshape(temperature, (-1, 1, 1))
+        shifted = scores - scores.max(-1, keepdims=True)
+        raw = np.exp(shifted)
+        total = raw.sum(-1, keepdims=True)
+        logs, probabilities = shifted - np.log(total), raw / total
+        soft = self.mean_embedding(probabilities, table)
+        live = np.flatnonzero(classes >= 0)
+        live = live[np.argsort(classes[live], kind="stable")]
+        found = np.unique(classes[live])  # those that have tokens
+        starts = np.searchsorted(classes[live], found)
+        shape = (*x.shape[:2], count)
+        mass, score = (np.full(shape, NOTHING, logs.dtype) for _ in range(2))
+        best, moment = np.zeros(shape, np.int32), np.zeros(shape, logs.dtype)
+        if len(live):
+            logs, probabilities = logs[..., live], probabilities[..., live]
+            score[..., found] = top = np.maximum.reduceat(logs, starts, -1)
+            sizes = np.diff(np.append(starts, len(live)))
+            at = np.where(logs == np.repeat(top, sizes, -1), live, len(classes) - 1)
+            best[..., found] = np.minimum.reduceat(at, starts, -1)
+            with np.errstate(divide="ignore"):
+                share = np.log(np.add.reduceat(probabilities, starts, -1))
+            mass[..., found] = np.maximum(share, top)
+            moment[..., found] = np.add.reduceat(np.multiply(probabilities, logs, out=logs), starts, -1)
+        return soft, Masses(mass, best, score, moment)
 
     def pack(self, weight: Any) -> Array:
         """Return one stored weight; a quantized one is dequantized."""

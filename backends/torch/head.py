@@ -21,6 +21,7 @@ import torch
 from ...core.reference import _BELOW_ONE, DRAW_BLOCK
 from . import blocks
 from .blocks import Weight
+from .classes import Fold, Layouts
 from .packed import Workspace
 
 Tensor = torch.Tensor
@@ -45,21 +46,39 @@ class VocabHead:
     def __init__(self, workspace: Workspace) -> None:
         self._kept: _Buffers | None = None
         self._workspace = workspace
+        self._layouts = Layouts()
 
     def __call__(
         self, x: Tensor, table: Weight, softcap: float, temperature: Tensor, u: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Sampled token, argmax, entropy and mean embedding; see `Ops.vocab_head`."""
-        shape = x.shape[:2]
-        x, u = x.reshape(-1, x.shape[-1]), u.reshape(-1, 1).to(temperature.dtype)
-        sharpness = (softcap / temperature).expand(shape).reshape(-1, 1)
-        size = ROWS if x.device.type == "cpu" else len(x)
+        shape, u = x.shape[:2], u.reshape(-1, 1).to(temperature.dtype)
         found = [
-            self._rows(*rows, table, softcap)
-            for rows in zip(x.split(size), sharpness.split(size), u.split(size), strict=True)
+            self._rows(part, sharpness, u[rows], table, softcap)
+            for rows, part, sharpness in _parts(x, softcap, temperature)
         ]
         token, argmax, entropy, soft = (torch.cat(column) for column in zip(*found, strict=True))
         return token.view(shape), argmax.int().view(shape), entropy.view(shape), soft.view(*shape, -1)
+
+    def classes(
+        self, x: Tensor, table: Weight, softcap: float, temperature: Tensor, classes: Tensor, count: int
+    ) -> tuple[Tensor, ...]:
+        """Mean embedding, mass, best, score and moment; see `Ops.class_head`."""
+        found = [
+            self._class_rows(part, sharpness, table, softcap, classes, count)
+            for _, part, sharpness in _parts(x, softcap, temperature)
+        ]
+        return tuple(torch.cat(column).view(*x.shape[:2], -1) for column in zip(*found, strict=True))
+
+    @staticmethod
+    def keeps(x: Tensor) -> bool:
+        """Whether the scores of all of x [B, L, D] stay here until the next call."""
+        return x.device.type == "cpu" and x.shape[0] * x.shape[1] <= ROWS
+
+    def scores(self, places: Tensor, vocab: int) -> Tensor:
+        """Copy the scores of some rows of the last call, wide [R, V]: logits over the soft cap."""
+        assert self._kept is not None
+        return self._kept.scores[:, places].transpose(0, 1).flatten(1)[:, :vocab]
 
     def _rows(
         self, x: Tensor, sharpness: Tensor, u: Tensor, table: Weight, softcap: float
@@ -74,6 +93,16 @@ class VocabHead:
         argmax = block * DRAW_BLOCK + _pick(buffers.scores, block).argmax(-1)
         return token, argmax, entropy, soft
 
+    def _class_rows(
+        self, x: Tensor, sharpness: Tensor, table: Weight, softcap: float, classes: Tensor, count: int
+    ) -> tuple[Tensor, ...]:
+        """Of rows: [R, D], and four [R, C]."""
+        buffers = self._buffers(x, table.shape[0], sharpness.dtype)
+        top = _score(buffers, x, table, softcap, self._workspace).amax(-1, keepdim=True)
+        fold = Fold(self._layouts.of(classes, count, buffers.scores.shape[2]), sharpness)
+        sums, _, soft = _weigh(buffers, table, top, sharpness, self._workspace, fold)
+        return soft, *fold.classes(buffers.scores, top, sharpness, sums.sum(-1, keepdim=True))
+
     def _buffers(self, x: Tensor, vocab: int, wide: torch.dtype) -> _Buffers:
         if x.device.type != "cpu":
             return _Buffers.allocate(x, vocab, _whole_blocks(vocab), len(x), wide)
@@ -81,6 +110,15 @@ class VocabHead:
             tile = min(TILE, _whole_blocks(vocab))
             self._kept = _Buffers.allocate(x, vocab, tile, max(1, BLOCK // tile), wide)
         return self._kept.first(len(x))
+
+
+def _parts(x: Tensor, softcap: float, temperature: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield rows of a batch that have their scores in memory at once, with x [R, D] and softcap / T [R, 1]."""
+    sharpness = (softcap / temperature).expand(x.shape[:2]).reshape(-1, 1)
+    x = x.reshape(-1, x.shape[-1])
+    size = ROWS if x.device.type == "cpu" else len(x)
+    for rows in (slice(at, at + size) for at in range(0, len(x), size)):
+        yield rows, x[rows], sharpness[rows]
 
 
 class _Buffers(NamedTuple):
@@ -136,22 +174,27 @@ def _tiles(table: Weight, size: int) -> Iterator[Weight]:
 
 
 def _weigh(
-    buffers: _Buffers, table: Weight, top: Tensor, sharpness: Tensor, workspace: Workspace
+    buffers: _Buffers, table: Weight, top: Tensor, sharpness: Tensor, workspace: Workspace, fold: Fold | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the mass of every 512 [R, blocks], the entropy [R] and the mean embedding [R, D]."""
+    """Return the mass of every 512 [R, blocks], the entropy [R] and the mean embedding [R, D].
+
+    `fold` sees scores and masses on the way.
+    """
     exact = buffers.mass.dtype == buffers.scores.dtype
     block = buffers.shifted.shape[0]
     soft = top.new_zeros(top.shape[0], table.shape[1])
     moments, sums = [], []  # moment: Σ mass · log mass
-    for part, tile in zip(_tiles(table, buffers.scores.shape[2]), buffers.scores, strict=True):
+    for i, (part, tile) in enumerate(zip(_tiles(table, buffers.scores.shape[2]), buffers.scores, strict=True)):
         pieces = zip(*(x.split(block) for x in (tile, top, sharpness, buffers.mass)), strict=True)
-        for scores, peak, sharp, stored in pieces:
+        for at, (scores, peak, sharp, stored) in enumerate(pieces):
             shifted = torch.sub(scores, peak, out=buffers.shifted[: len(scores)]).mul_(sharp)
             mass = torch.exp(shifted, out=stored if exact else buffers.wide_mass[: len(scores)])
             sums.append(mass.unflatten(1, (-1, DRAW_BLOCK)).sum(-1))
             if not exact:
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
+            if fold is not None:
+                fold.add(i, at * block, scores, mass, shifted)
         mass = buffers.mass[:, : part.shape[0]]
         blocks.mix(mass, part, workspace, into=soft)
     tiles = len(buffers.scores)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from ...checkpoints.quant import QTensor
 from ...core.memory import stays_narrow
-from ...core.parts import KV, Attention, Experts, Mlp, Rope, Router, Span
+from ...core.parts import KV, Attention, Experts, Masses, Mlp, Rope, Router, Span
 from ...core.primitives import DType
 from . import blocks, processor
 from .blocks import Weight
@@ -51,6 +51,7 @@ class InferenceOps(TorchOps):
         self._product = TORCH_DTYPES[products or by_default]
         self._workspace = Workspace()
         self._head = VocabHead(self._workspace)
+        self._scored: Array | None = None  # whose logits the head still has
 
     # ---- Weights and dense layers -----------------------------------------------------------------------------
 
@@ -196,6 +197,11 @@ class InferenceOps(TorchOps):
         raw = F.linear(wide, table) if ready else blocks.linear(wide, table, self._workspace)  # type: ignore[arg-type]
         return raw.to(TORCH_DTYPES[self.wide]).div_(softcap).tanh_().mul_(softcap)
 
+    def logits_at(self, x: Array, places: Array, table: Weight, softcap: float) -> Array:
+        if x is not self._scored:
+            return super().logits_at(x, places, table, softcap)
+        return self._head.scores(places, table.shape[0]).mul_(softcap)[None]
+
     def mean_embedding(self, probabilities: Array, table: Weight) -> Array:
         shares = probabilities.to(self._product)
         if blocks.ready(table, shares.dtype):
@@ -206,8 +212,16 @@ class InferenceOps(TorchOps):
     def vocab_head(
         self, x: Array, table: Weight, softcap: float, temperature: Array, u: Array
     ) -> tuple[Array, Array, Array, Array]:
+        self._scored = None
         *found, soft = self._head(x.to(self._product), table, softcap, temperature, u)
         return *found, soft.to(x.dtype)  # type: ignore[return-value]
+
+    def class_head(
+        self, x: Array, table: Weight, softcap: float, temperature: Array, classes: Array, count: int
+    ) -> tuple[Array, Masses]:
+        soft, *found = self._head.classes(x.to(self._product), table, softcap, temperature, classes, count)
+        self._scored = x if self._head.keeps(x) else None
+        return soft.to(x.dtype), Masses(*found)
 
 
 def _rotate(x: Array, rope: Rope) -> Array:
