@@ -21,7 +21,6 @@ import click
 import numpy as np
 from rows import append
 
-
 from dgemma.core.canvas import Chosen, Classes
 from dgemma.core.config import ModelConfig, SamplerConfig
 from dgemma.core.graph_passes import GraphPasses

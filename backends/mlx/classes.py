@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     owner: Array  # int32 [N]
     member: Array  # float32 [N, C]: which class a block is of
     tokens: Array  # int32 [N, LANES]
-    count: int
+    classes: int
 
     @classmethod
     def of(cls, classes: np.ndarray, count: int, part: int) -> Layout:
@@ -51,9 +51,9 @@ class Layout(NamedTuple):
         sums = [(picked(x) * real).sum(1) for x in (mass, moment)]
         return mx.stack([picked(scores).max(1), *sums])
 
-    def classes(self, folded: list[Array], scores: Array, top: Array, total: Array) -> tuple[Array, ...]:
+    def masses(self, folded: list[Array], scores: Array, top: Array, total: Array) -> tuple[Array, ...]:
         """Return mass, best, score and moment [N, C]; see `Masses`. scores [N, V]; top and total [N, 1]."""
-        rows, shape = len(scores), (len(scores), self.count)
+        rows, shape = len(scores), (len(scores), self.classes)
         if not len(self.owner):
             nothing = mx.full(shape, NOTHING)
             return nothing, mx.zeros(shape, mx.int32), nothing, mx.zeros(shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -82,7 +84,7 @@ class _Weighed(NamedTuple):
 
 
 def _weigh(
-    rows: Array, table: Weight, softcap: float, temperatures: Array, fold: Callable[..., list[Array]] | None = None
+    rows: Array, table: Weight, softcap: float, temperatures: Array, fold: Callable[..., Array] | None = None
 ) -> _Weighed:
     """Work through the vocabulary: rows [N, D], temperatures [N, 1]. `fold` sees each part: its number, scores, mass
     and mass · log mass, [N, part] each."""
@@ -90,7 +92,7 @@ def _weigh(
     scores = capped(project(rows, table), softcap) / temperatures  # [N, V] <- very big
     top = scores.max(-1, keepdims=True)
     size = part_size(len(rows))
-    sums, moments, means, folded = [], [], [], []
+    sums, moments, means, folded = ([] for _ in range(4))
     for at in range(0, vocab, size):
         if means:  # MLX would begin all parts at once, and hold them all
             scores = mx.depends([scores], [sums[-1], moments[-1], means[-1], *folded[-1:]])[0]
@@ -107,7 +109,7 @@ def _weigh(
         if mass.shape[1] % DRAW_BLOCK:
             mass = mx.pad(mass, [(0, 0), (0, -mass.shape[1] % DRAW_BLOCK)])
         sums.append(mass.reshape(len(rows), -1, DRAW_BLOCK).sum(-1))
-    return _Weighed(scores, top, mx.concatenate(sums, -1), sum(moments), sum(means), folded)
+    return _Weighed(scores, top, mx.concatenate(sums, -1), reduce(add, moments), reduce(add, means), folded)
 
 
 def part_size(rows: int) -> int:
@@ -147,4 +149,4 @@ def _class_rows(
     weighed = _weigh(rows, table, softcap, temperatures, mine.fold)
     total = mx.cumsum(weighed.sums, -1)[:, -1:]
     soft = (weighed.mean / total).astype(rows.dtype)
-    return soft, *mine.classes(weighed.folded, weighed.scores, weighed.top, total)
+    return soft, *mine.masses(weighed.folded, weighed.scores, weighed.top, total)

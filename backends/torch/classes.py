@@ -27,7 +27,7 @@ class Layout(NamedTuple):
     bounds: list[int]
     owner: Tensor  # int64 [N]
     tokens: Tensor  # int64 [N, LANES]
-    count: int
+    classes: int
 
     @classmethod
     def of(cls, classes: Tensor, count: int, tile: int) -> Layout:
@@ -52,7 +52,7 @@ class Layouts:
         self._kept: list[tuple[Tensor, Layout, int]] = []
 
     def of(self, classes: Tensor, count: int, tile: int) -> Layout:
-        rest = [one for one in self._kept if not (one[0] is classes and (one[1].count, one[2]) == (count, tile))]
+        rest = [one for one in self._kept if not (one[0] is classes and (one[1].classes, one[2]) == (count, tile))]
         found = [one for one in self._kept if not any(one is other for other in rest)]
         one = found[0] if found else (classes, Layout.of(classes, count, tile), tile)
         self._kept = [*rest[-KEPT + 1 :], one]
@@ -91,7 +91,7 @@ class Fold:
         """
         layout = self._layout
         rows, blocks = self._top.shape
-        owner, shape = layout.owner.expand(rows, blocks), (rows, layout.count)
+        owner, shape = layout.owner.expand(rows, blocks), (rows, layout.classes)
         if not blocks:
             nothing = top.new_full(shape, NOTHING)
             return nothing, top.new_zeros(shape, dtype=torch.int32), nothing, top.new_zeros(shape)
