@@ -10,10 +10,10 @@ import numpy as np
 
 from ..core.errors import DgemmaError, quoted
 from .minimal import equal_rows, minimal
-from .patterns import Nfa, nfa_of
+from .patterns import SMALLER, Nfa, nfa_of
 from .sets import LAST, Intervals, complement
 
-LARGEST = 20_000
+LARGEST = 50_000
 """States of a deterministic automaton over characters."""
 
 Config = tuple[int, frozenset[tuple[int, int]]]
@@ -208,7 +208,7 @@ def from_pattern(pattern: str) -> CharDfa:
                 break
             rows.append(machine.row(i, masks))
         if len(machine.sets) > LARGEST:
-            raise DgemmaError(f"the pattern needs more than {LARGEST:,} states; bound its repeats lower")
+            raise DgemmaError(f"the pattern needs more than {LARGEST:,} states; {SMALLER}")
     table = np.full((max(len(rows), 1), count), -1, np.int32)
     if count and rows:
         table[:] = rows
@@ -246,6 +246,8 @@ def from_states(
         raise DgemmaError(
             "the automaton is of another shape; expected start, accepting states and {state: {characters: state}}"
         ) from None
+    if len(names) > LARGEST:
+        raise DgemmaError(f"the automaton has {len(names):,} states, more than {LARGEST:,}")
     numbers = {name: i for i, name in enumerate(names)}
     if unknown := next((name for name in ends if name not in numbers), None):
         raise DgemmaError(f"the automaton accepts in {quoted(unknown, 40)}, which is none of its states")

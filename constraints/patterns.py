@@ -2,6 +2,9 @@
 
 The grammar is Python's own: `re` parses the pattern, so that what `re.fullmatch` accepts is what is accepted here,
 Unicode's letters, digits and spaces, flags and case included. What is done here is the step from the tree to states.
+
+`\\d` is hundreds of digits then, and where characters are spelled in bytes a state for each of their beginnings:
+`[0-9]`, or the flag `(?a)`, keeps an automaton small.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from .sets import Intervals, category, complement, folded, union
 
 LARGEST = 100_000
 """States before they are made deterministic: what a pattern may come to with its repeats written out."""
+
+SMALLER = "bound its repeats lower, or give fewer alternatives"
 
 HINTS = {"bad escape \\p": "; classes of Unicode properties are not known here: write the characters as [...]"}
 
@@ -61,7 +66,7 @@ class Nfa:
 
     def state(self) -> int:
         if len(self.free) >= LARGEST:
-            raise DgemmaError(f"the pattern comes to more than {LARGEST:,} states; bound its repeats lower")
+            raise DgemmaError(f"the pattern comes to more than {LARGEST:,} states; {SMALLER}")
         for lists in (self.free, self.begins, self.ends, self.arcs, self.asks):
             lists.append([])
         return len(self.free) - 1

@@ -11,6 +11,7 @@ import types
 import typing
 import uuid
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ..core.errors import DgemmaError, quoted
@@ -47,6 +48,8 @@ def schema_of(given: Any) -> Any:
         return given
     if isinstance(given, Mapping):
         return dict(given)
+    if isinstance(given, str | bytes | Path):
+        raise DgemmaError(f"the schema is a {type(given).__name__}, expected a mapping: read it with json.loads")
     return _of(given, ())[0]
 
 
@@ -95,12 +98,8 @@ def _of(given: Any, inside: tuple[Any, ...]) -> tuple[dict[str, Any], Back]:
 
 def _pydantic(given: Any) -> tuple[dict[str, Any], Back] | None:
     """What pydantic says of a type that is its own; it is there if anybody has such a type."""
-    pydantic = sys.modules.get("pydantic")
-    if pydantic is None or not isinstance(given, type):
-        return None
-    model: Any = given
-    own = issubclass(model, pydantic.BaseModel) or pydantic.dataclasses.is_pydantic_dataclass(given)
-    if not own:
+    pydantic: Any = sys.modules.get("pydantic")
+    if pydantic is None or not _holds_a_model(given, pydantic):
         return None
     adapter = pydantic.TypeAdapter(given)
     try:
@@ -108,6 +107,12 @@ def _pydantic(given: Any) -> tuple[dict[str, Any], Back] | None:
     except pydantic.errors.PydanticUserError as error:
         raise DgemmaError(f"{_name(given)} has no JSON schema: {str(error).partition(chr(10))[0]}") from None
     return schema, lambda value: adapter.validate_json(json.dumps(value))
+
+
+def _holds_a_model(given: Any, pydantic: Any) -> bool:
+    if isinstance(given, type) and not isinstance(given, types.GenericAlias):
+        return issubclass(given, pydantic.BaseModel) or pydantic.dataclasses.is_pydantic_dataclass(given)
+    return any(_holds_a_model(one, pydantic) for one in typing.get_args(given))
 
 
 def _record(given: type, inside: tuple[Any, ...]) -> tuple[dict[str, Any], Back]:

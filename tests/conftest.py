@@ -25,6 +25,10 @@ from dgemma.core.ops import Ops
 from under_test import BACKENDS, LOW_PRECISION_BACKENDS, make_ops
 
 torch.set_num_threads(1)
+# What is compiled of constraints is kept between runs of the program, and must not be between those of its tests. What
+# tests themselves keep (`chromium.CACHE`) has its place by now.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dgemma-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # What torch's compiler keeps from other runs may have been made of other sources, or for another processor's limits.
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="dgemma-tests-")
 atexit.register(shutil.rmtree, os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)

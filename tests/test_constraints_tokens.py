@@ -337,8 +337,8 @@ def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return Tokenizer(gemma3.fetched(tmp_path_factory.mktemp("gemma3")), vocab_size=gemma3.VOCABULARY)
+def gemma() -> Tokenizer:
+    return Tokenizer(gemma3.fetched(), vocab_size=gemma3.VOCABULARY)
 
 
 def test_a_real_vocabulary_says_what_it_decodes_to(gemma: Tokenizer) -> None:
