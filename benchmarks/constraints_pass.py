@@ -96,16 +96,18 @@ def runs_of(passes: Passes, constraint: Constraint) -> dict[str, Callable[[], An
     }
 
 
-def measure(passes: Passes, constraint: Constraint, repeats: int) -> dict[str, float]:
+def measure(
+    passes: Passes, constraint: Constraint, repeats: int, clock: Callable[[], float]
+) -> dict[str, float]:  # fmt: skip
     """Time all in turn; return medians in milliseconds, and their ratios to the pass."""
     runs = runs_of(passes, constraint)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 2):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if i > 1:  # the first two warm up
-                times[name].append(time.perf_counter() - began)
+                times[name].append(clock() - began)
     middle = {name: statistics.median(taken) for name, taken in times.items()}
     added = statistics.median(b / a - 1 for a, b in zip(times["pass"], times["within"], strict=True))
     ratio = statistics.median(b / a for a, b in zip(times["pass"], times["choice"], strict=True))
@@ -119,8 +121,9 @@ def measure(passes: Passes, constraint: Constraint, repeats: int) -> dict[str, f
 @click.option("--only", multiple=True, type=click.Choice(list(PATTERNS)), help="[default: all]")
 @click.option("--repeats", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Of the pass; a choice takes one.")
+@click.option("--cpu", is_flag=True, help="Count CPU time, which with one thread a busy machine changes least.")
 @click.option("--dry", is_flag=True, help="Write no rows.")
-def main(folder: Path, only: tuple[str, ...], repeats: int, threads: int, dry: bool) -> None:
+def main(folder: Path, only: tuple[str, ...], repeats: int, threads: int, cpu: bool, dry: bool) -> None:
     import torch
 
     import dgemma
@@ -144,9 +147,13 @@ def main(folder: Path, only: tuple[str, ...], repeats: int, threads: int, dry: b
                 "pattern": name, "states": automaton.states, "classes": automaton.count,
                 "edges": len(automaton.sources), "pairs": len(lattice.set_order), "sets": len(lattice.set_starts),
                 "built_s": round(built, 2),
-            } | measure(passes, constraint, repeats)  # fmt: skip
+            } | measure(passes, constraint, repeats, time.process_time if cpu else time.perf_counter)  # fmt: skip
             print(json.dumps(row), file=sys.stderr)
-            found.append(row if dry else rows.append("constraints_pass", row | {"threads": threads}, "numpy", "torch"))
+            found.append(
+                row
+                if dry
+                else rows.append("constraints_pass", row | {"threads": threads, "cpu_time": cpu}, "numpy", "torch")
+            )
     print(json.dumps(found))
 
 
