@@ -10,13 +10,13 @@ what follows: of a region that goes on, its old text.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..core.canvas import FREE
 from ..core.errors import DgemmaError, quoted
-from ..core.events import Stats
+from ..core.events import Event, Stats
 from ..core.given import integer
 from ..core.options import GenerateOptions
 from ..core.reader import show
@@ -97,30 +97,54 @@ class EditJob(Job):
         return replace(asked, init=self.parts[hole] + filler, strength=self.strength)
 
 
-def edit(
+class Editor(Iterator[Event]):
+    """An edit under way: the events of its canvases, none where nothing is to be done, and then its `result`."""
+
+    def __init__(self, text: str, span: tuple[int, int], job: EditJob | None, *, seed: int, drafts: bool) -> None:
+        self.job, self._text, self._span = job, text, span
+        self._filler = None if job is None else Filler(job, seed=seed, drafts=drafts, scored=False)
+
+    def __next__(self) -> Event:
+        if self._filler is None:
+            raise StopIteration
+        return next(self._filler)
+
+    def close(self) -> None:
+        """End it; nothing follows."""
+        if self._filler is not None:
+            self._filler.close()
+
+    def begin(self) -> None:
+        """Add the first canvas to the engine."""
+        if self._filler is not None:
+            self._filler.begin()
+
+    def finished(self) -> Edited:
+        """Run it to its end, and return what it came to, with the line ends of the text."""
+        (start, end), text = self._span, self._text
+        if self._filler is None:
+            return Edited(text=text, before=text, start=start, end=end, stats=None)
+        found = self._filler.finished()
+        new, old = "".join(one.text for one in found.holes), text[start:end]
+        if new == _plain(old):
+            new = old
+        elif 2 * text.count("\r\n") > text.count("\n"):
+            new = new.replace("\n", "\r\n")
+        return Edited(
+            text=text[:start] + new + text[end:], before=text, start=start, end=start + len(new), stats=found.stats
+        )  # fmt: skip
+
+
+def stream_edit(
     model: Model, text: str, *, lines: Sequence[int] | None, span: Sequence[int] | None, instruction: str | None,
-    strength: float, options: GenerateOptions,
-) -> Edited:  # fmt: skip
-    """See `DiffusionGemma.edit`."""
-    start, end = region(text, lines, span)
-    job = job_of(model, text, (start, end), instruction, strength, options)
-    if job is None:
-        return Edited(text=text, before=text, start=start, end=end, stats=None)
-    return edited(text, (start, end), Filler(job, seed=int(options.seed), drafts=False, scored=False))
-
-
-def edited(text: str, span: tuple[int, int], filler: Filler) -> Edited:
-    """Run an edit to its end, and put what it came to in the region's place, with the line ends of the text."""
-    start, end = span
-    found = filler.finished()
-    new, old = "".join(one.text for one in found.holes), text[start:end]
-    if new == _plain(old):
-        new = old
-    elif 2 * text.count("\r\n") > text.count("\n"):
-        new = new.replace("\n", "\r\n")
-    return Edited(
-        text=text[:start] + new + text[end:], before=text, start=start, end=start + len(new), stats=found.stats
-    )  # fmt: skip
+    strength: float, options: GenerateOptions, drafts: bool = True,
+) -> Editor:  # fmt: skip
+    """See `DiffusionGemma.stream_edit`."""
+    place = region(text, lines, span)
+    job = job_of(model, text, place, instruction, strength, options)
+    editor = Editor(text, place, job, seed=int(options.seed), drafts=drafts)
+    editor.begin()
+    return editor
 
 
 def region(text: Any, lines: Sequence[int] | None, span: Sequence[int] | None) -> tuple[int, int]:
@@ -168,9 +192,8 @@ def job_of(
         raise DgemmaError(f"strength is {show(strength)}, expected a number from 0 (keeps the text) to 1 (forgets it)")
     if instruction is not None and not isinstance(instruction, str):
         raise DgemmaError(f"instruction is {quoted(instruction, 40)}, expected text")
-    for name, given in (("thinking", options.thinking), ("stop", options.stops)):
-        if given:
-            raise DgemmaError(f"{name} has no place in an edit: what is written is the region alone; leave it out")
+    if options.stops:
+        raise DgemmaError("stop has no place in an edit: what ends the region is what follows it; leave it out")
     base, tokenizer = model.request([0], options), model.tokenizer
     told = not options.raw and tokenizer.has_template
     if instruction and not told:

@@ -71,8 +71,6 @@ def job_of(
     Raises:
         DgemmaError: as `DiffusionGemma.fill`.
     """
-    if options.thinking:
-        raise DgemmaError("thinking has no place in a fill: what is written are the holes alone; leave it out")
     template = template_of(text, marker)
     if length is not None:
         template = replace(template, holes=tuple(replace(one, length=one.length or length) for one in template.holes))

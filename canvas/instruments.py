@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.options import GenerateOptions
 from . import fill
 from .ask import ask
-from .edit import STRENGTH, Edited, edit
+from .edit import STRENGTH, Edited, Editor, stream_edit
 from .filler import Filler
 from .holes import MARKER, Hole
-from .model import Model, Prompt
+from .model import Model, Prompt, options_of
 from .questions import Questions
 
 
@@ -73,14 +72,14 @@ class Instruments:
             DgemmaError: no hole, text that the tokenizer cannot write exactly, more of it right of a hole than the
                 canvas and the prompt have room for, or an option that cannot be; before any pass.
         """
-        return fill.fill(self, text, prompt, GenerateOptions(**options), n=n, marker=marker, lengths=lengths)
+        return fill.fill(self, text, prompt, options_of("a fill", options), n=n, marker=marker, lengths=lengths)
 
     def stream_fill(
         self: Model, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, marker: str = MARKER,
         **options: Any,
     ) -> Filler:  # fmt: skip
         """Yield the events of `fill` as they come; the `Filled` is then the iterator's `result`."""
-        return fill.stream_fill(self, text, prompt, GenerateOptions(**options), marker=marker)
+        return fill.stream_fill(self, text, prompt, options_of("a fill", options), marker=marker)
 
     def edit(
         self: Model, text: str, *, lines: tuple[int, int] | None = None, span: tuple[int, int] | None = None,
@@ -101,7 +100,17 @@ class Instruments:
             DgemmaError: no such region, text that the tokenizer cannot write exactly, or more of it than the model's
                 context holds; before any pass.
         """
-        return edit(
+        return stream_edit(
             self, text, lines=lines, span=span, instruction=instruction, strength=strength,
-            options=GenerateOptions(**options),
+            options=options_of("an edit", options), drafts=False,
+        ).finished()  # fmt: skip
+
+    def stream_edit(
+        self: Model, text: str, *, lines: tuple[int, int] | None = None, span: tuple[int, int] | None = None,
+        instruction: str | None = None, strength: float = STRENGTH, **options: Any,
+    ) -> Editor:  # fmt: skip
+        """Yield the events of `edit` as they come; `finished` then returns the `Edited`."""
+        return stream_edit(
+            self, text, lines=lines, span=span, instruction=instruction, strength=strength,
+            options=options_of("an edit", options),
         )  # fmt: skip

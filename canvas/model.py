@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from ..core.config import GenerationConfig, ModelConfig
 from ..core.engine import Engine
-from ..core.options import GenerateOptions
+from ..core.errors import DgemmaError
+from ..core.options import SAID, GenerateOptions
 from ..core.row import Request
 from ..text.chat import Message
 from ..text.tokens import Tokenizer
 from .reader import Reader
+
+TAKEN = (
+    "max_new_tokens", "seed", "canvas_length", "steps", "schedule_steps", "temperature", "greedy", "t_max", "t_min",
+    "entropy_bound", "confidence", "stability", "stop", "eos", "raw", "specials",
+)  # fmt: skip
+"""Options of a generation that mean something where only holes are written."""
 
 Prompt = str | Sequence[Message] | Sequence[int]
 
@@ -34,3 +41,15 @@ class Model(Protocol):
     ) -> list[int]: ...  # fmt: skip
 
     def request(self, prompt: Prompt, options: GenerateOptions) -> Request: ...
+
+
+def options_of(what: str, given: Mapping[str, Any]) -> GenerateOptions:
+    """Return options of a fill or an edit.
+
+    Raises:
+        DgemmaError: one that generations have and this has not, or a value that cannot be.
+    """
+    for name, value in given.items():
+        if name in SAID and name not in TAKEN and value:
+            raise DgemmaError(f"{name} has no place in {what}: only what is missing is written; leave it out")
+    return GenerateOptions(**{name: value for name, value in given.items() if name not in SAID or name in TAKEN})

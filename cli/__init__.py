@@ -17,6 +17,8 @@ from .process import INTERRUPTED, Unwritable, say, unexpected, unwritable
 
 COMMANDS = (
     "generate",
+    "fill",
+    "edit",
     "read",
     "chat",
     "batch",

@@ -142,6 +142,23 @@ def unwritable(lost: Unwritable) -> int:
     return FAILED
 
 
+def write_bytes(data: bytes) -> None:
+    """Write bytes to stdout as they are, line ends of other systems too.
+
+    Raises:
+        Unwritable: so it is.
+    """
+    stdout = sys.stdout
+    stdout.flush()
+    try:
+        stdout.buffer.write(data)
+        stdout.buffer.flush()
+    except OSError as error:
+        if isinstance(stdout, _Stdout):
+            stdout.fail(error)
+        raise Unwritable(error) from None
+
+
 def _wrapped(kind: type[_Stdout], stream: Any) -> _Stdout:
     number = stream.fileno()
     os.set_blocking(number, True)  # Node and others hand on pipes that do not block, and Python's writing raises there
