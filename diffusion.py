@@ -144,7 +144,7 @@ class DiffusionGemma(Instruments):
                     one = replace(request, seed=(request.seed + i) % (1 << 64), drafts=False)
                     samples.append(self.engine.add(one, share))
             results = [
-                [_collected(handle.events(), schema) for handle in samples]
+                [collected(handle.events(), schema) for handle in samples]
                 for samples, schema in zip(handles, schemas, strict=True)
             ]
         except BaseException:
@@ -335,7 +335,7 @@ def _several(prompt: Any) -> list[Prompt] | None:
     return list(prompt) if all(isinstance(one, str | list | tuple) for one in prompt) else None
 
 
-def _collected(events: Iterator[Event], schema: Any) -> Generation:
+def collected(events: Iterator[Event], schema: Any = None) -> Generation:
     tokens: list[int] = []
     text = thought = ""
     for event in events:

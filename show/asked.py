@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
 
+from ..canvas.filler import Filler
 from ..core.errors import DgemmaError
 from ..core.events import Event
 from ..core.handle import Events
@@ -46,13 +47,19 @@ def asked_of(events: Iterable[Event], *, model: str = "", title: str = "") -> As
     """Return what events answer; None where they do not say."""
     if isinstance(events, Stream):
         return events.asked
-    if not isinstance(events, Events):
+    if isinstance(events, Filler):
+        job = events.job
+        request, tokenizer = replace(job.base, prompt=job.prompt, eos_token_ids=()), job.engine.tokenizer
+        budget = 1 << 31  # each canvas has its own
+    elif isinstance(events, Events):
+        request, tokenizer = events.request, events.tokenizer
+        budget = request.max_new_tokens
+    else:
         return None
-    request = events.request
     return Asked(
-        tokenizer=Numbers() if events.tokenizer is None else cast("Decodes", events.tokenizer),
+        tokenizer=Numbers() if tokenizer is None else cast("Decodes", tokenizer),
         ends=request.eos_token_ids,
-        budget=request.max_new_tokens,
+        budget=budget,
         prompt=request.prompt,
         options=_options(request),
         model=model,
@@ -68,7 +75,8 @@ def known(events: Iterable[Event], what: str) -> Asked:
     """
     if (asked := asked_of(events)) is None:
         raise DgemmaError(
-            f"{what} got a {type(events).__name__}: give it what model.stream(...) returns, or a recording; "
+            f"{what} got a {type(events).__name__}: give it what model.stream(...) or stream_fill(...) returns, or "
+            "a recording; "
             "other iterators do not say by which tokenizer their tokens are read"
         )
     return asked

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from ..canvas.filler import Filled, Filler
 from ..core.events import Draft, Event, Generation
 from ..diffusion import collected
 from .asked import Asked, known
@@ -17,7 +18,7 @@ FRAME_SECONDS = 0.1
 """A notebook keeps up with so many drawings a second, and no more."""
 
 
-def watch(events: Iterable[Event] | Recording) -> Generation | None:
+def watch(events: Iterable[Event] | Recording) -> Generation | Filled | None:
     """Draw a canvas while it is denoised.
 
         dgemma.watch(model.stream("…"))
@@ -27,10 +28,12 @@ def watch(events: Iterable[Event] | Recording) -> Generation | None:
     as `dgemma generate` draws it. Elsewhere nothing is drawn.
 
     Args:
-        events: what `model.stream` returns, or a recording (of several turns one behind the other).
+        events: what `model.stream` or `stream_fill` returns, or a recording (of several turns one behind
+            the other).
 
     Returns:
-        What was generated, last if there are several turns; None where a recording ends before the answer does.
+        What was generated or filled, last if there are several turns; None where a recording ends before the
+        answer does.
 
     Raises:
         DgemmaError: an iterator that does not say what it answers; while events are read, as `stream`.
@@ -42,10 +45,12 @@ def watch(events: Iterable[Event] | Recording) -> Generation | None:
     return result
 
 
-def _watched(events: Iterable[Event], asked: Asked) -> Generation | None:
+def _watched(events: Iterable[Event], asked: Asked) -> Generation | Filled | None:
     drawn = _in_notebook if _notebook() else _on_terminal
     # Passes are many, and what is generated is in the other events.
     kept = [event for event in drawn(events, asked) if not isinstance(event, Draft)]
+    if isinstance(events, Filler):
+        return events.finished()
     with suppress(AssertionError):
         return collected(iter(kept))
     return None
