@@ -190,6 +190,8 @@ def test_a_board_is_solved_with_the_tokens_of_python(
     assert got["prompt"] == nano.prompt_ids(board)  # in one line: the template lays it out
     assert (got["answer"], got["passes"]) == (want, len(drafts))
     assert got["status"].startswith("Solved.")
+    text = "".join("<fill:1>" if one == "." else one for one in rows(board))
+    assert nano.fill(text, prompt=rows(board), seed=seed).text == nano.tokenizer.decode(want)
 
 
 def test_givens_are_in_every_pass_and_shown_as_held(page: Chromium, nano: DiffusionGemma) -> None:
