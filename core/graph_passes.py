@@ -55,6 +55,7 @@ class GraphPasses(Passes):
         self._step = self.compile(partial(model.step, ops, weights))
         self._encode = self.compile(partial(model.encode, ops, weights))
         self._both = self.compile(partial(model.encode_and_step, ops, weights))
+        self._look = self.compile(partial(model.denoise, ops, weights))
 
     # ---- Slots ------------------------------------------------------------------------------------------------
 
@@ -288,17 +289,15 @@ class GraphPasses(Passes):
     def scores(
         self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
     ) -> Scores:
-        ops, length = self.ops, canvases.shape[1]
-        soft = ops.asarray(np.zeros((*canvases.shape, self.config.hidden_size), np.float32), ops.dtype)
-        x = model.denoise(ops, self.model, self._cache(slots, length), ops.asarray(canvases.astype(np.int32)), soft)
+        ops, length, index = self.ops, canvases.shape[1], self._filled(len(slots))
+        soft = ops.asarray(np.zeros((len(index), length, self.config.hidden_size), np.float32), ops.dtype)
+        cache = self._cache([slots[i] for i in index], length)
+        x = self._look(cache, ops.asarray(canvases[index].astype(np.int32)), soft)
         rows = ops.asarray(np.asarray([row * length + position for row, position in at], np.int32))
         x = ops.take(ops.reshape(x, (1, -1, x.shape[-1])), rows, 1)  # [1, R, D]: of the others nobody asks
         found = self.fetch(*within.scored(ops, self._logits_at, x, ops.asarray(tokens.astype(np.int32))))()
-        log_p, entropy, token, top = (np.concatenate(found[i::4]) for i in range(4))
-        return Scores(
-            log_p=log_p.astype(np.float32), entropy=entropy.astype(np.float32), token=token.astype(np.int32),
-            top=top.astype(np.float32),
-        )  # fmt: skip
+        kinds = (np.float32, np.float32, np.int32, np.float32)
+        return Scores(*(np.concatenate(found[i::4]).astype(kind) for i, kind in enumerate(kinds)))
 
     def _of(self, classes: Classes) -> Array:
         """Return classes on the device: those used last stay there."""

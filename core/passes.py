@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -50,8 +50,7 @@ class Snapshot:
     """The backend's own."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
+class Scores(NamedTuple):
     """What a pass says at some positions, at temperature 1, on the host. Natural logs of shares of the vocabulary."""
 
     log_p: np.ndarray
