@@ -150,7 +150,7 @@ def all_paths(lattice: Lattice, row: Row, along: np.ndarray) -> Paths:
     with np.errstate(divide="ignore"):
         logs = np.where(shares > 0, np.log(shares), NOTHING) - sets[:, :-1]
     weight = np.full((len(free), lattice.classes), NOTHING)
-    rows = np.ascontiguousarray(logs.T, np.float64)
+    rows = np.ascontiguousarray(logs.T)
     weight[:, lattice.used] = over_sets(rows, lattice.holders, lattice.holder_starts, True).T
     posterior = weight + row.mass
     # They sum to 1 but for rounding; what is forced is then 1 exactly, and its entropy 0.
@@ -228,5 +228,5 @@ def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
         flow.take(lattice.into, out=into, mode="wrap")
         for view, total in sums:
             np.add.reduce(view, axis=0, out=total)
-        at = arrived[lattice.into_order]
+        arrived.take(lattice.into_order, out=at, mode="wrap")
     return shares
