@@ -14,7 +14,7 @@ web: $(VENV)/.installed  ## build the page that runs nano in a browser: examples
 	@$(BIN)/python examples/web/build.py
 
 picture: $(VENV)/.installed  ## draw README's picture from its recording
-	@$(BIN)/dgemma replay docs/canvas.jsonl --svg docs/canvas.svg --force
+	@$(BIN)/dgemma replay docs/canvas.jsonl --svg docs/canvas.svg --columns 76 --force
 
 test: check  ## set up, and run every test, a module at a time on every core
 	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadscope

@@ -101,14 +101,13 @@ def edit(
 
 def _edited(model: Any, text: str, out: Any, errors: Any, *, live: bool, **options: Any) -> Edited:
     """Run an edit with its canvases drawn on a terminal."""
-    from ..show.asked import Asked
+    from ..show.asked import known
     from .canvases import canvas_sink
     from .sinks import follow
 
     events = model.stream_edit(text, **options)
     if events.job is not None:
-        asked = Asked(tokenizer=model.tokenizer, prompt=events.job.prompt)
-        follow(events, canvas_sink(out, errors, asked, live=live))
+        follow(events, canvas_sink(out, errors, known(events, "edit"), live=live))
     return events.finished()
 
 

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from ..canvas.filler import Filled, Filler
     from ..canvas.holes import Hole
-    from ..runtime import DiffusionGemma
 
 _PATH = click.Path(path_type=Path, allow_dash=True)
 
@@ -127,7 +126,7 @@ def fill(
     loaded = load_model(errors, model, revision=revision, backend=backend, device=device, dtype=dtype)
     asked = prompt if prompt is None or system is None else messages(system, prompt)
     if n is None and lengths is None:
-        found = [_followed(loaded.stream_fill(given, asked, marker=marker, **options), loaded, out, errors, live=live)]
+        found = [_followed(loaded.stream_fill(given, asked, marker=marker, **options), out, errors, live=live)]
     else:
         found = loaded.fill(given, asked, n=n or 1, marker=marker, lengths=lengths, **options)
     if as_json:
@@ -176,16 +175,13 @@ def _given(
     return source.text, source
 
 
-def _followed(
-    events: Filler, model: DiffusionGemma, out: Console, errors: Console, *, live: bool
-) -> Filled:  # fmt: skip
+def _followed(events: Filler, out: Console, errors: Console, *, live: bool) -> Filled:
     """Run a fill with its canvases drawn on a terminal, and its progress elsewhere."""
-    from ..show.asked import Asked
+    from ..show.asked import known
     from .canvases import canvas_sink
     from .sinks import follow
 
-    asked = Asked(tokenizer=model.tokenizer, prompt=events.job.prompt)
-    follow(events, canvas_sink(out, errors, asked, live=live))
+    follow(events, canvas_sink(out, errors, known(events, "fill"), live=live))
     return events.finished()
 
 

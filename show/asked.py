@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
 
+from ..canvas.edit import Editor
 from ..canvas.filler import Filler
 from ..core.errors import DgemmaError
 from ..core.events import Event
@@ -47,9 +48,11 @@ def asked_of(events: Iterable[Event], *, model: str = "", title: str = "") -> As
     """Return what events answer; None where they do not say."""
     if isinstance(events, Stream):
         return events.asked
-    if isinstance(events, Filler):
+    if isinstance(events, Filler | Editor):
         job = events.job
-        request, tokenizer = replace(job.base, prompt=job.prompt, eos_token_ids=()), job.engine.tokenizer
+        if job is None:  # an edit with nothing to do, which has no events
+            return Asked(model=model, title=title)
+        request, tokenizer = replace(job.base, prompt=job.prompt), job.engine.tokenizer
         budget = 1 << 31  # each canvas has its own
     elif isinstance(events, Events):
         request, tokenizer = events.request, events.tokenizer
@@ -75,8 +78,8 @@ def known(events: Iterable[Event], what: str) -> Asked:
     """
     if (asked := asked_of(events)) is None:
         raise DgemmaError(
-            f"{what} got a {type(events).__name__}: give it what model.stream(...) or stream_fill(...) returns, or "
-            "a recording; "
+            f"{what} got a {type(events).__name__}: give it what model.stream(...), stream_fill or stream_edit "
+            "returns, or a recording; "
             "other iterators do not say by which tokenizer their tokens are read"
         )
     return asked

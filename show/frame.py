@@ -123,9 +123,14 @@ class Frame:
 
     @cached_property
     def end(self) -> int | None:
-        """The position of the first accepted end-of-sequence token within the budget; nothing is shown behind it."""
+        """The position of the first accepted end-of-sequence token within the budget; nothing is shown behind it.
+
+        Where a held token follows, it is no end: the filler of a hole.
+        """
         tokens = self.draft.tokens[: self.budget]
-        found = np.flatnonzero(np.isin(tokens, self.ends) & (self.states[: len(tokens)] >= ACCEPTED))
+        states = self.states[: len(tokens)]
+        found = np.flatnonzero(np.isin(tokens, self.ends) & (states >= ACCEPTED))
+        found = found[found >= np.flatnonzero(states == HELD).max(initial=-1)]
         return int(found[0]) if len(found) else None
 
     @cached_property

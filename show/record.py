@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..canvas.edit import Editor
 from ..canvas.filler import Filler
 from ..checkpoints import files
 from ..core.errors import DgemmaError, shown
@@ -150,7 +151,7 @@ class Recorded(Stream, Iterator[Event]):
 
     def close(self) -> None:
         self._recorder.close()
-        if isinstance(self._events, Events | Recorded | Filler):
+        if isinstance(self._events, Events | Recorded | Filler | Editor):
             self._events.close()
 
 
@@ -162,7 +163,7 @@ def record(
         for event in dgemma.record(model.stream("…"), "run.jsonl"): ...
 
     Args:
-        events: what `model.stream` or `stream_fill` returns, or a recording.
+        events: what `model.stream`, `stream_fill` or `stream_edit` returns, or a recording.
         path: the file, which must not be there.
         force: write over an earlier record, and over nothing else.
         title: what drawings have above them; by default nothing.

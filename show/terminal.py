@@ -121,8 +121,10 @@ class CanvasView:
             *([f"canvas {draft.canvas + 1}"] if draft.canvas else []),
             f"accepted {frame.accepted}/{int(frame.free.sum())}",
             f"entropy {frame.uncertainty:.3f} nats",
-            *([] if draft.log_accept is None else [f"log accept {draft.log_accept:.3f}"]),
         ]
+        if draft.log_accept is not None:  # where the track below has room beside it
+            more = [*parts, f"log accept {draft.log_accept:.3f}"]
+            parts = more if len(self._separator.join(more)) + 14 <= width else parts
         while len(parts) > 1 and len(self._separator.join(parts)) > width:
             parts.pop()
         line = Text(self._separator.join(parts), style=FAINT, no_wrap=True)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from ..canvas.edit import Edited, Editor
 from ..canvas.filler import Filled, Filler
 from ..core.events import Draft, Event, Generation
 from ..diffusion import collected
@@ -18,7 +19,7 @@ FRAME_SECONDS = 0.1
 """A notebook keeps up with so many drawings a second, and no more."""
 
 
-def watch(events: Iterable[Event] | Recording) -> Generation | Filled | None:
+def watch(events: Iterable[Event] | Recording) -> Generation | Filled | Edited | None:
     """Draw a canvas while it is denoised.
 
         dgemma.watch(model.stream("…"))
@@ -28,11 +29,11 @@ def watch(events: Iterable[Event] | Recording) -> Generation | Filled | None:
     as `dgemma generate` draws it. Elsewhere nothing is drawn.
 
     Args:
-        events: what `model.stream` or `stream_fill` returns, or a recording (of several turns one behind
+        events: what `model.stream`, `stream_fill` or `stream_edit` returns, or a recording (of several turns one behind
             the other).
 
     Returns:
-        What was generated or filled, last if there are several turns; None where a recording ends before the
+        What was generated, filled or edited, last if there are several turns; None where a recording ends before the
         answer does.
 
     Raises:
@@ -45,11 +46,11 @@ def watch(events: Iterable[Event] | Recording) -> Generation | Filled | None:
     return result
 
 
-def _watched(events: Iterable[Event], asked: Asked) -> Generation | Filled | None:
+def _watched(events: Iterable[Event], asked: Asked) -> Generation | Filled | Edited | None:
     drawn = _in_notebook if _notebook() else _on_terminal
     # Passes are many, and what is generated is in the other events.
     kept = [event for event in drawn(events, asked) if not isinstance(event, Draft)]
-    if isinstance(events, Filler):
+    if isinstance(events, Filler | Editor):
         return events.finished()
     with suppress(AssertionError):
         return collected(iter(kept))

@@ -101,6 +101,9 @@ def test_nothing_is_shown_behind_an_accepted_end_or_the_budget() -> None:
     assert shown(view)[0].plain == "aa∎··"
     view.update(make_draft([1, EOS, 2, 2], [True, False, False, False], step=1))
     assert shown(view)[0].plain == "aa<eos>bbbb"
+    held = np.asarray([False, False, True, False])
+    view.update(replace(make_draft([1, EOS, 2, EOS], [True] * 4, step=2), held=held))
+    assert shown(view)[0].plain == "aa<eos>bb∎", "what a held token follows is no end"
     view = view_of(["aa", "bb"], budget=3)
     view.update(make_draft([1, 2, 1, 2, 1], [True] * 5))
     assert shown(view)[0].plain == "aabbaa··"

@@ -39,7 +39,7 @@ def seen(element: ElementTree.Element) -> str:
 
 def test_readmes_picture_is_made_of_its_recording() -> None:
     recording = dgemma.replay(ROOT / "docs" / "canvas.jsonl")
-    drawn = svg.draw(shots(recording), columns=72, title=recording.turns[0].asked.title)
+    drawn = svg.draw(shots(recording, columns=76), columns=76, title=recording.turns[0].asked.title)
     assert drawn == (ROOT / "docs" / "canvas.svg").read_text(encoding="utf-8"), "run `make picture`"
     assert len(drawn) < 20_000
     assert "docs/canvas.svg" in (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,8 +50,8 @@ def test_it_stands_still_where_styles_are_not_read() -> None:
     root = ElementTree.parse(ROOT / "docs" / "canvas.svg").getroot()
     groups = [group for group in root.iter(f"{SPACE}g") if group.get("transform") is None]
     still = "".join(seen(group) for group in groups if group.get("opacity") is None)
-    assert "$ dgemma generate" in still and "354621" in still and "tokens in 5 passes" in still
-    assert "settled" not in still and any("settled" in seen(group) for group in groups)
+    assert "$ dgemma fill" in still and "354621" in still and "tokens in 6 passes" in still
+    assert "settled" not in still and any("settled" in seen(group) and "held" in seen(group) for group in groups)
     assert all(text.get("fill") and text.get("class") is None for text in root.iter(f"{SPACE}text"))
     style = root.find(f"{SPACE}style")
     assert style is not None and style.text is not None

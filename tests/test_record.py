@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dgemma
+from dgemma.canvas.edit import Edited
 from dgemma.canvas.filler import Filled
 from dgemma.cli import main
 from dgemma.core.errors import DgemmaError
@@ -98,11 +99,13 @@ def test_held_positions_following_and_what_is_not_finite(tmp_path: Path) -> None
     assert "".join(span.text for span in shown[-1].spans) == "aé世🙂b"
 
 
-def test_fills_say_what_they_answer(tmp_path: Path) -> None:
+def test_fills_and_edits_say_what_they_answer(tmp_path: Path) -> None:
     model = dgemma.load("nano", backend="numpy")
     filled = dgemma.watch(model.stream_fill(text := "354621\n16<fill:4>\n245163", steps=4))
     assert isinstance(filled, Filled) and filled.text.startswith("354621\n16") and filled.text.endswith("\n245163")
     list(dgemma.record(model.stream_fill(text, steps=4), tmp_path / "fill.jsonl"))
+    edited = dgemma.watch(model.stream_edit("1234\n4321\n", lines=(2, 2), steps=2))
+    assert isinstance(edited, Edited) and edited.text.startswith("1234\n")
     drafts = [event for event in dgemma.replay(tmp_path / "fill.jsonl") if isinstance(event, Draft)]
     assert drafts and all(draft.held is not None and draft.held.any() for draft in drafts)
 
