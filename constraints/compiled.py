@@ -38,7 +38,8 @@ def compile_constraint(
         ends: its end-of-sequence ids.
         pad: its padding token.
         thinking: the model may think in its channel before the answer, freely; a tokenizer without a channel has none.
-        opened: the prompt ends inside the channel, so that the answer begins with thinking; with `thinking` alone.
+        opened: the prompt ends inside the channel, so that thinking comes first whatever `thinking` says: what the
+            constraint is about is the text behind it.
         cache: folder with automata compiled before, by content, such as `stored.cache_folder()`; None keeps none.
 
     Returns:
@@ -49,7 +50,7 @@ def compile_constraint(
             no end token, a tokenizer whose decoder cannot be followed, or one that cannot write what is asked.
     """
     opening, closing = tokenizer.id_of(CHANNEL_OPEN), tokenizer.id_of(CHANNEL_CLOSE)
-    channel = (opening, closing) if thinking and opening is not None and closing is not None else None
+    channel = (opening, closing) if (thinking or opened) and opening is not None and closing is not None else None
     meant = Ends(ends=tuple(sorted({*map(int, ends)})), pad=pad, channel=channel, open=opened and channel is not None)
     spelling = tokenizer.spelling
     name = _name(source, spelling.key, meant)

@@ -83,6 +83,14 @@ def check(schema: Any, at: str) -> None:
         raise DgemmaError(f"the schema at {at} has the properties {quoted(schema['properties'], 40)}, expected names")
     if not all(isinstance(one, str) for one in schema.get("required", [])):
         raise DgemmaError(f"the schema at {at} requires what is no name: {quoted(schema['required'], 60)}")
+    if not isinstance(schema.get("nullable", False), bool):
+        raise DgemmaError(
+            f"the schema at {at} has the nullable {quoted(schema['nullable'], 40)}, expected True or False"
+        )
+    kinds = _listed(schema.get("type", "null"))
+    if not kinds or not all(isinstance(one, str) and one in TYPES for one in kinds):
+        bad = next((one for one in kinds if not isinstance(one, str) or one not in TYPES), kinds)
+        raise DgemmaError(f"the schema at {at} has the type {quoted(bad, 40)}, expected one of {', '.join(TYPES)}")
     for key in ("pattern", "format"):
         if not isinstance(schema.get(key, ""), str) and not (key == "pattern" and isinstance(schema[key], tuple)):
             raise DgemmaError(f"the schema at {at} has the {key} {quoted(schema[key], 40)}, expected text")
@@ -234,14 +242,10 @@ def types(schema: Schema, at: str) -> list[str] | None:
     """Return the types that a flat schema allows; None for all. Without `type`, keywords of one type ask for that.
 
     Raises:
-        DgemmaError: a type that JSON does not have, or keywords of several types without one.
+        DgemmaError: keywords of several types without one.
     """
     if "type" in schema:
-        kinds = _listed(schema["type"])
-        bad = next((one for one in kinds if one not in TYPES), None) if kinds else schema["type"]
-        if bad is not None or not kinds:
-            raise DgemmaError(f"the schema at {at} has the type {quoted(bad, 40)}, expected one of {', '.join(TYPES)}")
-        return kinds
+        return _listed(schema["type"])
     found = [kind for kind, keys in OF_TYPE.items() if keys & schema.keys()]
     if len(found) > 1:
         raise DgemmaError(f"the schema at {at} speaks of {' and '.join(found)} without a type; add type")
@@ -261,7 +265,7 @@ def span(schema: Schema, low: str, high: str, at: str) -> tuple[int, int | None]
     """
     for key in (low, high):
         one = schema.get(key, 0)
-        if isinstance(one, bool) or not isinstance(one, int | float) or one != int(one) or one < 0:
+        if not _numbers(one) or not 0 <= one < math.inf or one != int(one):
             raise DgemmaError(f"the schema at {at} has the {key} {quoted(one, 40)}, expected 0 or more")
     most = schema.get(high)
     return int(schema.get(low, 0)), None if most is None else int(most)

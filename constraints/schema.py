@@ -138,9 +138,10 @@ class _Writer:
         """One value, laid out like any other."""
         try:
             text = json.dumps(value, ensure_ascii=False, indent=self.indent, allow_nan=False)
-            text.encode()
-        except UnicodeError:
-            text = json.dumps(value, indent=self.indent)
+            if not text.isprintable() and any(0xD800 <= ord(c) < 0xE000 for c in text):
+                text = json.dumps(value, indent=self.indent)
+            if not keywords.same(json.loads(text), value):  # as of keys that are no text
+                raise ValueError
         except (TypeError, ValueError):
             raise DgemmaError(f"the schema at {at} names {quoted(value, 60)}, which is no value of JSON") from None
         return text.replace("\n", "\n" + " " * ((self.indent or 0) * level))
@@ -155,7 +156,7 @@ class _Writer:
         least, above = _bound(flat, "minimum", "exclusiveMinimum", at, max)
         most, below = _bound(flat, "maximum", "exclusiveMaximum", at, min)
         step = flat.get("multipleOf")
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int | float) or not step > 0):
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < 1e15):
             raise DgemmaError(f"the schema at {at} has the multipleOf {quoted(step, 40)}, expected a positive number")
         if step is not None and step != int(step) and (kind == "number" or (1 / step) != int(1 / step)):
             raise DgemmaError(f"the schema at {at} has the multipleOf {step}, which float64 does not keep; drop it")
@@ -330,7 +331,8 @@ def _bound(flat: Schema, name: str, exclusive: str, at: str, tighter: Any) -> tu
     """Return a bound, and whether it is left out itself."""
     limit, strict = flat.get(name), flat.get(exclusive)
     for key, one in ((name, limit), (exclusive, strict)):
-        if one is not None and (not isinstance(one, int | float) or not math.isfinite(one) or abs(one) > 1e15):
+        right = one is None or (isinstance(one, int | float) and abs(one) <= 1e15)  # and so is neither inf nor NaN
+        if not right or (isinstance(one, bool) and key == name):
             raise DgemmaError(f"the schema at {at} has the {key} {quoted(one, 40)}, expected a number within ±1e15")
     if isinstance(strict, bool):  # draft 4
         return (None if limit is None else Decimal(repr(limit))), strict

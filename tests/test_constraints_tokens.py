@@ -237,7 +237,8 @@ def test_thinking_before_the_answer_is_free(tmp_path: Path) -> None:
     ]
     assert all(map(found.accepts, right)) and not any(map(found.accepts, wrong))
     assert (found.classes[-3:] == -1).all()  # ids that have no token are not thought either
-    opened = compile_constraint("a{1,2}", made, ends=(1,), pad=0, thinking=True, opened=True)
+    opened = compile_constraint("a{1,2}", made, ends=(1,), pad=0, opened=True)
+    assert opened.key == compile_constraint("a{1,2}", made, ends=(1,), pad=0, thinking=True, opened=True).key
     assert opened.accepts([CLOSE, a]) and opened.accepts([a, end, CLOSE, a, 1]) and not opened.accepts([a])
     empty = compile_constraint("a*", made, ends=(1,), thinking=True, opened=True)
     assert (
