@@ -28,6 +28,7 @@ from dgemma.checkpoints.checkpoint import Checkpoint
 from dgemma.core import graph_passes
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
+from dgemma.core.ops import Ops
 from dgemma.core.parts import KV, Cache, Model
 from loops import FIXED
 from tiny import tiny_checkpoint
@@ -65,6 +66,9 @@ class Capturable(CardOps):
         return True
 
     can_capture_classes = can_capture
+
+    def class_head(self, *args: Any) -> Any:
+        return Ops.class_head(self, *args)  # torch's own lays classes out on the host, once for an array of them
 
 
 def card_passes(checkpoint: Checkpoint, capture: Any = rerun, **options: Any) -> CardPasses:

@@ -42,7 +42,7 @@ class CardOps(InferenceOps):
         return False
 
     def can_capture_classes(self, weights: Model) -> bool:
-        """The same of a pass that ends in `class_head`."""
+        """The same of a pass that ends in `class_head`: torch's lays classes out on the host."""
         return False
 
     # ---- Between host and card ----------------------------------------------------------------------------------
