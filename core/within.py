@@ -26,9 +26,6 @@ KEPT = 8
 Logits = Callable[[Array, Array], Array]
 """`Ops.logits_at` over the table: states [B, L, D], places int32 [R] → wide [1, R, V]."""
 
-KEPT = 8
-"""Requests' classes of tokens that stay on the device."""
-
 
 def predict(
     ops: Ops, weights: Model, cache: Cache, state: StepState, draws: Draws, classes: Array, count: int

@@ -257,11 +257,11 @@ class OrtPasses(Passes):
         host, canvases, states = self._host, _canvases(rows), x.numpy()
         token = chosen.token.copy()
         if (open_ := token < 0).any():
-            found = within.drawn(host, self._logits, states, draws.temperature, classes.of, chosen)
+            found = within.drawn(host, self._logits_at, states, draws.temperature, classes.of, chosen)
             token[open_] = np.concatenate(found)
         if chosen.factors is not None:
             soft = within.fed_back(
-                host, self._logits, self._mean, states, draws.temperature, classes, chosen.factors
+                host, self._logits_at, self._mean, states, draws.temperature, classes, chosen.factors
             )  # fmt: skip
         before = StepState(
             canvas=np.concatenate([one.tokens for one in canvases]), soft=None,
@@ -285,7 +285,7 @@ class OrtPasses(Passes):
     ) -> Scores:
         states = [self._states(slot, canvas, None).numpy() for slot, canvas in zip(slots, canvases, strict=True)]
         x = np.stack([states[row][0, position] for row, position in at])[None]
-        found = within.scored(self._host, self._logits, x, tokens)
+        found = within.scored(self._host, self._logits_at, x, tokens)
         log_p, entropy, token, top = (np.concatenate(found[i::4]) for i in range(4))
         return Scores(log_p=log_p, entropy=entropy, token=token, top=top)
 
@@ -306,6 +306,10 @@ class OrtPasses(Passes):
     def _logits(self, states: Any) -> np.ndarray:
         """States [B, L, D] → float32 [B, L, V]."""
         return _logits(self._session("logits"), states)
+
+    def _logits_at(self, states: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """States [B, L, D], places int32 [R] among all their positions → float32 [1, R, V]."""
+        return self._logits(states.reshape(1, -1, states.shape[-1])[:, places])
 
     def _mean(self, probabilities: np.ndarray) -> np.ndarray:
         """Distributions, float32 [B, L, V] → mean embeddings [B, L, D]."""
