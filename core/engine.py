@@ -285,7 +285,7 @@ class Engine:
         if not self.passes.lookahead or any(row.watches for row in self._rows if row.stage == "denoising"):
             self._take_results(len(self._pending))  # of joined passes too, which may have finished their canvases
         behind = len(self._pending)
-        while held := self._settled():
+        while held := {row: x for row in self._rows if row.stage == "denoising" and (x := row.settled()) is not None}:
             self._commit(held)  # and the canvas behind it, where that has been read
         rows = [row for row in self._rows if row.stage == "denoising" and row.begun < row.request.sampler.steps]
         rows.sort(key=lambda row: row.slot)  # neighbours in the pool, where all its rows take a pass
@@ -293,10 +293,6 @@ class Engine:
             with self._for(group):
                 self._pending.append(begin(self.passes, group))
         self._take_results(behind if self.passes.lookahead and rows else len(self._pending))
-
-    def _settled(self) -> dict[Row, np.ndarray]:
-        rows = [row for row in self._rows if row.stage == "denoising"]
-        return {row: held for row in rows if (held := row.settled()) is not None}
 
     def _take_results(self, count: int) -> None:
         for _ in range(count):
