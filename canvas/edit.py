@@ -84,10 +84,10 @@ class EditJob(Job):
     """Their old tokens."""
     strength: float
 
-    def window(self, hole: int, done: int) -> Window:
-        room = self.laid.rooms[hole]
-        behind = [token for part in self.parts[hole + 1 :] for token in part] + [*self.laid.pieces[-1]]
-        held = (FREE,) * room + tuple(behind[: self.laid.length - room])
+    def window(self, laid: Laid, hole: int, done: int) -> Window:
+        room = laid.rooms[hole]
+        behind = [token for part in self.parts[hole + 1 :] for token in part] + [*laid.pieces[-1]]
+        held = (FREE,) * room + tuple(behind[: laid.length - room])
         return Window(held=held, rooms=(Room(start=0, length=room, open=True),), holes=(hole,), shown=0)
 
     def request(self, window: Window, prompt: Sequence[int], *, seed: int, drafts: bool) -> Request:
@@ -220,7 +220,7 @@ def job_of(
         engine=model.engine, reader=model.reader, speller=speller, prompt=tuple(prompt), end=None, base=base,
         template=Template(pieces=(left, *("",) * (len(texts) - 1), right), holes=(Hole(),) * len(texts)),
         laid=Laid(pieces=pieces, rooms=rooms, open=(True,) * len(parts), whole=False, length=size),
-        text_ids=text_ids, filler=filler, stop=(), parts=parts, strength=float(strength),
+        text_ids=text_ids, filler=filler, stop=(), lengths=(), parts=parts, strength=float(strength),
     )  # fmt: skip
     check_room(job)
     return job

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -40,40 +39,32 @@ def fill(
     """See `DiffusionGemma.fill`."""
     if n is not None:
         integer("n", n, 1, 1 << 20)
-    if lengths is not None:
-        for length in ids_of(lengths, "lengths"):
-            integer("lengths", length, 1, LONGEST)
-    tried = [None] if lengths is None else sorted(set(ids_of(lengths, "lengths"))) or [None]
-    jobs = [job_of(model, text, prompt, options, marker=marker, length=length) for length in tried]
+    job = job_of(model, text, prompt, options, marker=marker, lengths=lengths)
     seeds = [(int(options.seed) + i) % (1 << 64) for i in range(n or 1)]
-    found = ranked([Filler(job, seed=seed, drafts=False) for job in jobs for seed in seeds])
-    return found[0] if n is None else found[:n]
+    found = ranked([Filler(job, seed=seed, drafts=False) for seed in seeds])
+    return found[0] if n is None else found
 
 
 def stream_fill(
     model: Model, text: str | Sequence[str | Hole], prompt: Prompt | None, options: GenerateOptions, *,
-    marker: str = MARKER,
+    marker: str = MARKER, lengths: Sequence[int] | None = None,
 ) -> Filler:  # fmt: skip
     """See `DiffusionGemma.stream_fill`."""
-    filler = Filler(job_of(model, text, prompt, options, marker=marker), seed=int(options.seed))
+    filler = Filler(job_of(model, text, prompt, options, marker=marker, lengths=lengths), seed=int(options.seed))
     filler.begin()
     return filler
 
 
 def job_of(
     model: Model, text: str | Sequence[str | Hole], prompt: Prompt | None, options: GenerateOptions, *,
-    marker: str = MARKER, length: int | None = None,
+    marker: str = MARKER, lengths: Sequence[int] | None = None,
 ) -> Job:  # fmt: skip
     """Check what is asked, and lay it out.
-
-    `length` is that of all open holes, where one is tried.
 
     Raises:
         DgemmaError: as `DiffusionGemma.fill`.
     """
     template = template_of(text, marker)
-    if length is not None:
-        template = replace(template, holes=tuple(replace(one, length=one.length or length) for one in template.holes))
     tokenizer = model.tokenizer
     base = model.request([0], options)
     size = base.canvas_length or model.config.canvas_length
@@ -85,17 +76,35 @@ def job_of(
         tuple(speller.ids(piece, first=first and i == 0)) for i, piece in enumerate(template.pieces)
     )  # fmt: skip
     closed = end if template.pieces[-1] or template.holes[-1].length is not None else None
-    laid = _laid(template, pieces, size, prompted=prompt is not None, end=closed, room=options.max_new_tokens)
+    laid = _laid(template, pieces, size, prompted=prompt is not None, end=closed, room=_most(lengths, options))
     told = _told(_hidden(template, laid, speller, marker), marker)
     ids = _prompt(model, prompt, told, options, laid)
     text_ids, filler = tokens_of(model, ends)
     job = Job(
         engine=model.engine, reader=model.reader, speller=speller, template=template,
         laid=laid, prompt=tuple(ids), end=closed, base=base,
-        text_ids=text_ids, filler=filler, stop=options.stops,
+        text_ids=text_ids, filler=filler, stop=options.stops, lengths=_lengths(lengths),
     )  # fmt: skip
     check_room(job)
     return job
+
+
+def _most(lengths: Sequence[int] | None, options: GenerateOptions) -> int | None:
+    """Return the room that is asked for an open hole: the longest of its lengths, where these are given."""
+    if lengths is None or not (given := ids_of(lengths, "lengths")):
+        return options.max_new_tokens
+    for length in given:
+        integer("lengths", length, 1, LONGEST)
+    if options.max_new_tokens is not None and max(given) > options.max_new_tokens:
+        raise DgemmaError(
+            f"lengths go up to {max(given):,}, and max_new_tokens, the most that a hole may take, is "
+            f"{options.max_new_tokens:,}: leave one of them out"
+        )
+    return max(given)
+
+
+def _lengths(lengths: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if lengths is None else tuple(sorted(set(ids_of(lengths, "lengths"))))
 
 
 def tokens_of(model: Model, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -214,7 +223,7 @@ def check_room(job: Job) -> None:
     needed = 0
     while at is not None:
         hole, done = at
-        window = job.window(hole, done)
+        window = job.window(laid, hole, done)
         before = 0 if laid.whole else sum(map(len, laid.pieces[: hole + 1])) + sum(laid.rooms[:hole]) + done
         needed = max(needed, len(job.prompt) + before + len(window.held) + (job.end is not None))
         at = next_start(laid, window, done, ended=False)

@@ -23,6 +23,7 @@ from ..core.row import Request, Share
 from .borders import Speller
 from .holes import Template
 from .language import language_of
+from .lengths import likeliest, spread
 from .reader import Look, Reader
 from .windows import Laid, Window, next_start, window_at
 
@@ -82,9 +83,21 @@ class Job:
     filler: np.ndarray
     stop: tuple[str, ...]
 
-    def window(self, hole: int, done: int) -> Window:
+    lengths: tuple[int, ...] | None
+    """Of open holes, those that are weighed; None: as many as share a pass."""
+
+    def window(self, laid: Laid, hole: int, done: int) -> Window:
         """Return the canvas that begins with a hole, of which so many tokens are done."""
-        return window_at(self.laid, hole, done)
+        return window_at(laid, hole, done)
+
+    def behind(self, laid: Laid, hole: int) -> list[int]:
+        """Return what is known of the text behind a hole, up to the next open one; `FREE` in holes."""
+        found = [*laid.pieces[hole + 1]]
+        for i in range(hole + 1, len(laid.rooms)):
+            if laid.open[i]:
+                return found
+            found += [FREE] * laid.rooms[i] + [*laid.pieces[i + 1]]
+        return found if self.end is None else [*found, self.end]
 
     def request(self, window: Window, prompt: Sequence[int], *, seed: int, drafts: bool) -> Request:
         """Return what a canvas asks the engine for."""
@@ -107,6 +120,7 @@ class Filler(Iterator[Event]):
 
     def __init__(self, job: Job, *, seed: int, drafts: bool = True, scored: bool = True) -> None:
         self.job, self._seed, self._drafts, self._scored = job, seed, drafts, scored
+        self._laid = job.laid
         self._prompt = [*job.prompt, *(() if job.laid.whole else job.laid.pieces[0])]
         self._at: tuple[int, int] | None = (0, 0)
         self._canvas, self._window, self._handle = 0, None, None
@@ -144,11 +158,28 @@ class Filler(Iterator[Event]):
         """Add the next canvas to the engine, beside others."""
         if self._at is None or self._handle is not None:
             return
-        hole, done = self._at
-        self._window = self.job.window(hole, done)
         seed = (self._seed + self._canvas * STRIDE) % (1 << 64)
+        self._window = self._next_window(*self._at, seed=seed)
         request = self.job.request(self._window, self._prompt, seed=seed, drafts=self._drafts)
         self._handle = self.job.engine.add(request, share)
+
+    def _next_window(self, hole: int, done: int, *, seed: int) -> Window:
+        """Return the next canvas, with the lengths of its open holes found: each in turn, from left to right."""
+        job, window, i = self.job, self.job.window(self._laid, hole, done), 0
+        while job.lengths != () and not done and i < len(window.rooms):
+            room, mine = window.rooms[i], window.holes[i]
+            behind = job.behind(self._laid, mine)
+            if room.open and room.length == self._laid.rooms[mine] and behind:
+                tried = spread(room.length) if job.lengths is None else job.lengths
+                before = window.held[: room.start]
+                size = self._laid.length
+                length = likeliest(job.reader, self._prompt, before, behind, tried, size=size, seed=seed)
+                if length is not None:
+                    rooms = (*self._laid.rooms[:mine], length, *self._laid.rooms[mine + 1 :])
+                    self._laid = replace(self._laid, rooms=rooms)
+                    window = job.window(self._laid, hole, done)
+            i += 1
+        return window
 
     def advance(self) -> Iterator[Event]:
         """Yield the events of the next canvas; `Done` only of the last one."""
@@ -193,7 +224,7 @@ class Filler(Iterator[Event]):
             for hole, some in zip(window.holes, places, strict=True):
                 self._scores[hole] += [next(scores) for _ in some]
         self._stats.append(done.stats)
-        self._at = next_start(job.laid, window, first, ended)
+        self._at = next_start(self._laid, window, first, ended)
         if self._at is None:
             self.result = self._filled()
             return

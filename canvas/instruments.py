@@ -61,7 +61,9 @@ class Instruments:
             prompt: what the text is the answer to, as in `stream`. Without one, it is a document.
             n: so many candidates, of seeds that count up.
             marker: another marker.
-            lengths: tokens that open holes are tried with, side by side; the likeliest candidate is taken.
+            lengths: numbers of tokens that a hole of any length may have. Each is looked at once, and the one is taken
+                at which the text behind the hole is likeliest; by default of up to 32, as far as there is room. An
+                empty list leaves the length to the sampler, which fills up what remains.
             options: those of `stream`. `max_new_tokens` is what one open hole may take, by default a quarter of a
                 canvas; `stop` ends a hole; `eos` are the tokens that fill it up.
 
@@ -76,10 +78,10 @@ class Instruments:
 
     def stream_fill(
         self: Model, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, marker: str = MARKER,
-        **options: Any,
+        lengths: Sequence[int] | None = None, **options: Any,
     ) -> Filler:  # fmt: skip
         """Yield the events of `fill` as they come; the `Filled` is then the iterator's `result`."""
-        return fill.stream_fill(self, text, prompt, options_of("a fill", options), marker=marker)
+        return fill.stream_fill(self, text, prompt, options_of("a fill", options), marker=marker, lengths=lengths)
 
     def edit(
         self: Model, text: str, *, lines: tuple[int, int] | None = None, span: tuple[int, int] | None = None,

@@ -50,11 +50,13 @@ hole_options = together(
 
 
 class Lengths(click.ParamType):
-    """Numbers and ranges: 4,8 or 1-12."""
+    """Numbers and ranges: 4,8 or 1-12; or none."""
 
     name = "numbers"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[int]:
+        if value == "none":
+            return []
         found: list[int] = []
         for part in str(value).split(","):
             first, _, last = part.partition("-")
@@ -90,8 +92,10 @@ class Lengths(click.ParamType):
     help="Fill N times, of seeds that count up; the likeliest goes to stdout, all of them with their scores to stderr.",
 )  # fmt: skip
 @option(
-    "--lengths", type=Lengths(), metavar="A-B|A,B,..", group="Candidates",
-    help="Try these numbers of tokens in holes of any length, side by side, and take the likeliest.",
+    "--lengths", type=Lengths(), metavar="A-B|A,B,..|none", group="Text",
+    show_default="up to 32, as far as there is room",
+    help="Numbers of tokens that a hole of any length may have: the text behind it tells which. none: left open, and "
+    "what remains of it is filled up.",
 )  # fmt: skip
 @generate_option("stop")
 @hole_options
@@ -125,10 +129,11 @@ def fill(
     out, errors = consoles(quiet=quiet)
     loaded = load_model(errors, model, revision=revision, backend=backend, device=device, dtype=dtype)
     asked = prompt if prompt is None or system is None else messages(system, prompt)
-    if n is None and lengths is None:
-        found = [_followed(loaded.stream_fill(given, asked, marker=marker, **options), out, errors, live=live)]
+    if n is None:
+        events = loaded.stream_fill(given, asked, marker=marker, lengths=lengths, **options)
+        found = [_followed(events, out, errors, live=live)]
     else:
-        found = loaded.fill(given, asked, n=n or 1, marker=marker, lengths=lengths, **options)
+        found = loaded.fill(given, asked, n=n, marker=marker, lengths=lengths, **options)
     if as_json:
         _tell_json(found)
     elif out.is_terminal:

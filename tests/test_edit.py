@@ -62,7 +62,7 @@ def test_regions_of_real_files(model: dgemma.DiffusionGemma, seed: int) -> None:
 def test_a_canvas_starts_from_the_old_text_and_filler(model: dgemma.DiffusionGemma) -> None:
     job = job_of(model, TEXT, (12, 38), None, 0.25, GenerateOptions())
     assert job is not None
-    request = job.request(job.window(0, 0), job.prompt, seed=0, drafts=False)
+    request = job.request(job.window(job.laid, 0, 0), job.prompt, seed=0, drafts=False)
     room = job.laid.rooms[0]
     assert request.strength == 0.25 and len(request.init) == room
     assert model.tokenizer.decode(request.init) == TEXT[12:38]
@@ -75,7 +75,7 @@ def test_a_long_region_is_done_part_by_part(model: dgemma.DiffusionGemma) -> Non
     job = job_of(model, text, (0, len(text) - 5), "Count down.", 0.5, GenerateOptions())
     assert job is not None and len(job.parts) > 4
     assert all(0 < len(part) <= 16 for part in job.parts)
-    first = job.window(0, 0)
+    first = job.window(job.laid, 0, 0)
     behind = first.held[job.laid.rooms[0] :]
     assert len(first.held) == 32 and behind == (*job.parts[1], *job.parts[2])[: len(behind)]
     result = model.edit(text, lines=(1, 13), instruction="Count down.", strength=0.5, steps=1)

@@ -18,6 +18,7 @@ from dgemma.canvas.fill import job_of
 from dgemma.canvas.filler import Filled
 from dgemma.canvas.holes import Hole, escaped, marked, template_of
 from dgemma.canvas.language import Room, language_of
+from dgemma.canvas.lengths import spread
 from dgemma.canvas.windows import next_start, window_at
 from dgemma.constraints.automaton import TokenAutomaton
 from dgemma.core.events import Commit, Done, Draft
@@ -196,7 +197,7 @@ def test_cuts_of_real_files(models: dict[str, dgemma.DiffusionGemma], part: int)
 def test_hostile_surroundings(models: dict[str, dgemma.DiffusionGemma], kind: str) -> None:
     for i, piece in enumerate(writable(kind)):
         text = f"{escaped(piece)}<fill:3>{escaped(piece)}<fill>{escaped(piece)}"
-        check(models[kind].fill(text, None if i % 2 else "x", steps=1), text)
+        check(models[kind].fill(text, None if i % 2 else "x", steps=1, max_new_tokens=3), text)
 
 
 @pytest.mark.parametrize(
@@ -208,10 +209,19 @@ def test_holes_alone_and_side_by_side(model: dgemma.DiffusionGemma, text: str, p
     check(model.fill(text, prompt, steps=2), text)
 
 
-def test_the_length_of_a_hole_is_found(nano: dgemma.DiffusionGemma) -> None:
+def test_the_lengths_of_holes_are_found(nano: dgemma.DiffusionGemma) -> None:
     board = ".3.1\n.2..\n....\n...4"
-    found = nano.fill("4321\n<fill>\n3412\n2134", board, lengths=range(1, 7))
-    assert found.text == "4321\n1243\n3412\n2134"
+    for text in ("4321\n<fill>\n3412\n2134", "<fill>\n1243\n<fill>\n2134", "43<fill>1\n1<fill>3\n3412\n<fill>4"):
+        assert nano.fill(text, board).text == "4321\n1243\n3412\n2134"
+    assert len(nano.fill("4321\n<fill>\n3412\n2134", board, lengths=[2, 3]).holes[0].token_ids) in (2, 3)
+    assert len(nano.fill("4321\n<fill>\n3412\n2134", board, lengths=[]).holes[0].token_ids) == 12
+
+
+def test_lengths_that_are_looked_at() -> None:
+    assert spread(1) == [1] and spread(32) == list(range(1, 33))
+    for room in (33, 64, 200, 4096):
+        found = spread(room)
+        assert len(found) <= 32 and found[:16] == list(range(1, 17)) and found[-1] == room
 
 
 def test_a_hole_may_come_back_short(nano: dgemma.DiffusionGemma) -> None:
@@ -219,15 +229,6 @@ def test_a_hole_may_come_back_short(nano: dgemma.DiffusionGemma) -> None:
     found = nano.fill("4321\n1243\n34<fill>", board)
     assert found.text == "4321\n1243\n3412\n2134"
     assert len(found.holes[0].token_ids) == 7 and len(found.holes[0].log_probabilities) == 8
-
-
-def test_lengths_are_tried_side_by_side(model: dgemma.DiffusionGemma) -> None:
-    every = model.fill("x = <fill>\n", lengths=[2, 5], n=2, steps=2)
-    assert all(len(one.holes[0].token_ids) in (2, 5) for one in every)
-    best = model.fill("x = <fill>\n", lengths=[2, 5], steps=2)
-    alone = [model.fill(f"x = <fill:{length}>\n", steps=2) for length in (2, 5)]
-    assert best.text == max(alone, key=lambda one: one.score).text
-    assert best.text == model.fill("x = <fill>\n", lengths=[2, 5], n=1, steps=2)[0].text
 
 
 def test_the_language_of_holes() -> None:
@@ -400,6 +401,8 @@ def test_what_cannot_be_filled_is_said_before_any_pass(model: dgemma.DiffusionGe
         model.fill("<fill>", n=0)
     with says("lengths"):
         model.fill("<fill>", lengths=[0])
+    with says("lengths go up to 9", "max_new_tokens"):
+        model.fill("<fill>", lengths=[9], max_new_tokens=8)
     with says("thinking"):
         model.fill("<fill>", thinking=True)
     with says("context is 4,096", "5,0"):
