@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import datetime
 import enum
@@ -21,6 +22,7 @@ import pytest
 
 from dgemma.constraints import parsed, regex_of_choices, regex_of_schema, schema_of
 from dgemma.constraints.chars import CharDfa, from_pattern
+from dgemma.constraints.keywords import KNOWN
 from dgemma.constraints.minimal import distances
 from dgemma.constraints.numbers import integer, number
 from dgemma.constraints.strings import FORMATS
@@ -142,6 +144,45 @@ def test_random_schemas() -> None:
             judged(schema, text)
             checked += 1
     assert checked == 6 * SCHEMAS
+
+
+ODD = [None, True, False, 0, -1, 2, 1.5, float("inf"), float("nan"), 10**30, "", "a", "#", "#/properties/a", [], [1]]
+ODD += [["a"], {}, {"type": "string"}, [{}], [[]], {"a": {}}, {"a": 1}, [None], b"x", (1,), {1: 2}, "object", [3], "("]
+
+
+def mutated(draw: random.Random, schema: Any) -> Any:
+    """Return a schema with some keywords that say anything."""
+    for _ in range(draw.randrange(1, 4)):
+        node = schema
+        for _ in range(draw.randrange(4)):
+            parts = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+            node = draw.choice([part for part in parts if isinstance(part, dict | list)] or [node])
+        if isinstance(node, dict):
+            node[draw.choice(sorted(KNOWN - {"nullable"}))] = copy.deepcopy(draw.choice(ODD))
+        elif isinstance(node, list):
+            node.append(copy.deepcopy(draw.choice(ODD)))
+    return schema
+
+
+def test_mutated_schemas_are_kept_or_refused_in_a_line() -> None:
+    kept = refused = 0
+    for seed in range(3 * SCHEMAS):
+        draw = random.Random(seed)
+        schema = mutated(draw, copy.deepcopy(random_schema(draw, 2)))
+        try:
+            found = from_pattern(regex_of_schema(schema))
+        except DgemmaError as error:
+            assert "\n" not in str(error) and len(str(error)) < 400
+            refused += 1
+            continue
+        value = json.loads(said(draw, found, 60))
+        kept += 1
+        try:
+            jsonschema.Draft202012Validator.check_schema(schema)
+            jsonschema.Draft202012Validator(schema).validate(value)
+        except jsonschema.SchemaError:  # nothing to judge by: a keyword without meaning for the type
+            pass
+    assert kept and refused
 
 
 def holds(schema: Any, text: str, **layout: Any) -> bool:
