@@ -247,16 +247,26 @@ def layout_of(choices: Any, template: str | None, encode: Encode) -> Layout:
     places = text.count(MARKER)
     if not places:
         raise DgemmaError(f"the template has no {MARKER}: put it where a choice stands")
+    _check_text("template", text)
     several = isinstance(choices, list | tuple) and any(isinstance(one, list | tuple) for one in choices)
     lists = list(choices) if several else [choices] * places
     for i, some in enumerate(lists):
         name = f"choices of place {i + 1}" if several else "choices"
         if not isinstance(some, list | tuple) or len(some) < 2 or not all(isinstance(one, str) and one for one in some):
             raise DgemmaError(f"{name}: {quoted(some, 40)}, expected a list of two texts or more, none of them empty")
+        for one in some:
+            _check_text(name, one)
         twice = next((one for one in some if some.count(one) > 1), None)
         if twice is not None:
             raise DgemmaError(f"{name}: {quoted(twice)} is there twice")
     return lay_out(text, lists, encode)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DgemmaError(f"{name}: {quoted(text)} is not valid text: half a character (a lone surrogate)") from None
 
 
 def canvas_of(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -326,6 +328,34 @@ def test_a_pass_that_comes_to_nan(config: ModelConfig) -> None:
     assert not passes.held and not reader._waiting and not reader._line
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks on this system")
+def test_a_forked_child_reads_too(tiny: dgemma.DiffusionGemma) -> None:
+    """The oracle's backend survives a fork, and so do reads, whoever was reading when it came."""
+    want = tiny.read(PROMPT, ["a", "b"])
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            tiny.read(PROMPT, ["a", "b"])
+
+    thread = threading.Thread(target=busy)
+    thread.start()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads
+            child = os.fork()
+        if not child:
+            same = False
+            try:
+                same = tiny.read(PROMPT, ["a", "b"]).probabilities == pytest.approx(want.probabilities)
+            finally:
+                os._exit(0 if same else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_an_interrupted_read_leaves_nothing_behind(config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     passes = Talkative(config)
     engine = Engine(passes, None, prefix_bytes=1 << 20)
@@ -382,6 +412,9 @@ REFUSED: list[tuple[str, Callable[[dgemma.DiffusionGemma], Any]]] = [
     ("none of them empty", lambda m: m.read(PROMPT, ["a", ""])),
     ("choices: 'a' is there twice", lambda m: m.read(PROMPT, ["a", "a"])),
     ("the template has no <read>", lambda m: m.read(PROMPT, ["a", "b"], template="x")),
+    ("choices: 'x.ud800' is not valid text", lambda m: m.read(PROMPT, ["a", "x\ud800"])),
+    ("template: '.ud800<read>' is not valid", lambda m: m.read(PROMPT, ["a", "b"], template="\ud800<read>")),
+    ("the template holds an image token", lambda m: m.read(PROMPT, ["<|image|>", "b"], specials=True)),
     ("template is 5", lambda m: m.read(PROMPT, ["a", "b"], template=5)),  # type: ignore[arg-type]
     ("has 2 places .* given for 3", lambda m: m.read(PROMPT, [["a", "b"]] * 3, template="<read> <read>")),
     ("choices of place 2 are of different", lambda m: m.read(PROMPT, [["a", "b"], ["a", "bb"]], "<read> <read>")),
