@@ -19,6 +19,7 @@ from dgemma.core.canvas import Classes
 from dgemma.core.config import SamplerConfig
 from dgemma.core.events import Draft, Event
 from dgemma.core.handle import Handle
+from dgemma.core.passes import Passes
 from dgemma.core.row import Request
 from lattices import random_automaton
 from test_cuda_graph import CANVAS, Counting, card_passes, engine, plain_engine
@@ -127,3 +128,21 @@ def test_masses_are_the_plain_loops(checkpoint: Checkpoint, count: int) -> None:
         found.append(one.masses(slot, canvas, classes))
     for got, want in zip(found[1], found[0], strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+
+
+def test_reads_of_captured_passes(checkpoint: Checkpoint) -> None:
+    """Filled up to a captured size, next to rows that are open, and replayed with other canvases."""
+    capture = Counting()
+    passes, plain = card_passes(checkpoint, capture), plain_engine(checkpoint).passes
+    prompts = [list(range(20, 23 + 9 * i)) for i in range(5)]
+    tokens, at = np.array([20, 30, 271], np.int32), [(0, 3), (2, 15), (1, 0), (2, 3)]
+    slots, theirs = ([one.open_behind(prompt, CANVAS) for prompt in prompts] for one in (passes, plain))
+    for seed in range(3):
+        canvases = np.random.default_rng(seed).integers(0, VOCAB, (3, 16)).astype(np.int32)
+        for some in (slice(0, 3), slice(2, 5)):  # with a fourth slot that nobody has asked for, and that is another's
+            got = passes.scores(slots[some], canvases, at, tokens)
+            want = Passes.scores(plain, theirs[some], canvases, at, tokens)
+            np.testing.assert_allclose(got.log_p, want.log_p, atol=1e-3)
+            np.testing.assert_allclose(got.entropy, want.entropy, atol=1e-3)
+            assert got.token.tolist() == want.token.tolist()
+    assert len(passes._look) == 1
