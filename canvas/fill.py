@@ -109,9 +109,9 @@ def _lengths(lengths: Sequence[int] | None) -> tuple[int, ...] | None:
 
 def tokens_of(model: Model, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Return what holes are made of, int32 ids: text, and filler, which stands for nothing."""
-    filler = {token for token in (model.config.pad_token_id, *ends) if token < model.config.vocab_size}
-    text = set(model.tokenizer.text_ids) - filler
-    return np.array(sorted(text), np.int32), np.array(sorted(filler), np.int32)
+    known = (token for token in (model.config.pad_token_id, *ends) if token < model.config.vocab_size)
+    filler = np.unique(np.fromiter(known, np.int32))
+    return np.setdiff1d(model.tokenizer.text_ids, filler, assume_unique=True), filler
 
 
 def _laid(

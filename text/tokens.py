@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..checkpoints.checkpoint import inside
 from ..checkpoints.files import read_bytes, read_json
 from ..core.errors import DgemmaError, quoted, shown
@@ -88,11 +90,12 @@ class Tokenizer:
         return self._backend.token_to_id(token)
 
     @cached_property
-    def text_ids(self) -> tuple[int, ...]:
-        """Tokens that text is made of: no control tokens, and not the one for what is unknown."""
+    def text_ids(self) -> np.ndarray:
+        """Tokens that text is made of, int32, rising: no control tokens, and not the one for what is unknown."""
         vocab = self._backend.get_vocab(with_added_tokens=True)
         others = {*self._controls, self._unknown}
-        return tuple(sorted(i for text, i in vocab.items() if text and i < self.vocab_size and i not in others))
+        found = sorted(i for text, i in vocab.items() if text and i < self.vocab_size and i not in others)
+        return np.array(found, np.int32)
 
     @property
     def closed_thought(self) -> list[int]:
