@@ -47,6 +47,9 @@ def _chosen(rows: list[Row], draws: Draws, masses: Masses) -> Chosen:
     choices = []
     for i, row in enumerate(rows):
         assert row.walk is not None
+        if not np.isfinite(masses.mass[i]).all():
+            choices.append(_nothing(draws.held.shape[1]))
+            continue
         choices.append(
             row.walk.choose(
                 Masses(*(one[i] for one in masses)), uniforms=draws.uniforms[i], held=draws.held[i],
@@ -55,6 +58,12 @@ def _chosen(rows: list[Row], draws: Draws, masses: Masses) -> Chosen:
         )  # fmt: skip
     columns = list(zip(*choices, strict=True))
     return Chosen(*(np.stack(one) for one in columns[:-1]), factors=_factors(columns[-1]))
+
+
+def _nothing(length: int) -> Chosen:
+    """Return what a row gets whose pass came to NaN or infinity: the entropies say so, as without a constraint."""
+    zeros = np.zeros(length, np.int32)
+    return Chosen(zeros, zeros, zeros.astype(np.float32), zeros, np.full(length, np.nan, np.float32))
 
 
 def _factors(column: tuple[np.ndarray | None, ...]) -> np.ndarray | None:

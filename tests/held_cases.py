@@ -165,4 +165,4 @@ def sweep(engine: Engine, cases: int, *, seed: int = 0, together: int = 8, alone
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         backend = {"torch": "inference"}.get(sys.argv[1], sys.argv[1])
-        print(sweep(engine_on(backend, small_checkpoint(Path(folder))), int(sys.argv[2]), alone=1))
+        print(sweep(engine_on(backend, small_checkpoint(Path(folder))), int(sys.argv[2]), together=32, alone=1))

@@ -1,7 +1,7 @@
 """Classes of tokens, reduced while the head works through its scores (`head.py`): one number a class leaves it.
 
 The blocks of `backends/classes.py` are folded in the head's own loop, where scores and masses lie in the cache; what is
-scattered into classes afterwards is a sixteenth of them. A class's likeliest token is looked for in one block.
+scattered into classes afterwards is a sixteenth of them.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ class Layout(NamedTuple):
     empty: list[Tensor]  # of each tile: which of these repeat another
     bounds: list[int]
     owner: Tensor  # int64 [N]
-    tokens: Tensor  # int64 [N, LANES]
+    tokens: Tensor  # int32 [N, LANES]
+    rank: Tensor  # uint8 [LANES, 1]: the first lane's is highest
     classes: int
 
     @classmethod
     def of(cls, classes: Tensor, count: int, tile: int) -> Layout:
         blocks = blocks_of(classes.cpu().numpy(), count, tile)
         found = [_tile(blocks, i, tile, classes.device) for i in range(len(blocks.bounds) - 1)]
-        tokens, owner = (torch.from_numpy(x).to(classes.device, torch.int64) for x in (blocks.tokens, blocks.owner))
+        tokens, owner = (torch.from_numpy(x).to(classes.device) for x in (blocks.tokens, blocks.owner))
         columns, empty = ([one[i] for one in found] for i in (0, 1))
-        return cls(columns, empty, blocks.bounds.tolist(), owner, tokens, count)
+        rank = torch.arange(LANES, 0, -1, dtype=torch.uint8, device=classes.device)[:, None]
+        return cls(columns, empty, blocks.bounds.tolist(), owner.long(), tokens, rank, count)
 
 
 def _tile(blocks: Blocks, index: int, tile: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -64,8 +66,10 @@ class Fold:
 
     def __init__(self, layout: Layout, like: Tensor) -> None:
         """`like` is of the head's rows, wide [R, …]."""
-        self._layout = layout
-        self._top, self._mass, self._moment = (like.new_empty(len(like), len(layout.owner)) for _ in range(3))
+        self._layout, self._room = layout, like.new_empty(0)
+        shape = len(like), len(layout.owner)
+        self._top, self._mass, self._moment = (like.new_empty(shape) for _ in range(3))
+        self._lane = like.new_empty(shape, dtype=torch.uint8)  # `LANES` minus the first that has the largest score
 
     def add(self, tile: int, start: int, scores: Tensor, mass: Tensor, moment: Tensor) -> None:
         """Take some rows of a tile, from row `start` on: [r, tile] each, `moment` mass · log mass."""
@@ -74,20 +78,28 @@ class Fold:
         if mine.start == mine.stop:
             return
 
+        columns = layout.columns[tile]
+        if self._room.numel() < len(scores) * len(columns):  # memory fresh from the kernel costs more than what is done
+            self._room = scores.new_empty(len(scores) * len(columns))
+        room = self._room[: len(scores) * len(columns)].view(len(scores), -1)
+
         def picked(x: Tensor) -> Tensor:
-            return x.index_select(1, layout.columns[tile])
+            return torch.index_select(x, 1, columns, out=room)
 
         def summed(x: Tensor) -> Tensor:
             return picked(x).index_fill_(1, layout.empty[tile], 0.0).unflatten(1, (LANES, -1)).sum(1)
 
-        self._top[rows, mine] = picked(scores).unflatten(1, (LANES, -1)).amax(1)
+        lanes = picked(scores).unflatten(1, (LANES, -1))
+        self._top[rows, mine] = top = lanes.amax(1)
+        # Which lane it stands in, here and not later: one line of memory for every token of every block that is asked.
+        self._lane[rows, mine] = ((lanes == top[:, None]) * layout.rank).amax(1)
         self._mass[rows, mine] = summed(mass)
         self._moment[rows, mine] = summed(moment)
 
-    def classes(self, scores: Tensor, top: Tensor, sharpness: Tensor, total: Tensor) -> tuple[Tensor, ...]:
+    def classes(self, top: Tensor, sharpness: Tensor, total: Tensor) -> tuple[Tensor, ...]:
         """Return mass, best, score and moment [R, C]; see `Masses`.
 
-        scores [tiles, R, tile]; top, their maximum, sharpness and total mass [R, 1].
+        top, the largest score, sharpness and total mass: [R, 1].
         """
         layout = self._layout
         rows, blocks = self._top.shape
@@ -101,18 +113,15 @@ class Fold:
         log = total.log()
         score = ((best - top) * sharpness - log).masked_fill_(lacks, NOTHING)
         moment = (moment - log * mass) / total
-        token = self._token(scores, best, owner).masked_fill_(lacks, 0)
+        token = self._token(best, owner).masked_fill_(lacks, 0)
         # Below what float32 holds a class counts as its likeliest token.
         return torch.maximum(mass.log_() - log, score), token, score, moment
 
-    def _token(self, scores: Tensor, best: Tensor, owner: Tensor) -> Tensor:
+    def _token(self, best: Tensor, owner: Tensor) -> Tensor:
         """Return the first token of each class that has its largest score, int32 [R, C]."""
-        rows, blocks = owner.shape
+        blocks = owner.shape[1]
         place = torch.arange(blocks, device=owner.device)
         place = place.where(self._top == best.gather(1, owner), blocks - 1)
         first = place.new_full(best.shape, blocks - 1).scatter_reduce_(1, owner, place, "amin")
-        tokens = self._layout.tokens[first]  # [R, C, LANES]
-        tile = scores.shape[2]
-        row = torch.arange(rows, device=owner.device)[:, None, None]
-        lane = scores[tokens // tile, row, tokens % tile].argmax(-1, keepdim=True)
-        return tokens.gather(-1, lane)[..., 0].int()
+        lane = (LANES - self._lane.gather(1, first).long()).clamp_(max=LANES - 1)  # where scores are NaN, any
+        return self._layout.tokens[first.flatten(), lane.flatten()].view(best.shape)

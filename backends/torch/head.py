@@ -101,7 +101,7 @@ class VocabHead:
         top = _score(buffers, x, table, softcap, self._workspace).amax(-1, keepdim=True)
         fold = Fold(self._layouts.of(classes, count, buffers.scores.shape[2]), sharpness)
         sums, _, soft = _weigh(buffers, table, top, sharpness, self._workspace, fold)
-        return soft, *fold.classes(buffers.scores, top, sharpness, sums.sum(-1, keepdim=True))
+        return soft, *fold.classes(top, sharpness, sums.sum(-1, keepdim=True))
 
     def _buffers(self, x: Tensor, vocab: int, wide: torch.dtype) -> _Buffers:
         if x.device.type != "cpu":
