@@ -8,7 +8,7 @@ that the automaton takes.
 
 From β come the chances of leaving a state by each of its pairs, numbers between 0 and 1 whatever the masses are, and
 from these, forwards, how likely the posterior is at each state and in each class. Only β needs logarithms: no forward
-pass in logs is made, and nothing that is left out by rounding can weigh more than float32 tells from 0.
+pass in logs is made, and nothing that rounding leaves out can weigh more than float32 tells from 0.
 Source: forward-backward of hidden Markov models (Rabiner 1989), over masses of a token class.
 """
 
@@ -25,6 +25,9 @@ from .layout import Block, Lattice
 
 POSSIBLE = NOTHING / 10
 """What is above this is the log of a probability."""
+
+_UNLIKELY = 1e-12
+"""States of a posterior that is sure of itself are left out below this."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -203,6 +206,17 @@ def _backward(lattice: Lattice, row: Row, sets: np.ndarray, along: np.ndarray) -
     return beta, chances, scale
 
 
+def _onward(
+    lattice: Lattice, at: np.ndarray, likely: np.ndarray, parts: np.ndarray, shares: np.ndarray
+) -> np.ndarray:  # fmt: skip
+    """Return the next states' probabilities, float32 [S], from a few states alone; shares [D] are filled in."""
+    out = [lattice.out[state] for state in likely]
+    places = np.concatenate([edges.places for edges in out])
+    flow = parts[places] * at[likely].repeat([len(edges.places) for edges in out])
+    shares[:] = np.bincount(lattice.sets[places], flow, len(shares))
+    return np.bincount(lattice.targets[places], flow, lattice.states).astype(np.float32)
+
+
 def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
     """Return how probable the posterior is in each set, float32 [L, D]."""
     length, states = len(row.held), lattice.states
@@ -220,7 +234,11 @@ def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
             sources, targets = lattice.labelled(int(row.held[i]))
             at = np.bincount(targets, at[sources], states).astype(np.float32)
             continue
+        likely = (at > _UNLIKELY).nonzero()[0]
         at /= chances.sums[i]
+        if 8 * len(likely) < states:
+            at = _onward(lattice, at, likely, chances.parts[i], shares[i])
+            continue
         for view, part, span in blocks:
             np.multiply(part[i], at[span], out=view)
         flow.take(lattice.set_order, out=by_set, mode="wrap")

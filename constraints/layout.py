@@ -39,6 +39,7 @@ class Edges:
     targets: np.ndarray  # int [e]
     sets: np.ndarray  # int [k], of its pairs
     pair_targets: np.ndarray  # int [k]
+    places: np.ndarray  # int [k]: its pairs' entries in the blocks by source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,7 +114,12 @@ def lattice_of(automaton: TokenAutomaton) -> Lattice:
         renumbered=renumbered,
         start=int(renumbered[automaton.start]),
         accepting=_scattered(renumbered, automaton.accepting, states, False),
-        out=_out(renumbered[sources], renumbered[targets], labels, pair_sources, pair_targets, sets, starts, states),
+        out=_out(
+            (renumbered[sources], renumbered[targets], labels),
+            (pair_sources, pair_targets, sets, place),
+            starts,
+            states,
+        ),
         members=flat,
         member_starts=np.cumsum(lengths) - lengths,
         holders=np.repeat(np.arange(len(members)), lengths)[by_member],
@@ -183,19 +189,22 @@ def _padded(columns: np.ndarray, count: int) -> tuple[tuple[Block, ...], np.ndar
 
 
 def _out(
-    sources: np.ndarray, targets: np.ndarray, labels: np.ndarray, pair_sources: np.ndarray, pair_targets: np.ndarray,
-    sets: np.ndarray, starts: np.ndarray, states: int,
+    edges: tuple[np.ndarray, ...], pairs: tuple[np.ndarray, ...], starts: np.ndarray, states: int
 ) -> tuple[Edges, ...]:  # fmt: skip
-    """Return each state's ways out: edges by label, pairs by their first label."""
-    edges = np.lexsort((labels, sources))
-    pairs = np.lexsort((labels[starts], pair_sources))
-    edge_cuts = np.searchsorted(sources[edges], np.arange(1, states))
-    pair_cuts = np.searchsorted(pair_sources[pairs], np.arange(1, states))
+    """Return each state's ways out: edges by label, pairs by their first label.
+
+    edges: sources, targets and labels; pairs: sources, targets, sets and places; starts: the first edge of each pair.
+    """
+    sources, targets, labels = edges
+    by_label = np.lexsort((labels, sources))
+    by_first = np.lexsort((labels[starts], pairs[0]))
+    cuts = np.searchsorted(sources[by_label], np.arange(1, states))
+    pair_cuts = np.searchsorted(pairs[0][by_first], np.arange(1, states))
     columns = zip(
-        np.split(labels[edges], edge_cuts), np.split(targets[edges], edge_cuts),
-        np.split(sets[pairs], pair_cuts), np.split(pair_targets[pairs], pair_cuts), strict=True,
+        *(np.split(column[by_label], cuts) for column in (labels, targets)),
+        *(np.split(column[by_first], pair_cuts) for column in pairs[1:]), strict=True,
     )  # fmt: skip
-    return tuple(Edges(labels=a, targets=b, sets=c, pair_targets=d) for a, b, c, d in columns)
+    return tuple(Edges(labels=a, targets=b, pair_targets=c, sets=d, places=e) for a, b, c, d, e in columns)
 
 
 def _by_label(sources: np.ndarray, targets: np.ndarray, labels: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
