@@ -118,7 +118,7 @@ def test_random_patterns_match_what_re_matches() -> None:
 def test_random_patterns_match_what_llguidance_matches() -> None:
     """Another judge, of what both know: no lookaheads, no ASCII flag."""
     tokenizer, patterns = llguidance.LLTokenizer("byte"), 0
-    for seed in range(PATTERNS):
+    for seed in range(PATTERNS // 2):
         draw = random.Random(seed)
         pattern = written(draw, 3)
         if "(?=" in pattern or "(?!" in pattern or "(?a" in pattern:
@@ -136,7 +136,7 @@ def test_random_patterns_match_what_llguidance_matches() -> None:
             taken = judge.try_consume_tokens(list(text.encode())) if text else 0
             accepted = taken == len(text.encode()) and judge.is_accepting()
             assert found.matches(text) == accepted, (pattern, text, seed)
-    assert patterns > PATTERNS // 4
+    assert patterns > PATTERNS // 8
 
 
 @pytest.mark.parametrize(
