@@ -8,7 +8,7 @@ that the automaton takes.
 
 From β come the chances of leaving a state by each of its pairs, numbers between 0 and 1 whatever the masses are, and
 from these, forwards, how likely the posterior is at each state and in each class. Only β needs logarithms: no forward
-pass in logs is made, and what is left out of it, by rounding or on purpose, is less than 1e-12 of the posterior a state.
+pass in logs is made, and what is left out, by rounding or on purpose, is at most 1e-12 of the posterior a state.
 Source: forward-backward of hidden Markov models (Rabiner 1989), over masses of a token class.
 """
 
