@@ -53,14 +53,10 @@ class Snapshot:
 class Scores(NamedTuple):
     """What a pass says at some positions, at temperature 1, on the host. Natural logs of shares of the vocabulary."""
 
-    log_p: np.ndarray
-    """float32 [R, K]: of the tokens that were asked for."""
-    entropy: np.ndarray
-    """float32 [R]: nats, of the whole distribution."""
-    token: np.ndarray
-    """int32 [R]: the likeliest token of all."""
-    top: np.ndarray
-    """float32 [R]: the log of its probability."""
+    log_p: np.ndarray  # float32 [R, K]: of the tokens that were asked for
+    entropy: np.ndarray  # float32 [R]: nats, of the whole distribution
+    token: np.ndarray  # int32 [R]: the likeliest token of all
+    top: np.ndarray  # float32 [R]: the log of its probability
 
 
 class Passes(ABC):
@@ -163,10 +159,9 @@ class Passes(ABC):
         logs = found - found.max(-1, keepdims=True)
         logs -= np.log(np.exp(logs).sum(-1, keepdims=True))
         token = logs.argmax(-1)
-        return Scores(
-            log_p=logs[:, tokens].astype(np.float32), entropy=-(np.exp(logs) * logs).sum(-1).astype(np.float32),
-            token=token.astype(np.int32), top=np.take_along_axis(logs, token[:, None], 1)[:, 0].astype(np.float32),
-        )  # fmt: skip
+        entropy, top = -(np.exp(logs) * logs).sum(-1), np.take_along_axis(logs, token[:, None], 1)[:, 0]
+        log_p, entropy, top = (one.astype(np.float32) for one in (logs[:, tokens], entropy, top))
+        return Scores(log_p, entropy, token.astype(np.int32), top)
 
     @abstractmethod
     def soft(self, slot: int) -> np.ndarray:
