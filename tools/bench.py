@@ -213,8 +213,10 @@ class Batch:
 
     def step(self, index: int, seed: int) -> Callable[[], StepResult]:
         """Run one denoising pass; with the first a canvas begins."""
-        given = {"seed": seed, "length": self.length, "vocab_size": self._vocab}
-        draws = [draws_of(self._sampler, canvas=row, step=index, **given) for row in range(self.plan.batch)]
+        draws = [
+            draws_of(self._sampler, seed=seed, canvas=row, step=index, length=self.length, vocab_size=self._vocab)
+            for row in range(self.plan.batch)
+        ]
         starts = {}
         if index == 0:
             starts = {slot: first_canvas(seed, row, self.length, self._vocab) for row, slot in enumerate(self.slots)}
