@@ -17,6 +17,9 @@ from .core.version import __version__
 from .tools.export import export
 
 if TYPE_CHECKING:
+    from .canvas.edit import Edited
+    from .canvas.filler import Filled
+    from .canvas.holes import Hole
     from .canvas.questions import Answer, Question
     from .canvas.read import Reading
     from .core.config import GenerationConfig, ModelConfig, SamplerConfig
@@ -29,6 +32,9 @@ if TYPE_CHECKING:
     from .tools.compare import Comparison, compare
 
 _HOMES = {
+    "canvas.edit": ("Edited",),
+    "canvas.filler": ("Filled",),
+    "canvas.holes": ("Hole",),
     "canvas.questions": ("Answer", "Question"),
     "canvas.read": ("Reading",),
     "tools.compare": ("Comparison", "compare"),
@@ -42,9 +48,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Answer", "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Event", "Generation",
-    "GenerationConfig", "ModelConfig", "Prefill", "Question", "Reading", "Recording", "SamplerConfig", "Stats",
-    "__version__", "compare", "convert", "export", "load", "record", "replay", "watch",
+    "Answer", "Commit", "Comparison", "DgemmaError", "DiffusionGemma", "Done", "Draft", "Edited", "Event", "Filled",
+    "Generation", "GenerationConfig", "Hole", "ModelConfig", "Prefill", "Question", "Reading", "Recording",
+    "SamplerConfig", "Stats", "__version__", "compare", "convert", "export", "load", "record", "replay", "watch",
 ]  # fmt: skip
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import click
 
 import dgemma
-from dgemma.canvas.holes import Hole
 
 FILE = '''\
 def median(values):
@@ -52,7 +51,7 @@ def main(
         lines = file.read_bytes().decode().split("\n")
         left, right = "\n".join([*lines[: start - 1], ""]), "\n".join(["", *lines[end:]])
     loaded = dgemma.load(model)
-    for found in loaded.fill([left, Hole(length), right], n=candidates, steps=steps, seed=seed):
+    for found in loaded.fill([left, dgemma.Hole(length), right], n=candidates, steps=steps, seed=seed):
         assert found.text.startswith(left) and found.text.endswith(right)
         click.echo(found.text)
         click.echo(f"score {found.score:.3f}, {len(found.holes[0].token_ids)} tokens in the hole\n", err=True)
