@@ -8,6 +8,7 @@ import numpy as np
 
 from . import sampler
 from .canvas import Chosen
+from .errors import DgemmaError
 from .parts import Draws, Masses
 from .passes import Passes, Starts, StepResult
 from .row import Row
@@ -47,15 +48,16 @@ def _chosen(rows: list[Row], draws: Draws, masses: Masses) -> Chosen:
     choices = []
     for i, row in enumerate(rows):
         assert row.walk is not None
-        if not np.isfinite(masses.mass[i]).all():
-            choices.append(_nothing(draws.held.shape[1]))
-            continue
-        choices.append(
-            row.walk.choose(
-                Masses(*(one[i] for one in masses)), uniforms=draws.uniforms[i], held=draws.held[i],
-                bound=float(draws.entropy_bound[i, 0]), greedy=bool(draws.greedy[i, 0]),
-            )
-        )  # fmt: skip
+        chosen = _nothing(draws.held.shape[1])
+        if np.isfinite(masses.mass[i]).all():
+            try:
+                chosen = row.walk.choose(
+                    Masses(*(one[i] for one in masses)), uniforms=draws.uniforms[i], held=draws.held[i],
+                    bound=float(draws.entropy_bound[i, 0]), greedy=bool(draws.greedy[i, 0]),
+                )  # fmt: skip
+            except DgemmaError as error:  # this row's own
+                row.fail(error)
+        choices.append(chosen)
     columns = list(zip(*choices, strict=True))
     return Chosen(*(np.stack(one) for one in columns[:-1]), factors=_factors(columns[-1]))
 

@@ -116,7 +116,7 @@ class Plan:
         both = np.where((fixed := part(held, 0, max(len(held), len(init)))) == FREE, part(init, 0, len(fixed)), fixed)
         self.fixed: Sequence[int] = both.tolist() if strength == 0 else held
         """What is held whatever the draft says, by position of the answer."""
-        self._channel, self._inside, self._at = channel, inside, 0
+        self.end, self._inside, self._at = channel, inside, 0
         self._closing: list[bool] = []  # of this canvas's passes: whether the end mark was held
         self._marked: list[np.ndarray | None] = []  # and what was held
 
@@ -158,7 +158,7 @@ class Plan:
 
     def watches(self, length: int) -> bool:
         """Whether what a pass holds depends on the draft before: in the one canvas in which the channel is closed."""
-        return self._channel is not None and 0 < self._end < length
+        return self.end is not None and 0 < self._end < length
 
     def commit(self, argmax: np.ndarray) -> None:
         """A canvas is final."""
@@ -167,22 +167,22 @@ class Plan:
 
     def wants_end(self, draft: np.ndarray | None) -> bool:
         """Whether the channel is open where its budget ends, in this canvas."""
-        if self._channel is None:
+        if self.end is None:
             return False
         return self._inside_after(draft[: self._end] if draft is not None else ())
 
     @property
     def _end(self) -> int:
         """Where in this canvas the channel is closed; its length or more where a later one is meant."""
-        return max(self._channel.budget - self._at, 0) if self._channel else 0
+        return max(self.end.budget - self._at, 0) if self.end else 0
 
     def _held(self, length: int, closing: bool) -> np.ndarray:
         held = part(self.fixed, self._at, length)
-        if closing and self._channel and self._end < length and held[self._end] == FREE:
-            held[self._end] = self._channel.closes
+        if closing and self.end and self._end < length and held[self._end] == FREE:
+            held[self._end] = self.end.closes
         return held
 
     def _inside_after(self, tokens: Sequence[int] | np.ndarray) -> bool:
-        channel = self._channel
+        channel = self.end
         marks = [token for token in tokens if channel and token in (channel.opens, channel.closes)]
         return marks[-1] == channel.opens if marks and channel else self._inside

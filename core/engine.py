@@ -328,7 +328,8 @@ class Engine:
         for row, argmax in finished.items():
             if row.stage != "denoising":
                 continue
-            row.commit(argmax)
+            with self._for([row]):
+                row.commit(argmax)
             if row in early and row.stage == "reading":
                 row.has_read(len(argmax))
 

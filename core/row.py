@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Literal
 
 import numpy as np
 
-from .canvas import Channel, Constraint, Plan, Walk, part
+from .canvas import FREE, Channel, Constraint, Plan, Walk, part
 from .config import ModelConfig, SamplerConfig
 from .errors import DgemmaError
 from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
@@ -114,7 +115,11 @@ class Row:
         self.walk: Walk | None = None
         if request.constraint is not None:
             held = part(self.plan.fixed, 0, self.left)
-            self.walk = request.constraint.begin(budget=self.left, canvas_length=self._usual, held=held)
+            begin = partial(request.constraint.begin, budget=self.left, canvas_length=self._usual)
+            self.walk, end = begin(held=held), self.plan.end
+            if end is not None and held[end.budget] == FREE and request.constraint.classes.of[end.closes] >= 0:
+                held[end.budget] = end.closes  # where thinking takes all of its budget, an answer has to fit behind it
+                begin(held=held)
         # The last canvas is never read, so the cache has no room for it.
         self.capacity = len(request.prompt) + (-(-self.left // self._usual) - 1) * self._usual
 

@@ -168,3 +168,31 @@ def test_a_draft_begins_the_canvas(models: dict[str, DiffusionGemma], monkeypatc
             model.generate("a", 24, seed, 1, init=draft, strength=strength)
         share = np.mean(np.stack(seen) == draft[0])
         assert abs(share - (1 - strength)) < 0.1
+
+
+def test_an_answer_behind_all_of_the_thinking_has_to_fit(models: dict[str, DiffusionGemma]) -> None:
+    model = models["torch"]
+    with says("needs at least 51 tokens", "max_new_tokens is 50"):
+        model.generate("a", 50, thinking=True, thinking_budget=20, regex="a{30}")
+    assert model.generate("a", 51, thinking=True, thinking_budget=20, regex="a{30}", steps=2).text == "a" * 30
+
+
+def test_a_row_that_cannot_go_on_ends_alone(models: dict[str, DiffusionGemma], monkeypatch: pytest.MonkeyPatch) -> None:
+    from dgemma.constraints.walk import Walk
+
+    model, choose = models["numpy"], Walk.choose
+
+    def failing(self: Walk, *arguments: Any, **options: Any) -> Any:
+        if options["uniforms"][0] == first:
+            raise DgemmaError("this one cannot go on")
+        return choose(self, *arguments, **options)
+
+    from dgemma.core.random import step_noise
+
+    first = step_noise(seed=1, canvas=0, step=1, length=24, vocab_size=model.config.vocab_size)[0][0]
+    monkeypatch.setattr(Walk, "choose", failing)
+    streams = [model.stream("a", 20, seed, regex="[ab]{9}") for seed in (0, 1)]
+    assert [type(one).__name__ for one in streams[0]][-1] == "Done"
+    with says("this one cannot go on"):
+        list(streams[1])
+    assert model.engine.busy == 0
