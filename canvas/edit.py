@@ -214,13 +214,13 @@ def job_of(
         prompt = tokenizer.encode("", bos=True)
     if not prompt and not head:
         raise DgemmaError("the region begins the text, and this checkpoint has no token that a text begins with")
-    text_ids, filler = tokens_of(model, base.eos_token_ids)
+    written, filler = tokens_of(model, base.eos_token_ids)
     pieces = (head, *((),) * (len(parts) - 1), tail)
     job = EditJob(
         engine=model.engine, reader=model.reader, speller=speller, prompt=tuple(prompt), end=None, base=base,
         template=Template(pieces=(left, *("",) * (len(texts) - 1), right), holes=(Hole(),) * len(texts)),
         laid=Laid(pieces=pieces, rooms=rooms, open=(True,) * len(parts), whole=False, length=size),
-        text_ids=text_ids, filler=filler, stop=(), lengths=(), parts=parts, strength=float(strength),
+        text=written, filler=filler, stop=(), lengths=(), parts=parts, strength=float(strength),
     )  # fmt: skip
     check_room(job)
     return job

@@ -15,6 +15,7 @@ from .ask import TURN_END
 from .borders import Speller
 from .filler import Filled, Filler, Job, ranked
 from .holes import LONGEST, MARKER, Hole, Template, marked, template_of
+from .language import Text, text_of
 from .model import Model, Prompt
 from .windows import Laid, fits_whole, next_start, window_at
 
@@ -79,11 +80,11 @@ def job_of(
     laid = _laid(template, pieces, size, prompted=prompt is not None, end=closed, room=_most(lengths, options))
     told = _told(_hidden(template, laid, speller, marker), marker)
     ids = _prompt(model, prompt, told, options, laid)
-    text_ids, filler = tokens_of(model, ends)
+    written, filler = tokens_of(model, ends)
     job = Job(
         engine=model.engine, reader=model.reader, speller=speller, template=template,
         laid=laid, prompt=tuple(ids), end=closed, base=base,
-        text_ids=text_ids, filler=filler, stop=options.stops, lengths=_lengths(lengths),
+        text=written, filler=filler, stop=options.stops, lengths=_lengths(lengths),
     )  # fmt: skip
     check_room(job)
     return job
@@ -107,11 +108,16 @@ def _lengths(lengths: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if lengths is None else tuple(sorted(set(ids_of(lengths, "lengths"))))
 
 
-def tokens_of(model: Model, ends: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what holes are made of, int32 ids: text, and filler, which stands for nothing."""
-    known = (token for token in (model.config.pad_token_id, *ends) if token < model.config.vocab_size)
+def tokens_of(model: Model, ends: Sequence[int]) -> tuple[Text, np.ndarray]:
+    """Return what holes are made of: text, and filler, which stands for nothing, int32 ids."""
+    size = model.config.vocab_size
+    known = (token for token in (model.config.pad_token_id, *ends) if token < size)
     filler = np.unique(np.fromiter(known, np.int32))
-    return np.setdiff1d(model.tokenizer.text_ids, filler, assume_unique=True), filler
+    key = tuple(filler.tolist())
+    if key not in model.reader.texts:
+        ids = np.setdiff1d(model.tokenizer.text_ids, filler, assume_unique=True)
+        model.reader.texts[key] = text_of(model.tokenizer, ids, size, key[0])
+    return model.reader.texts[key], filler
 
 
 def _laid(

@@ -22,7 +22,7 @@ from ..core.handle import Handle
 from ..core.row import Request, Share
 from .borders import Speller
 from .holes import Template
-from .language import language_of
+from .language import Text, language_of
 from .lengths import likeliest, spread
 from .reader import Look, Reader
 from .windows import Laid, Window, next_start, window_at
@@ -79,7 +79,8 @@ class Job:
     """The token held behind the text, if any."""
     base: Request
     """Its settings."""
-    text_ids: np.ndarray
+    text: Text
+    """What holes are made of."""
     filler: np.ndarray
     stop: tuple[str, ...]
 
@@ -105,7 +106,7 @@ class Job:
         last = window.holes[-1] + 1 == len(self.template.holes)
         if self.end is not None and last and window.shown == len(self.laid.pieces[-1]) and len(held) < self.laid.length:
             held = (*held, self.end)
-        language = language_of(window.rooms, self.text_ids, self.filler, self.engine.passes.config.vocab_size)
+        language = language_of(window.rooms, self.text, self.filler)
         return replace(
             self.base, prompt=tuple(prompt), max_new_tokens=len(held), seed=seed, held=held, constraint=language,
             eos_token_ids=(), stop=(), drafts=drafts,

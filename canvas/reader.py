@@ -21,6 +21,7 @@ from ..core.engine import Engine
 from ..core.errors import DgemmaError
 from ..core.passes import Scores, Snapshot
 from ..core.row import Request, Share
+from .language import Text
 
 Tokens = tuple[int, ...]
 
@@ -63,6 +64,8 @@ class Reader:
         self.engine = engine
         self.filler: int | None = None
         """What the model sees behind an answer's end, once it was asked."""
+        self.texts: dict[Tokens, Text] = {}
+        """What holes are made of, by what fills them up, once that was asked."""
         self.labels: dict[int, list[str]] = {}
         """Of so many options, once they were looked for."""
         self._waiting: deque[_Job] = deque()  # without a lock, which a forked child might find taken

@@ -17,7 +17,7 @@ from dgemma.canvas.borders import Speller
 from dgemma.canvas.fill import job_of
 from dgemma.canvas.filler import Filled
 from dgemma.canvas.holes import Hole, escaped, marked, template_of
-from dgemma.canvas.language import Room, language_of
+from dgemma.canvas.language import Room, any_text, language_of
 from dgemma.canvas.lengths import spread
 from dgemma.canvas.windows import next_start, window_at
 from dgemma.constraints.automaton import TokenAutomaton
@@ -243,7 +243,7 @@ def test_the_language_of_holes() -> None:
             at = rooms[-1].end
         at += draw.choice((0, 1))
         free = {i for room in rooms for i in range(room.start, room.end)}
-        constraint = language_of(rooms, np.array([1, 2]), np.array([0]), 4)
+        constraint = language_of(rooms, any_text(np.array([1, 2]), 4), np.array([0]))
         held = np.array([-1 if i in free else 3 for i in range(at)])
         automaton = constraint.automaton
         assert constraint.begin(budget=at, canvas_length=at, held=held)
@@ -255,6 +255,14 @@ def test_the_language_of_holes() -> None:
                 label = automaton.held_class if i not in free else int(automaton.classes[token])
                 states.append(_step(automaton, states[-1], label))
             assert (states[-1] >= 0 and bool(automaton.accepting[states[-1]])) == fits, (rooms, tokens)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "gemma", "llama", "composed"])
+def test_no_character_is_left_half(models: dict[str, dgemma.DiffusionGemma], kind: str) -> None:
+    for seed in range(8):
+        found = models[kind].fill("a<fill:9>b<fill:1><fill:5><fill>c", seed=seed, steps=1, max_new_tokens=9)
+        assert "\ufffd" not in found.text
+        assert [len(one.token_ids) for one in found.holes[:3]] == [9, 1, 5]
 
 
 def _fits(tokens: list[int], open_: bool) -> bool:
