@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import runpy
 import signal
 import stat
 import subprocess
@@ -236,3 +237,13 @@ def test_the_commands_are_the_methods(model: Path) -> None:
     loaded = dgemma.load(model, backend="torch")
     done = run("fill", "ab <fill:3> cd <fill>", "--seed", "4", *at(model))
     assert done.stdout == loaded.fill("ab <fill:3> cd <fill>", seed=4, steps=2).text
+
+
+@pytest.mark.parametrize(
+    "name, args, wanted", [("sudoku", [], "354216\n216543\n"), ("infill", ["--length", "5"], "def median")]
+)
+def test_the_examples_run(name: str, args: list[str], wanted: str) -> None:
+    path = Path(__file__).parents[1] / "examples" / "canvas" / f"{name}.py"
+    found = runpy.run_path(str(path))
+    done = CliRunner().invoke(found["main"], args)
+    assert done.exit_code == 0 and done.stdout.startswith(wanted), done.output
