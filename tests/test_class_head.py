@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgemma.backends.classes import LANES, blocks_of
+from dgemma.backends.classes import LANES, blocks_of, filled
 from dgemma.backends.numpy.ops import NumpyOps
 from dgemma.checkpoints.quant import Format, quantize
 from dgemma.core import within
@@ -186,14 +187,17 @@ def test_classes_bf16(ops_bf16: Ops) -> None:
 
 
 def test_blocks_hold_every_live_token_once_and_in_order() -> None:
-    for vocab, count, tile in ((1, 1, None), (5000, 7, 512), (4097, 150, 1024), (300, 3, None)):
+    sizes = ((1, 1, None), (5000, 7, 512), (4097, 150, 1024), (300, 3, None))
+    for (vocab, count, tile), lanes in itertools.product(sizes, (LANES, 128)):
         classes = uneven(vocab, vocab, count)
-        blocks = blocks_of(classes, count, tile)
+        blocks = blocks_of(classes, count, tile, lanes)
         np.testing.assert_array_equal(np.sort(blocks.tokens[blocks.real]), np.flatnonzero(classes >= 0))
-        assert blocks.tokens.shape[1:] == (LANES,) and (np.diff(blocks.tokens, axis=1)[blocks.real[:, 1:]] > 0).all()
-        np.testing.assert_array_equal(classes[blocks.tokens], np.repeat(blocks.owner[:, None], LANES, 1))
+        assert blocks.tokens.shape[1:] == (lanes,) and (np.diff(blocks.tokens, axis=1)[blocks.real[:, 1:]] > 0).all()
+        np.testing.assert_array_equal(classes[blocks.tokens], np.repeat(blocks.owner[:, None], lanes, 1))
         of_tile = np.repeat(np.arange(len(blocks.bounds) - 1), np.diff(blocks.bounds))
-        np.testing.assert_array_equal(blocks.tokens // (tile or vocab), np.repeat(of_tile[:, None], LANES, 1))
+        np.testing.assert_array_equal(blocks.tokens // (tile or vocab), np.repeat(of_tile[:, None], lanes, 1))
+        whole = filled(classes, count, tile or vocab, lanes)
+        np.testing.assert_array_equal(np.flatnonzero(whole), np.sort(blocks.tokens[blocks.real.all(1)].ravel()))
 
 
 # ---- The draw inside a class --------------------------------------------------------------------------------------

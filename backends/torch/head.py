@@ -178,7 +178,7 @@ def _weigh(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the mass of every 512 [R, blocks], the entropy [R] and the mean embedding [R, D].
 
-    `fold` sees scores and masses on the way.
+    `fold` sees scores on the way.
     """
     exact = buffers.mass.dtype == buffers.scores.dtype
     block = buffers.shifted.shape[0]
@@ -194,7 +194,7 @@ def _weigh(
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
             if fold is not None:
-                fold.add(i, at * block, scores, mass, shifted)
+                fold.add(i, at * block, scores, peak, sharp)
         mass = buffers.mass[:, : part.shape[0]]
         blocks.mix(mass, part, workspace, into=soft)
     tiles = len(buffers.scores)
