@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, TypeVar, Unpack, cast, overload
 import numpy as np
 
 from .canvas.instruments import Instruments
+from .canvas.model import Prompt, has_messages
 from .canvas.reader import Reader
 from .checkpoints import weights
 from .constraints.asked import constraint_of
@@ -30,7 +31,6 @@ from .core.sampler import settings
 from .text.tokens import Message, Tokenizer
 
 Value = TypeVar("Value")
-Prompt = str | Sequence[Message] | Sequence[int]
 Each = Value | list[Value] | tuple[Value, ...]
 """One for all prompts, or one for each."""
 
@@ -223,10 +223,8 @@ class DiffusionGemma(Instruments):
         length = None if wanted is None or wanted == "fit" else int(wanted)
         if length is not None:
             check_canvas(self.config, length)
-        ids = tuple(self.prompt_ids(prompt, thinking=options.thinking, raw=options.raw, specials=options.specials))
-        if options.language is not None and not options.thinking and self._is_chat(prompt, options.raw):
-            closed = tuple(self.tokenizer.closed_thought)
-            ids += () if closed and ids[-len(closed) :] == closed else closed
+        how = dict(thinking=options.thinking, raw=options.raw, specials=options.specials)
+        ids = tuple(self.prompt_ids(prompt, closed=options.language is not None and not options.thinking, **how))
         budget, ends = int(options.max_new_tokens or self.generation.budget(len(ids))), self._ends(options.eos)
         if options.thinking_budget is not None and options.thinking_budget >= budget:
             raise DgemmaError(
@@ -258,12 +256,6 @@ class DiffusionGemma(Instruments):
         if tokens:
             check_tokens(tokens, self.config.vocab_size, what="init")
         return tuple(tokens)
-
-    def _is_chat(self, prompt: Prompt, raw: bool) -> bool:
-        """Whether the chat template lays a prompt out."""
-        if isinstance(prompt, str):
-            return not raw and self.tokenizer.has_template
-        return isinstance(prompt, Sequence) and bool(len(prompt)) and isinstance(prompt[0], Mapping)
 
     def logits(
         self, prompt_ids: Prompt, canvas_ids: str | Sequence[int], previous_logits: np.ndarray | None = None
@@ -309,12 +301,19 @@ class DiffusionGemma(Instruments):
         return self.engine.run("computing logits", run)
 
     def prompt_ids(
-        self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False
-    ) -> list[int]:
-        """Return a prompt's token ids as the model would read them; arguments as `stream`."""
-        if self._is_chat(prompt, raw):
+        self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False,
+        closed: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Return a prompt's token ids as the model would read them; arguments as `stream`.
+
+        closed: a thought that is closed stands behind what the chat template lays out, so that the model opens none on
+        its canvas.
+        """
+        if has_messages(prompt) or (isinstance(prompt, str) and not raw and self.tokenizer.has_template):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            return self.tokenizer.render(cast("Sequence[Message]", messages), thinking=thinking, specials=specials)
+            ids = self.tokenizer.render(cast("Sequence[Message]", messages), thinking=thinking, specials=specials)
+            thought = self.tokenizer.closed_thought if closed else []
+            return ids if thought and ids[-len(thought) :] == thought else ids + thought  # some templates write one
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt, bos=True, specials=raw or specials)
         return ids_of(prompt, "the prompt")

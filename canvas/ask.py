@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
-from ..core.config import GenerationConfig, ModelConfig
 from ..core.errors import DgemmaError
 from ..core.given import check_flags
 from ..core.row import SHORT
-from ..text.tokens import Tokenizer
 from . import questions as asking
+from .model import Model, end_of
 from .places import Encode, Tokens, lay_out
 from .read import Canvas, canvas_of, layout_of, read
 from .reader import Reader
-
-TURN_END = "<turn|>"
-
-
-class Model(Protocol):
-    """What is needed of a loaded model."""
-
-    reader: Reader
-    generation: GenerationConfig
-
-    @property
-    def config(self) -> ModelConfig: ...
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    def prompt_ids(
-        self, prompt: Any, *, thinking: bool = ..., raw: bool = ..., specials: bool = ...
-    ) -> list[int]: ...  # fmt: skip
 
 
 def ask(
@@ -47,11 +26,12 @@ def ask(
         return tokenizer.encode(text, specials=raw or specials)
 
     def prompted(text: Any) -> Tokens:
-        return prompt_of(model, text, raw=raw, specials=specials)
+        return tuple(model.prompt_ids(text, raw=raw, specials=specials, closed=True))
 
     def canvas() -> Canvas:
-        ends, turn_end = model.generation.eos_token_ids or model.config.eos_token_ids, tokenizer.id_of(TURN_END)
-        return canvas_of(model.config, ends, turn_end, length=canvas_length, samples=samples, seed=seed)
+        ends = model.generation.eos_token_ids or model.config.eos_token_ids
+        end = end_of(tokenizer, ends)
+        return canvas_of(model.config, ends, end, length=canvas_length, samples=samples, seed=seed)
 
     if questions is None:
         layout = layout_of(choices, template, encode)
@@ -80,16 +60,6 @@ def ask(
         one.name: asking.answer_of(one, mine, reading)
         for one, mine, reading in zip(some, labels, readings, strict=True)
     }
-
-
-def prompt_of(model: Model, prompt: Any, *, raw: bool, specials: bool) -> Tokens:
-    """Return a prompt's tokens; a chat's with a closed thought behind, so that the model opens none on the canvas."""
-    ids = model.prompt_ids(prompt, raw=raw, specials=specials)
-    said = isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], Mapping))
-    if raw or not said or not model.tokenizer.has_template:
-        return tuple(ids)
-    closed = model.tokenizer.closed_thought
-    return tuple(ids if closed and ids[-len(closed) :] == closed else [*ids, *closed])
 
 
 def _labels(reader: Reader, count: int, encode: Encode) -> list[str]:

@@ -208,10 +208,7 @@ def job_of(
     rooms = tuple(_room(len(part), size, options.max_new_tokens) for part in parts)
     shown = speller.text(tail[: max(size - rooms[-1], 0)])
     hidden = right[len(shown) :] if right.startswith(shown) else right
-    if told:
-        prompt = model.prompt_ids(_told(instruction, old, hidden)) + tokenizer.closed_thought
-    else:
-        prompt = tokenizer.encode("", bos=True)
+    prompt = model.prompt_ids(_told(instruction, old, hidden), closed=True) if told else tokenizer.encode("", bos=True)
     if not prompt and not head:
         raise DgemmaError("the region begins the text, and this checkpoint has no token that a text begins with")
     written, filler = tokens_of(model, base.eos_token_ids)

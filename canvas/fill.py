@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,13 +10,11 @@ import numpy as np
 from ..core.errors import DgemmaError
 from ..core.given import ids_of, integer
 from ..core.options import GenerateOptions
-from ..text.tokens import Tokenizer
-from .ask import TURN_END
 from .borders import Speller
 from .filler import Filled, Filler, Job, ranked
 from .holes import LONGEST, MARKER, Hole, Template, marked, template_of
 from .language import Text, text_of
-from .model import Model, Prompt
+from .model import Model, Prompt, end_of, has_messages
 from .windows import Laid, fits_whole, next_start, window_at
 
 QUARTER = 4
@@ -71,7 +69,7 @@ def job_of(
     size = base.canvas_length or model.config.canvas_length
     speller = Speller(tokenizer, specials=options.specials and prompt is None)
     ends = base.eos_token_ids
-    end = _end(tokenizer, ends) if prompt is not None and not options.raw else None
+    end = end_of(tokenizer, ends) if prompt is not None and not options.raw else None
     first = prompt is None
     pieces = tuple(
         tuple(speller.ids(piece, first=first and i == 0)) for i, piece in enumerate(template.pieces)
@@ -158,7 +156,7 @@ def _prompt(model: Model, prompt: Prompt | None, told: str, options: GenerateOpt
         DgemmaError: part of the text belongs there and has no place in such a prompt, with the numbers.
     """
     tokenizer = model.tokenizer
-    plain = prompt is not None and (not isinstance(prompt, str) and not _is_chat(prompt))
+    plain = prompt is not None and (not isinstance(prompt, str) and not has_messages(prompt))
     if told and (plain or options.raw or not tokenizer.has_template):
         window = window_at(laid, 0)
         left = laid.tokens - (0 if laid.whole else len(laid.pieces[0])) - len(window.held)
@@ -178,9 +176,7 @@ def _prompt(model: Model, prompt: Prompt | None, told: str, options: GenerateOpt
         prompt = told
     elif told:
         prompt = _with(prompt, told)
-    ids = model.prompt_ids(prompt, raw=options.raw, specials=options.specials)
-    thought = [] if plain or options.raw or not tokenizer.has_template else tokenizer.closed_thought
-    return ids if thought and ids[-len(thought) :] == thought else [*ids, *thought]
+    return model.prompt_ids(prompt, raw=options.raw, specials=options.specials, closed=True)
 
 
 def _no_place(plain: bool, raw: bool) -> str:
@@ -196,10 +192,6 @@ def _told(hidden: str, marker: str) -> str:
     return FURTHER.format(text=hidden, holes=gaps)
 
 
-def _is_chat(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and bool(prompt) and isinstance(prompt[0], Mapping)
-
-
 def _with(prompt: Any, told: str) -> Prompt:
     """Add to what the user says last."""
     if isinstance(prompt, str):
@@ -210,12 +202,6 @@ def _with(prompt: Any, told: str) -> Prompt:
         return [*messages, {"role": "user", "content": told}]
     last["content"] = f"{last['content']}\n\n{told}"
     return messages
-
-
-def _end(tokenizer: Tokenizer, ends: Sequence[int]) -> int | None:
-    """Return the token that ends an answer: that of a turn, or the first of those that may."""
-    turn = tokenizer.id_of(TURN_END)
-    return turn if turn in ends else next(iter(ends), None)
 
 
 def check_room(job: Job) -> None:

@@ -23,6 +23,17 @@ TAKEN = (
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
+def has_messages(prompt: Any) -> bool:
+    """Whether a prompt is a chat's messages."""
+    return isinstance(prompt, Sequence) and bool(len(prompt)) and isinstance(prompt[0], Mapping)
+
+
+def end_of(tokenizer: Tokenizer, ends: Sequence[int]) -> int | None:
+    """Return the token that ends an answer: that of a turn, or the first of those that may."""
+    turn = tokenizer.id_of("<turn|>")
+    return turn if turn in ends else next(iter(ends), None)
+
+
 class Model(Protocol):
     """A loaded model, `DiffusionGemma`."""
 
@@ -37,7 +48,7 @@ class Model(Protocol):
     def tokenizer(self) -> Tokenizer: ...
 
     def prompt_ids(
-        self, prompt: Prompt, *, thinking: bool = False, raw: bool = False, specials: bool = False
+        self, prompt: Prompt, *, thinking: bool = ..., raw: bool = ..., specials: bool = ..., closed: bool = ...
     ) -> list[int]: ...  # fmt: skip
 
     def request(self, prompt: Prompt, options: GenerateOptions) -> Request: ...

@@ -270,13 +270,13 @@ def _check_text(name: str, text: str) -> None:
 
 
 def canvas_of(
-    config: ModelConfig, ends: Sequence[int], turn_end: int | None, *, length: int | None, samples: int, seed: int
+    config: ModelConfig, ends: Sequence[int], end: int | None, *, length: int | None, samples: int, seed: int
 ) -> Canvas:  # fmt: skip
-    """Return how canvases are made for a model whose answers end with one of `ends`, by choice with its turn's end."""
-    end = turn_end if turn_end in ends and turn_end is not None else (*ends, config.pad_token_id)[0]
+    """Return how canvases are made for a model whose answers may end with `ends`, and are ended with one of them."""
     fillers = tuple(sorted({config.pad_token_id, *ends}))
     return Canvas(
-        vocab_size=config.vocab_size, end=end, fillers=fillers, length=length, samples=samples, seed=seed
+        vocab_size=config.vocab_size, end=config.pad_token_id if end is None else end, fillers=fillers, length=length,
+        samples=samples, seed=seed,
     )  # fmt: skip
 
 

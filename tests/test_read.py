@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import dgemma
+from dgemma.canvas.model import end_of
 from dgemma.canvas.places import Layout, Place, lay_out
 from dgemma.canvas.read import Canvas, Reading, canvas_of, filler_of, layout_of, read
 from dgemma.canvas.reader import Look, Reader
@@ -443,6 +444,8 @@ def test_refused_before_any_pass(tiny: dgemma.DiffusionGemma, match: str, monkey
 def test_what_canvases_end_with(tiny: dgemma.DiffusionGemma) -> None:
     made = canvas_of(tiny.config, (1, 5), 5, length=None, samples=1, seed=0)
     assert made.end == 5 and made.fillers == (0, 1, 5)
-    assert canvas_of(tiny.config, (1,), 5, length=None, samples=1, seed=0).end == 1
+    assert canvas_of(tiny.config, (), None, length=None, samples=1, seed=0).end == tiny.config.pad_token_id
+    turn = IDS["<turn|>"]
+    assert [end_of(tiny.tokenizer, ends) for ends in ((1, turn), (1,), ())] == [turn, 1, None]
     assert filler_of(tiny.reader, replace(made, fillers=(7,))) == 7
     assert layout_of(["a", "b"], None, tiny.tokenizer.encode).size == 1
