@@ -279,13 +279,6 @@ class GraphPasses(Passes):
     def states(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         return self.ops.to_numpy(self._states_of(slot, canvas, previous))[0].astype(np.float32)
 
-    def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
-        x, ops = self._states_of(slot, canvas, None), self.ops
-        even = ops.cast(ops.asarray(np.ones((1, 1), np.float32)), ops.wide)
-        table, softcap = self.model.embed_tokens, self.config.softcap
-        _, masses = ops.class_head(x, table, softcap, even, self._of(classes), classes.count)
-        return Masses(*(one[0] for one in self.fetch(*masses)()))
-
     def scores(
         self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
     ) -> Scores:

@@ -142,11 +142,6 @@ class Passes(ABC):
         `choose` gets the pass's masses, float32 [B, L, C], and returns a `Chosen` of [B, L].
         """
 
-    @abstractmethod
-    def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
-        """Run one denoising pass behind a slot's cache, as `logits`, and return what it makes of classes of tokens:
-        canvas int32 [L] → NumPy arrays [L, C], at temperature 1."""
-
     def scores(
         self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
     ) -> Scores:

@@ -117,7 +117,7 @@ class FakePasses(Passes):
     def logits(self, slot: int, canvas: np.ndarray, previous: np.ndarray | None = None) -> np.ndarray:
         raise NotImplementedError
 
-    states = step_within = masses = logits
+    states = step_within = logits
 
     def head(self) -> Callable[[np.ndarray], np.ndarray]:
         raise NotImplementedError

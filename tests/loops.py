@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from dgemma.core import sampler as sampling
+from dgemma.core.canvas import Chosen, Classes
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine, Handle
 from dgemma.core.events import Commit, Done, Draft
-from dgemma.core.parts import Draws
+from dgemma.core.parts import Draws, Masses
+from dgemma.core.passes import Passes
 from dgemma.core.row import Request
 
 FIXED = SamplerConfig(steps=3, schedule_steps=3, confidence=0.0)
@@ -34,6 +39,21 @@ def draws_for(sampler: SamplerConfig, seeds: list[int], length: int) -> Draws:
     return sampling.stacked([
         sampling.draws_of(sampler, seed=seed, canvas=0, step=1, length=length, vocab_size=200) for seed in seeds
     ])  # fmt: skip
+
+
+def masses(passes: Passes, prompt: Sequence[int], canvas: np.ndarray, classes: Classes) -> Masses:
+    """What the first pass over a canvas behind a prompt says of classes of tokens: arrays [L, C]."""
+    found: list[Masses] = []
+
+    def choose(given: Masses) -> Chosen:
+        found.append(given)
+        tokens, nothing = np.zeros((1, len(canvas)), np.int32), np.zeros((1, len(canvas)), np.float32)
+        return Chosen(tokens, tokens, nothing, tokens, nothing)
+
+    slot = passes.open_behind(prompt, len(canvas))
+    passes.step_within([slot], draws_for(FIXED, [0], len(canvas)), {slot: canvas}, classes, choose)
+    passes.close(slot)
+    return Masses(*(np.array(one[0]) for one in found[0]))
 
 
 def seen(handle: Handle) -> list[Any]:

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 
 import dgemma
+import loops
 from dgemma import backends
 from dgemma.backends.numpy import NumpyOps
 from dgemma.checkpoints.checkpoint import Checkpoint
@@ -137,10 +138,8 @@ def test_masses_are_those_of_torch(root: Path, recipe: str, monkeypatch: pytest.
     found = []
     for passes in (got, want):
         with passes.home():
-            slot = passes.open(len(prompt), CANVAS)
-            passes.read([(slot, prompt)])
-            found.append([passes.masses(slot, canvas, Classes(of=of, count=n, key=str(n))) for n in (9, 12)])
-            passes.close(slot)
+            some = [Classes(of=of, count=n, key=str(n)) for n in (9, 12)]
+            found.append([loops.masses(passes, prompt.tolist(), canvas, classes) for classes in some])
     for one, two in zip(*found, strict=True):
         assert [x.dtype for x in one] == [np.float32, np.int32, np.float32, np.float32]
         alike(one, Masses(*map(np.asarray, two)))
@@ -228,9 +227,8 @@ def test_float16_and_other_writings(root: Path) -> None:
     for name, dtype in (("onnx", "float16"), ("numpy", "float16"), ("numpy", "float32")):
         passes = backends.open(name, checkpoint, device="cpu", dtype=dtype)  # type: ignore[arg-type]
         with passes.home():
-            slot = passes.open(5, CANVAS)
-            passes.read([(slot, canvas[:5])])
-            found.append(passes.masses(slot, canvas, Classes(of=of, count=4, key="four")))
+            classes = Classes(of=of, count=4, key="four")
+            found.append(loops.masses(passes, canvas[:5].tolist(), canvas, classes))
     for name in ("mass", "score", "moment"):
         assert_low_precision(*(getattr(one, name) for one in found), name)
     for options in (dict(cpu=True), dict(portable=True), {}):

@@ -276,10 +276,6 @@ class OrtPasses(Passes):
             canvas=after.canvas, argmax=after.argmax, accepted=after.accepted, entropy=after.entropy, stop=after.stop
         )
 
-    def masses(self, slot: int, canvas: np.ndarray, classes: Classes) -> Masses:
-        _, masses = self._classes(self._states(slot, canvas, None), np.ones((1, 1), np.float32), classes)
-        return Masses(*(one[0] for one in masses))
-
     def scores(
         self, slots: Sequence[int], canvases: np.ndarray, at: Sequence[tuple[int, int]], tokens: np.ndarray
     ) -> Scores:
