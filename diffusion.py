@@ -130,19 +130,26 @@ class DiffusionGemma(Instruments):
                     self.engine.check(requests[-1])  # all of them before the first is added, which checks it again
                 except DgemmaError as error:
                     raise DgemmaError(f"prompt {i}: {error}") from None
-        results = self._written(requests, [one.schema for one in asked], n)
+        named = [f"prompt {i}: " if prompts is not None else "" for i in range(1, len(requests) + 1)]
+        results = self._written(requests, [one.schema for one in asked], named, n)
         return results if prompts is not None else results[0]
 
-    def _written(self, requests: Sequence[Request], schemas: Sequence[Any], n: int | None) -> list[Any]:
-        """Return what is generated for each request, or, with `n`, lists of it; `schemas` are those that it obeys."""
+    def _written(
+        self, requests: Sequence[Request], schemas: Sequence[Any], named: Sequence[str], n: int | None
+    ) -> list[Any]:  # fmt: skip
+        """Return what is generated for each request, or, with `n`, lists of it; `schemas` are those that it obeys, and
+        a request that cannot be run is `named`."""
         handles: list[list[Handle]] = []
         try:
-            for request in requests:
+            for request, name in zip(requests, named, strict=True):
                 share, samples = (Share() if n else None), []
                 handles.append(samples)
                 for i in range(n or 1):
                     one = replace(request, seed=(request.seed + i) % (1 << 64), drafts=False)
-                    samples.append(self.engine.add(one, share))
+                    try:
+                        samples.append(self.engine.add(one, share))
+                    except DgemmaError as error:
+                        raise DgemmaError(f"{name}{error}") from None
             results = [
                 [collected(handle.events(), schema) for handle in samples]
                 for samples, schema in zip(handles, schemas, strict=True)
@@ -226,10 +233,10 @@ class DiffusionGemma(Instruments):
         how = dict(thinking=options.thinking, raw=options.raw, specials=options.specials)
         ids = tuple(self.prompt_ids(prompt, closed=options.language is not None and not options.thinking, **how))
         budget, ends = int(options.max_new_tokens or self.generation.budget(len(ids))), self._ends(options.eos)
-        if options.thinking_budget is not None and options.thinking_budget >= budget:
-            raise DgemmaError(
-                f"thinking_budget is {options.thinking_budget} and max_new_tokens {budget}: no answer has room"
-            )
+        room = min(budget, self.config.max_positions - len(ids))
+        if options.thinking_budget is not None and 0 < room <= options.thinking_budget:
+            what = f"max_new_tokens {budget}" if room == budget else f"the context leaves room for {room} tokens"
+            raise DgemmaError(f"thinking_budget is {options.thinking_budget} and {what}: no answer has room")
         return Request(
             prompt=ids,
             max_new_tokens=budget,
@@ -239,7 +246,7 @@ class DiffusionGemma(Instruments):
             stop=options.stops,
             canvas_length=length,
             fit=wanted == "fit",
-            held=held_of(options.held, self.config.vocab_size),
+            held=held_of(options.held, self.config.vocab_size, room),
             init=self._draft(options.init),
             strength=1.0 if options.init is None else 0.5 if options.strength is None else float(options.strength),
             thinking_budget=options.thinking_budget,
@@ -321,7 +328,7 @@ class DiffusionGemma(Instruments):
     def _ends(self, eos: int | Sequence[int] | None) -> tuple[int, ...]:
         if eos is None:
             return self.generation.eos_token_ids or self.config.eos_token_ids
-        ends = tuple(ids_of([eos] if isinstance(eos, int) else eos, "eos"))
+        ends = tuple(ids_of([eos] if isinstance(eos, int | np.integer) else eos, "eos"))
         if ends:
             check_tokens(ends, self.config.vocab_size, what="eos")
         return ends

@@ -75,22 +75,23 @@ def number(name: str, value: Any, low: float, high: float) -> None:
         raise DgemmaError(f"{name} is {show(value)}, expected a number from {low} to {high}")
 
 
-def held_of(value: Any, vocab_size: int) -> tuple[int, ...]:
+def held_of(value: Any, vocab_size: int, budget: int) -> tuple[int, ...]:
     """Return held tokens by position of an answer, −1 where one is free, of a mapping or of a sequence.
 
     Raises:
-        DgemmaError: neither, a position below 0 or beyond any context, or an id that does not exist.
+        DgemmaError: neither, a position that an answer of `budget` tokens does not have, or an id that does not exist.
     """
     if value is None:
         return ()
     if isinstance(value, Mapping):
         for at in value:
-            integer("a position of held", at, 0, 1 << 24)
-        tokens = [-1] * (max(value, default=-1) + 1)
-        for at, token in value.items():
-            tokens[at] = token
+            integer("a position of held", at, 0, 1 << 62)
+        given = {int(at): token for at, token in value.items()}
     else:
-        tokens = ids_of(value, "held")
-    for token in tokens:
+        given = dict(enumerate(ids_of(value, "held")))
+    for token in given.values():
         integer("a token of held", token, -1, vocab_size - 1)
-    return tuple(int(token) for token in tokens)
+    fixed = {at: int(token) for at, token in given.items() if token >= 0}
+    if (last := max(fixed, default=-1)) >= budget:
+        raise DgemmaError(f"held has a token at position {last}, and there is room for {budget}: raise max_new_tokens")
+    return tuple(fixed.get(at, -1) for at in range(last + 1))

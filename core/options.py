@@ -7,7 +7,7 @@ fields. Every default but the seed's and the flags' is None, the checkpoint's ow
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypedDict, cast
 
@@ -131,7 +131,7 @@ class GenerateOptions:
         "Write JSON that this schema allows.",
         "schema", "canvas", unit="FILE",
     )
-    choices: str | Sequence[str] = _option(
+    choices: str | Sequence[str] | None = _option(
         "Write one of these texts. Given several times.",
         "texts", "canvas", (), unit="TEXT",
     )
@@ -180,13 +180,12 @@ class GenerateOptions:
         check_flags(thinking=self.thinking, raw=self.raw, specials=self.specials)
         if any(not isinstance(one, str) or not one for one in self.stops):
             raise DgemmaError("stop: expected non-empty strings")
+        if not isinstance(self.choices, Collection | None) or isinstance(self.choices, Mapping | Set):
+            raise DgemmaError(f"choices is {quoted(self.choices, 40)}, expected a text or a list of texts")
         if any(not isinstance(one, str) for one in self.alternatives):
             raise DgemmaError("choices: expected strings")
         if isinstance(self.schema, str):
-            try:
-                object.__setattr__(self, "schema", json.loads(self.schema))
-            except (ValueError, RecursionError) as error:
-                raise DgemmaError(f"schema is no JSON: {quoted(str(error))}") from None
+            object.__setattr__(self, "schema", _loaded(self.schema))
         given = self._languages()
         if len(given) > 1:
             raise DgemmaError(f"{given[0]} and {given[1]} are both given: an answer is of one language")
@@ -197,13 +196,15 @@ class GenerateOptions:
         return next(iter(self._languages()), None)
 
     def _languages(self) -> list[str]:
-        values = {name: getattr(self, name) for name in LANGUAGES}
-        return [name for name, value in values.items() if not (value is None or (type(value) is tuple and not value))]
+        nothing = self.choices is None or (type(self.choices) is tuple and not self.choices)  # an empty list is a slip
+        return [name for name in LANGUAGES if not (nothing if name == "choices" else getattr(self, name) is None)]
 
     @property
     def alternatives(self) -> tuple[str, ...]:
         """`choices` as a tuple."""
-        return (self.choices,) if isinstance(self.choices, str) else tuple(self.choices)
+        if isinstance(self.choices, str):
+            return (self.choices,)
+        return () if self.choices is None else tuple(self.choices)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -237,7 +238,7 @@ class Options(TypedDict, total=False):
     specials: bool
     regex: str | None
     schema: Any
-    choices: str | Sequence[str]
+    choices: str | Sequence[str] | None
     dfa: Any
     feedback: float | None
     init: str | Sequence[int] | None
@@ -248,6 +249,16 @@ class Options(TypedDict, total=False):
 SAID: Mapping[str, Said] = {one.name: one.metadata["said"] for one in fields(GenerateOptions)}
 """Every option, in the order of helps."""
 DEFAULTS: Mapping[str, Any] = {one.name: one.default for one in fields(GenerateOptions)}
+
+
+def _loaded(schema: str) -> Any:
+    try:
+        found = json.loads(schema)
+    except (ValueError, RecursionError) as error:
+        raise DgemmaError(f"schema is no JSON: {quoted(str(error))}") from None
+    if found is None:  # which would be no schema
+        raise DgemmaError("schema is JSON's null, expected an object, true or false")
+    return found
 
 
 def spread(given: Mapping[str, Any], count: int) -> list[GenerateOptions]:

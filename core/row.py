@@ -117,9 +117,13 @@ class Row:
             held = part(self.plan.fixed, 0, self.left)
             begin = partial(request.constraint.begin, budget=self.left, canvas_length=self._usual)
             self.walk, end = begin(held=held), self.plan.end
-            if end is not None and held[end.budget] == FREE and request.constraint.classes.of[end.closes] >= 0:
+            closes = end is not None and end.budget < self.left and held[end.budget] == FREE
+            if end is not None and closes and request.constraint.classes.of[end.closes] >= 0:
                 held[end.budget] = end.closes  # where thinking takes all of its budget, an answer has to fit behind it
-                begin(held=held)
+                try:
+                    begin(held=held)
+                except DgemmaError as error:
+                    raise DgemmaError(f"thinking_budget is {end.budget}, and with its end there {error}") from None
         # The last canvas is never read, so the cache has no room for it.
         self.capacity = len(request.prompt) + (-(-self.left // self._usual) - 1) * self._usual
 
