@@ -57,7 +57,7 @@ def check_generation(made: Any, options: dict[str, Any]) -> None:
     assert len(made.token_ids) <= (options.get("max_new_tokens") or 256) and made.finish_reason in ("stop", "length")
     assert all(0 <= token < tiny.VOCAB for token in made.token_ids)
     ends = options.get("eos", ())
-    assert not set(made.token_ids) & set([ends] if isinstance(ends, int) else ends or ())
+    assert not set(made.token_ids) & set([ends] if isinstance(ends, int | np.integer) else ends or ())
     stops = options.get("stop", ())
     assert not any(stop in made.text for stop in ([stops] if isinstance(stops, str) else stops))
 
