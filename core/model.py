@@ -97,28 +97,33 @@ def _reading(ops: Ops, model: Model, cache: Cache, tokens: Array) -> tuple[Array
     return ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5), ropes, spans
 
 
-def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array) -> Array:
+def denoise(ops: Ops, model: Model, cache: Cache, canvas: Array, soft: Array, held: Array | None = None) -> Array:
     """Run one bidirectional pass: canvas int32 [B, L], soft [B, L, D] → normed states [B, L, D].
 
-    `soft` is the mean embedding under the previous step's distribution, unscaled; zeros on the first step.
+    `soft` is the mean embedding under the previous step's distribution, unscaled; zeros on the first step. Where tokens
+    are held, int32 [B, L], −1 elsewhere, that distribution is the token.
     """
     ropes = _ropes(ops, model.config, cache.length, canvas.shape[1])
     spans = _spans(ops, model.config, cache, causal=False)
-    x = _conditioned(ops, model, canvas, soft)
+    x = _conditioned(ops, model, canvas, soft, held)
     x, _ = ops.layers(layer, model.layers, x, ropes, cache.layers, spans, None)
     return norm(ops, x, model.norm)
 
 
-def _conditioned(ops: Ops, model: Model, canvas: Array, soft: Array) -> Array:
+def _conditioned(ops: Ops, model: Model, canvas: Array, soft: Array, held: Array | None) -> Array:
     """Return what a denoising pass begins with: the canvas's embeddings and what the step before made of it."""
     scale, part = model.config.hidden_size**0.5, model.self_conditioning
+    if held is not None:
+        free = held < 0
+        own = ops.embed(model.embed_tokens, ops.where(free, 0, held), 1.0)
+        soft = ops.where(ops.reshape(free, (*held.shape, 1)), soft, own)
     x = ops.embed(model.embed_tokens, canvas, scale)
     hint = dense(ops, norm(ops, soft * ops.rounded(scale), part.pre_norm), part.mlp)
     return norm(ops, x + hint, part.post_norm)
 
 
 def encode_and_denoise(
-    ops: Ops, model: Model, cache: Cache, tokens: Array, canvas: Array, soft: Array
+    ops: Ops, model: Model, cache: Cache, tokens: Array, canvas: Array, soft: Array, held: Array | None = None
 ) -> tuple[Cache, Array]:
     """`encode` of tokens int32 [B, C] and `denoise` of the canvas behind them, with each weight read once.
 
@@ -130,14 +135,14 @@ def encode_and_denoise(
     spans = _spans(ops, model.config, cache, causal=True)
     both = {kind: replace(span, canvas=length) for kind, span in spans.items()}
     read = ops.embed(model.embed_tokens, tokens, model.config.hidden_size**0.5)
-    x = ops.concat([read, _conditioned(ops, model, canvas, soft)], 1)  # [B, C + L, D]
+    x = ops.concat([read, _conditioned(ops, model, canvas, soft, held)], 1)  # [B, C + L, D]
     x, caches = ops.layers(layer, model.layers, x, ropes, cache.layers, both, count)
     return Cache(caches, cache.length + count, cache.slots), norm(ops, x[:, count:], model.norm)
 
 
 def step(ops: Ops, model: Model, cache: Cache, state: StepState, draws: Draws) -> StepState:
     """One denoising pass with head, acceptance, renoising and stop test inside; nothing is read back."""
-    x = denoise(ops, model, cache, state.canvas, state.soft)
+    x = denoise(ops, model, cache, state.canvas, state.soft, draws.held)
     return _predict(ops, model, x, state, draws)
 
 
@@ -145,7 +150,7 @@ def encode_and_step(
     ops: Ops, model: Model, cache: Cache, tokens: Array, state: StepState, draws: Draws
 ) -> tuple[Cache, StepState]:
     """`encode` of a finished canvas, int32 [B, L], and the next one's first `step`, in one pass over the weights."""
-    cache, x = encode_and_denoise(ops, model, cache, tokens, state.canvas, state.soft)
+    cache, x = encode_and_denoise(ops, model, cache, tokens, state.canvas, state.soft, draws.held)
     return cache, _predict(ops, model, x, state, draws)
 
 

@@ -31,7 +31,8 @@ def predict(
     ops: Ops, weights: Model, cache: Cache, state: StepState, draws: Draws, classes: Array, count: int
 ) -> tuple[Array, Array, Masses]:
     """Run a pass up to its choice: classes int32 [V] → states [B, L, D], mean embedding [B, L, D], masses [B, L, C]."""
-    return reduced(ops, weights, model.denoise(ops, weights, cache, state.canvas, state.soft), draws, classes, count)
+    x = model.denoise(ops, weights, cache, state.canvas, state.soft, draws.held)
+    return reduced(ops, weights, x, draws, classes, count)
 
 
 def reduced(

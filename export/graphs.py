@@ -107,11 +107,12 @@ def unified_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
 
 
 def states_graph(config: ModelConfig, get: Any, options: Options) -> ir.Model:
-    """Return the denoising pass without its head: input_ids … soft_embedding → states, normed."""
+    """Return the denoising pass without its head: input_ids … soft_embedding, held → states, normed."""
     ops = options.ops()
     ids, cache = _inputs(ops, config)
     soft = ops.input("soft_embedding", ops.dtype, (BATCH, LENGTH, config.hidden_size))
-    x = definition.denoise(ops, _built(ops, config, get), cache, ids, soft)
+    held = ops.input("held", "int32", (BATCH, LENGTH))
+    x = definition.denoise(ops, _built(ops, config, get), cache, ids, soft, held)
     return _finish(ops, "states", {"states": x}, options)
 
 
@@ -183,7 +184,7 @@ def _step(
 ) -> dict[str, Array]:
     config = model.config
     soft, temperature, uniform, noise, bound, held = given.values()
-    x = definition.denoise(ops, model, cache, ids, soft)
+    x = definition.denoise(ops, model, cache, ids, soft, held)
     token, argmax, entropy, mean = ops.vocab_head(x, model.embed_tokens, config.softcap, temperature, uniform)
     argmax, entropy, accepted, canvas = sampler.held_in(ops, held, bound, noise, token, argmax, entropy)
     outputs = {

@@ -90,9 +90,8 @@ class MlxPasses(GraphPasses):
     def predicted(
         self, cache: Cache, state: StepState, draws: Draws, classes: Array, count: int
     ) -> tuple[Array, Array, Masses]:
-        x = self._denoise(
-            cache, state.canvas, state.soft
-        )  # the head is not compiled: it looks into the array of classes
+        x = self._denoise(cache, state.canvas, state.soft, draws.held)
+        # The head is not compiled: it looks into the array of classes.
         return within.reduced(self.ops, self.model, x, draws, classes, count)
 
     def _cache(self, slots: Sequence[int], coming: int) -> Cache:

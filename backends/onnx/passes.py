@@ -27,7 +27,7 @@ from ...checkpoints.checkpoint import Checkpoint
 from ...checkpoints.loading import dense
 from ...checkpoints.weights import DECODER
 from ...core import memory, reference, sampler, within
-from ...core.canvas import Chosen, Classes
+from ...core.canvas import FREE, Chosen, Classes
 from ...core.config import ModelConfig
 from ...core.parts import Draws, Masses, StepState
 from ...core.passes import Passes, Scores, Snapshot, Starts, StepResult
@@ -228,6 +228,7 @@ class OrtPasses(Passes):
         runs = []
         for group in groups:
             seen = self._seen([self._slots[slots[i]] for i in group])
+            seen["held"] = draws.held[group].astype(np.int64)
             x = session.run(seen, {"states": session.device})["states"]
             runs.append((x, *self._classes(x, draws.temperature[group], classes)))
         place = np.argsort(np.concatenate(groups))
@@ -330,7 +331,13 @@ class OrtPasses(Passes):
         session, one = self._session("states"), self._slots[slot]
         ids = canvas[None].astype(np.int64)
         positions = self._positions(one, ids.shape)
-        feeds = {"input_ids": ids, "position_ids": positions, "soft_embedding": soft, **one.cache}
+        feeds = {
+            "input_ids": ids,
+            "position_ids": positions,
+            "soft_embedding": soft,
+            "held": np.full_like(ids, FREE),
+            **one.cache,
+        }
         return session.run(feeds, {"states": session.device})["states"]
 
     def embed(self, tokens: np.ndarray) -> np.ndarray:
