@@ -34,13 +34,11 @@ SIDE = 6
 @click.option("--steps", default=None, type=int, help="Cap on passes; none is the checkpoint's.")
 def main(count: int, mixes: tuple[float, ...], steps: int | None) -> None:
     """Print and append one JSON line for each way of asking."""
-    import torch
 
     import boards
     import dgemma
     import sampling
 
-    torch.set_num_threads(2)
     model = dgemma.load("nano", backend="torch", device="cpu", dtype="float32", rows=128)
     tests, solutions = sampling.held_out_set(boards.source(SIDE, seed=1), count)
     prompts, answers = [boards.render(one) for one in tests], [boards.render(one) for one in solutions]
