@@ -20,7 +20,7 @@ from test_constraints_regex import written
 from test_constraints_schema import judged, random_schema
 from tiny import tiny_checkpoint
 
-PATTERNS = int(os.environ.get("DGEMMA_TEST_PATTERNS", "60"))
+PATTERNS = int(os.environ.get("DGEMMA_TEST_PATTERNS", "40"))
 """Random patterns; the figure in docs/LOG.md is of 2,000, and of 200 schemas."""
 SCHEMAS = int(os.environ.get("DGEMMA_TEST_SCHEMAS", "12"))
 

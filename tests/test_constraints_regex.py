@@ -18,7 +18,7 @@ from dgemma.constraints.sets import LAST, complement, intersection, matched, uni
 from dgemma.constraints.utf8 import ByteDfa
 from dgemma.core.errors import DgemmaError
 
-PATTERNS = int(os.environ.get("DGEMMA_TEST_PATTERNS", "150"))
+PATTERNS = int(os.environ.get("DGEMMA_TEST_PATTERNS", "100"))
 """Random patterns; the figure in docs/LOG.md is of 2,000."""
 
 LETTERS = "abcAé߀😀 \n1٣_-Ωſ"
