@@ -17,8 +17,8 @@ from .core.version import __version__
 from .tools.export import export
 
 if TYPE_CHECKING:
+    from .canvas.candidate import Filled
     from .canvas.edit import Edited
-    from .canvas.filler import Filled
     from .canvas.holes import Hole
     from .canvas.questions import Answer, Question
     from .canvas.read import Reading
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "canvas.edit": ("Edited",),
-    "canvas.filler": ("Filled",),
+    "canvas.candidate": ("Filled",),
     "canvas.holes": ("Hole",),
     "canvas.questions": ("Answer", "Question"),
     "canvas.read": ("Reading",),

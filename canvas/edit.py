@@ -22,8 +22,8 @@ from ..core.options import GenerateOptions
 from ..core.reader import show
 from ..core.row import Request
 from .borders import Speller
+from .candidate import Candidate, Job
 from .fill import check_room, tokens_of
-from .filler import Filler, Job
 from .holes import Hole, Template, lines_of
 from .language import Room
 from .model import Model
@@ -102,29 +102,29 @@ class Editor(Iterator[Event]):
 
     def __init__(self, text: str, span: tuple[int, int], job: EditJob | None, *, seed: int, drafts: bool) -> None:
         self.job, self._text, self._span = job, text, span
-        self._filler = None if job is None else Filler(job, seed=seed, drafts=drafts, scored=False)
+        self._candidate = None if job is None else Candidate(job, seed=seed, drafts=drafts, scored=False)
 
     def __next__(self) -> Event:
-        if self._filler is None:
+        if self._candidate is None:
             raise StopIteration
-        return next(self._filler)
+        return next(self._candidate)
 
     def close(self) -> None:
         """End it; nothing follows."""
-        if self._filler is not None:
-            self._filler.close()
+        if self._candidate is not None:
+            self._candidate.close()
 
     def begin(self) -> None:
         """Add the first canvas to the engine."""
-        if self._filler is not None:
-            self._filler.begin()
+        if self._candidate is not None:
+            self._candidate.begin()
 
     def finished(self) -> Edited:
         """Run it to its end, and return what it came to, with the line ends of the text."""
         (start, end), text = self._span, self._text
-        if self._filler is None:
+        if self._candidate is None:
             return Edited(text=text, before=text, start=start, end=end, stats=None)
-        found = self._filler.finished()
+        found = self._candidate.finished()
         new, old = "".join(one.text for one in found.holes), text[start:end]
         if new == _plain(old):
             new = old

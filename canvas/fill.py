@@ -11,7 +11,7 @@ from ..core.errors import DgemmaError
 from ..core.given import ids_of, integer
 from ..core.options import GenerateOptions
 from .borders import Speller
-from .filler import Filled, Filler, Job, ranked
+from .candidate import Candidate, Filled, Job, ranked
 from .holes import LONGEST, MARKER, Hole, Template, marked, template_of
 from .language import Text, text_of
 from .model import Model, Prompt, end_of, has_messages
@@ -40,18 +40,18 @@ def fill(
         integer("n", n, 1, 1 << 20)
     job = job_of(model, text, prompt, options, marker=marker, lengths=lengths)
     seeds = [(int(options.seed) + i) % (1 << 64) for i in range(n or 1)]
-    found = ranked([Filler(job, seed=seed, drafts=False) for seed in seeds])
+    found = ranked([Candidate(job, seed=seed, drafts=False) for seed in seeds])
     return found[0] if n is None else found
 
 
 def stream_fill(
     model: Model, text: str | Sequence[str | Hole], prompt: Prompt | None, options: GenerateOptions, *,
     marker: str = MARKER, lengths: Sequence[int] | None = None,
-) -> Filler:  # fmt: skip
+) -> Candidate:  # fmt: skip
     """See `DiffusionGemma.stream_fill`."""
-    filler = Filler(job_of(model, text, prompt, options, marker=marker, lengths=lengths), seed=int(options.seed))
-    filler.begin()
-    return filler
+    candidate = Candidate(job_of(model, text, prompt, options, marker=marker, lengths=lengths), seed=int(options.seed))
+    candidate.begin()
+    return candidate
 
 
 def job_of(

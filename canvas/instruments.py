@@ -7,8 +7,8 @@ from typing import Any
 
 from . import fill
 from .ask import ask
+from .candidate import Candidate
 from .edit import STRENGTH, Edited, Editor, stream_edit
-from .filler import Filler
 from .holes import MARKER, Hole
 from .model import Model, Prompt, options_of
 from .questions import Questions
@@ -79,7 +79,7 @@ class Instruments:
     def stream_fill(
         self: Model, text: str | Sequence[str | Hole], prompt: Prompt | None = None, *, marker: str = MARKER,
         lengths: Sequence[int] | None = None, **options: Any,
-    ) -> Filler:  # fmt: skip
+    ) -> Candidate:  # fmt: skip
         """Yield the events of `fill` as they come; the `Filled` is then the iterator's `result`."""
         return fill.stream_fill(self, text, prompt, options_of("a fill", options), marker=marker, lengths=lengths)
 

@@ -29,7 +29,7 @@ from .process import write_bytes
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..canvas.filler import Filled, Filler
+    from ..canvas.candidate import Candidate, Filled
     from ..canvas.holes import Hole
 
 _PATH = click.Path(path_type=Path, allow_dash=True)
@@ -180,7 +180,7 @@ def _given(
     return source.text, source
 
 
-def _followed(events: Filler, out: Console, errors: Console, *, live: bool) -> Filled:
+def _followed(events: Candidate, out: Console, errors: Console, *, live: bool) -> Filled:
     """Run a fill with its canvases drawn on a terminal, and its progress elsewhere."""
     from ..show.asked import known
     from .canvases import canvas_sink

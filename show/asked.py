@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, cast
 
+from ..canvas.candidate import Candidate
 from ..canvas.edit import Editor
-from ..canvas.filler import Filler
 from ..core.errors import DgemmaError
 from ..core.events import Event
 from ..core.handle import Events
@@ -48,7 +48,7 @@ def asked_of(events: Iterable[Event], *, model: str = "", title: str = "") -> As
     """Return what events answer; None where they do not say."""
     if isinstance(events, Stream):
         return events.asked
-    if isinstance(events, Filler | Editor):
+    if isinstance(events, Candidate | Editor):
         job = events.job
         if job is None:  # an edit with nothing to do, which has no events
             return Asked(model=model, title=title)

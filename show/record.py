@@ -20,8 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..canvas.candidate import Candidate
 from ..canvas.edit import Editor
-from ..canvas.filler import Filler
 from ..checkpoints import files
 from ..core.errors import DgemmaError, shown
 from ..core.events import Commit, Draft, Event
@@ -151,7 +151,7 @@ class Recorded(Stream, Iterator[Event]):
 
     def close(self) -> None:
         self._recorder.close()
-        if isinstance(self._events, Events | Recorded | Filler | Editor):
+        if isinstance(self._events, Events | Recorded | Candidate | Editor):
             self._events.close()
 
 

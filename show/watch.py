@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
+from ..canvas.candidate import Candidate, Filled
 from ..canvas.edit import Edited, Editor
-from ..canvas.filler import Filled, Filler
 from ..core.events import Draft, Event, Generation
 from ..diffusion import collected
 from .asked import Asked, known
@@ -50,7 +50,7 @@ def _watched(events: Iterable[Event], asked: Asked) -> Generation | Filled | Edi
     drawn = _in_notebook if _notebook() else _on_terminal
     # Passes are many, and what is generated is in the other events.
     kept = [event for event in drawn(events, asked) if not isinstance(event, Draft)]
-    if isinstance(events, Filler | Editor):
+    if isinstance(events, Candidate | Editor):
         return events.finished()
     with suppress(AssertionError):
         return collected(iter(kept))

@@ -14,9 +14,9 @@ import pytest
 
 import dgemma
 from dgemma.canvas.borders import Speller
+from dgemma.canvas.candidate import Filled
 from dgemma.canvas.edit import job_of as edit_job
 from dgemma.canvas.fill import job_of
-from dgemma.canvas.filler import Filled
 from dgemma.canvas.holes import Hole, escaped, marked, template_of
 from dgemma.canvas.language import Room, any_text, language_of
 from dgemma.canvas.lengths import spread

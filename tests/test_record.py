@@ -20,8 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dgemma
+from dgemma.canvas.candidate import Filled
 from dgemma.canvas.edit import Edited
-from dgemma.canvas.filler import Filled
 from dgemma.cli import main
 from dgemma.core.errors import DgemmaError
 from dgemma.core.events import Commit, Done, Draft, Event

@@ -113,7 +113,7 @@ class Job:
         )  # fmt: skip
 
 
-class Filler(Iterator[Event]):
+class Candidate(Iterator[Event]):
     """One candidate under way: its events, and when they have ended, `result`.
 
     The events are a generation's: canvases count through, and `Done` comes once. Closing it ends it.
@@ -259,23 +259,23 @@ class Filler(Iterator[Event]):
         return text[: min((at for stop in job.stop if (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def ranked(fillers: Sequence[Filler]) -> list[Filled]:
-    """Run candidates side by side to their ends, and return them, those of higher score first."""
-    shares = {id(one.job): Share() for one in fillers}  # of one job all begin with one prompt
+def ranked(candidates: Sequence[Candidate]) -> list[Filled]:
+    """Run candidates of one job side by side to their ends, and return them, those of higher score first."""
+    share = Share()  # they begin with one prompt
     try:
-        for one in fillers:
-            one.begin(shares[id(one.job)])
-        while active := [one for one in fillers if not one.over]:
+        for one in candidates:
+            one.begin(share)
+        while active := [one for one in candidates if not one.over]:
             for one in active:
                 one.begin()
             for one in active:
                 for _ in one.advance():
                     pass
     except BaseException:
-        for one in fillers:
+        for one in candidates:
             one.close()
         raise
-    return sorted((one.finished() for one in fillers), key=lambda one: -one.score)
+    return sorted((one.finished() for one in candidates), key=lambda one: -one.score)
 
 
 def log_probabilities(
