@@ -29,6 +29,9 @@ POSSIBLE = NOTHING / 10
 _UNLIKELY = 1e-12
 """States of a posterior that is sure of itself are left out below this."""
 
+_FEW = 4
+"""How many times as long a pair takes that is picked."""
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
@@ -210,11 +213,12 @@ def _onward(
     lattice: Lattice, at: np.ndarray, likely: np.ndarray, parts: np.ndarray, shares: np.ndarray
 ) -> np.ndarray:  # fmt: skip
     """Return the next states' probabilities, float32 [S], from a few states alone; shares [D] are filled in."""
-    out = [lattice.out[state] for state in likely]
-    places = np.concatenate([edges.places for edges in out])
-    flow = parts[places] * at[likely].repeat([len(edges.places) for edges in out])
-    shares[:] = np.bincount(lattice.sets[places], flow, len(shares))
-    return np.bincount(lattice.targets[places], flow, lattice.states).astype(np.float32)
+    counts = lattice.pair_counts[likely]
+    ends = counts.cumsum()
+    pairs = np.arange(ends[-1]) + (lattice.pair_starts[likely] + counts - ends).repeat(counts)
+    flow = parts[lattice.pair_places[pairs]] * at[likely].repeat(counts)
+    shares[:] = np.bincount(lattice.pair_sets[pairs], flow, len(shares))
+    return np.bincount(lattice.pair_targets[pairs], flow, lattice.states).astype(np.float32)
 
 
 def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
@@ -236,7 +240,7 @@ def _forward(lattice: Lattice, row: Row, chances: _Chances) -> np.ndarray:
             continue
         likely = (at > _UNLIKELY).nonzero()[0]
         at /= chances.sums[i]
-        if 8 * len(likely) < states:
+        if 8 * len(likely) < states and _FEW * lattice.pair_counts[likely].sum() < len(lattice.pair_places):
             at = _onward(lattice, at, likely, chances.parts[i], shares[i])
             continue
         for view, part, span in blocks:

@@ -39,7 +39,6 @@ class Edges:
     targets: np.ndarray  # int [e]
     sets: np.ndarray  # int [k], of its pairs
     pair_targets: np.ndarray  # int [k]
-    places: np.ndarray  # int [k]: its pairs' entries in the blocks by source
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +65,11 @@ class Lattice:
     set_order: np.ndarray  # int [K]: entries of the blocks by source, set after set
     set_starts: np.ndarray  # int [D]
     pairs: tuple[np.ndarray, np.ndarray]  # sources and targets
+    pair_counts: np.ndarray  # int [S], of each state
+    pair_starts: np.ndarray  # int [S]: where its pairs begin in the three below
+    pair_places: np.ndarray  # int [K]: entries of the blocks by source
+    pair_sets: np.ndarray  # int [K]
+    pair_targets: np.ndarray  # int [K]
     by_label: dict[int, tuple[np.ndarray, np.ndarray]]  # rising sources, and targets, of each label's edges
 
     def labelled(self, label: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,6 +108,7 @@ def lattice_of(automaton: TokenAutomaton) -> Lattice:
     rank[np.argsort(-incoming, kind="stable")] = np.arange(states)
     into_blocks, into_place, into_size = _padded(rank[pair_targets], states)
     by_set = np.argsort(sets, kind="stable")
+    by_source, counts = np.argsort(pair_sources, kind="stable"), np.bincount(pair_sources, minlength=states)
     flat = np.concatenate(members) if members else np.zeros(0, np.intp)
     lengths = np.array([len(m) for m in members], np.intp)
     by_member = np.argsort(flat, kind="stable")
@@ -116,7 +121,7 @@ def lattice_of(automaton: TokenAutomaton) -> Lattice:
         accepting=_scattered(renumbered, automaton.accepting, states, False),
         out=_out(
             (renumbered[sources], renumbered[targets], labels),
-            (pair_sources, pair_targets, sets, place),
+            (pair_sources, pair_targets, sets),
             starts,
             states,
         ),
@@ -134,6 +139,11 @@ def lattice_of(automaton: TokenAutomaton) -> Lattice:
         set_order=place[by_set],
         set_starts=np.searchsorted(sets[by_set], np.arange(len(members))),
         pairs=(pair_sources, pair_targets),
+        pair_counts=counts,
+        pair_starts=counts.cumsum() - counts,
+        pair_places=place[by_source],
+        pair_sets=sets[by_source],
+        pair_targets=pair_targets[by_source],
         by_label=_by_label(renumbered[automaton.sources], renumbered[automaton.targets], automaton.labels),
     )
 
@@ -193,7 +203,7 @@ def _out(
 ) -> tuple[Edges, ...]:  # fmt: skip
     """Return each state's ways out: edges by label, pairs by their first label.
 
-    edges: sources, targets and labels; pairs: sources, targets, sets and places; starts: the first edge of each pair.
+    edges: sources, targets and labels; pairs: sources, targets and sets; starts: the first edge of each pair.
     """
     sources, targets, labels = edges
     by_label = np.lexsort((labels, sources))
@@ -204,7 +214,7 @@ def _out(
         *(np.split(column[by_label], cuts) for column in (labels, targets)),
         *(np.split(column[by_first], pair_cuts) for column in pairs[1:]), strict=True,
     )  # fmt: skip
-    return tuple(Edges(labels=a, targets=b, pair_targets=c, sets=d, places=e) for a, b, c, d, e in columns)
+    return tuple(Edges(labels=a, targets=b, pair_targets=c, sets=d) for a, b, c, d in columns)
 
 
 def _by_label(sources: np.ndarray, targets: np.ndarray, labels: np.ndarray) -> dict[int, tuple[np.ndarray, np.ndarray]]:
