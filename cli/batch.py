@@ -56,10 +56,10 @@ def batch(
     """Answer every line of IN.jsonl (- is stdin) and write the results, a line of JSON each, to FILE.
 
     A line is a prompt as a JSON string, or an object with a "prompt" or "messages". The object may have a "system"
-    prompt and settings of its own, spelled as the options below ("seed", "max_new_tokens", ...); whatever else is in
-    it is repeated in its result. All lines are checked before the first is answered. Results come in the order of the
-    lines; one that fails is named and does not stop the others. Stopped or killed, the same command goes on with the
-    lines that have no result yet.
+    prompt and settings of its own, spelled as the options below ("seed", "max_new_tokens", ...), and "held" tokens by
+    position; whatever else is in it is repeated in its result. All lines are checked before the first is answered.
+    Results come in the order of the lines; one that fails is named and does not stop the others. Stopped or killed, the
+    same command goes on with the lines that have no result yet.
 
     \b
     dgemma batch boards.jsonl --out answers.jsonl
@@ -73,7 +73,7 @@ def batch(
     from .output import consoles, load_model, note, put_words
 
     where = "stdin" if str(prompts) == "-" else str(prompts)
-    items = read_items(read_file(prompts), where, options=sampling.keys(), system=system)
+    items = read_items(read_file(prompts), where, options={*sampling, "held"}, system=system)
     if raw and (chat := next((item.line for item in items if not isinstance(item.asked, str)), None)):
         raise DgemmaError(
             f"{where}: line {chat}: messages and system stand in the chat template, which --raw leaves out"

@@ -107,10 +107,12 @@ class Conversation:
     def change(self, name: str, value: str = "") -> str:
         """Set one of the options, as the command line would."""
         key = name.lstrip("-").replace("-", "_")
-        option = next((one for one in self.options if one.name == key), None)
+        spelled = f"--{key.replace('_', '-')}"
+        option = next((one for one in self.options if one.name == key or spelled in one.opts), None)
         if option is None:
             known = ", ".join(str(one.name).replace("_", "-") for one in self.options)
             raise DgemmaError(f"/set: no setting {quoted(name)}; there are {known}")
+        key = str(option.name)
         if not value:
             return f"{name} {_said(self.sampling[key])}"
         if value == "default":

@@ -102,10 +102,14 @@ class Schema(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not isinstance(value, str):
             return value
+        text = read_file(Path(value))
         try:
-            return json.loads(read_file(Path(value)))
+            found = json.loads(text)
         except (ValueError, RecursionError) as error:
             self.fail(f"{value} is not JSON: {str(error).splitlines()[0]}", param, ctx)
+        if found is None:  # which would be no schema
+            self.fail(f"{value} is JSON's null, expected an object, true or false", param, ctx)
+        return found
 
 
 class CanvasLength(click.ParamType):

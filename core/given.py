@@ -60,7 +60,8 @@ def ids_of(values: Any, what: str) -> list[int]:
     if array.size == 0:
         return []
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DgemmaError(f"{what}: expected text, chat messages or a flat sequence of token ids")
+        more = {"the prompt": "text, chat messages or ", "init": "text or "}.get(what, "")
+        raise DgemmaError(f"{what}: expected {more}a flat sequence of token ids")
     return [int(i) for i in array]
 
 
@@ -85,7 +86,7 @@ def held_of(value: Any, vocab_size: int, budget: int) -> tuple[int, ...]:
         return ()
     if isinstance(value, Mapping):
         for at in value:
-            integer("a position of held", at, 0, 1 << 62)
+            integer("a position of held", at, 0, 1 << 31)
         given = {int(at): token for at, token in value.items()}
     else:
         given = dict(enumerate(ids_of(value, "held")))

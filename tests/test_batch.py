@@ -112,6 +112,7 @@ def test_other_settings_or_prompts_are_not_passed_over(model: ScriptedModel, pro
         ('{"messages": [{"role": "system"}], "system": "a"}', ["two system prompts"]), ("[" * 99_999, ["not JSON"]),
         ('{"prompt": "a", "id": ' + 500 * "[" + 500 * "]" + "}", ["line 1", "100 deep"]),
         ('{"prompt": "a", "raw": true}', ["line 1", "raw", "--raw"]),
+        ('{"prompt": "a", "dfa": {}}', ["line 1", "dfa", "regex"]),
     ],
 )  # fmt: skip
 def test_lines_that_are_none(text: str, words: list[str]) -> None:
@@ -271,3 +272,13 @@ def test_options_that_came_later_leave_the_keys_of_earlier_results() -> None:
     assert item.key({"seed": 0, "canvas_length": None}) == item.key({"seed": 0})
     assert item.key({"seed": 0, "canvas_length": 16}) != item.key({"seed": 0})
     assert item.key({"seed": 0, "steps": None}) != item.key({"seed": 0})  # as it was
+
+
+def test_a_line_may_hold_tokens(model: ScriptedModel, tmp_path: Path) -> None:
+    """By place from the first on, or by position, which JSON writes as text."""
+    path, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    held: list[Any] = [{"3": 30}, {"3": 30, "x": 5}, [-1, 30], None]
+    path.write_text("".join(json.dumps({"prompt": "a", "held": one}) + "\n" for one in held))
+    assert run(path, "--out", out, "-m", tmp_path).exit_code == 0
+    assert [options.get("held") for _, options in model.asked[:4]] == [{3: 30}, *held[1:]]
+    assert not any("held" in one for one in lines(out))

@@ -9,8 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import dgemma
+from dgemma.cli import main
+from dgemma.cli.chat import chat
+from dgemma.cli.conversation import Conversation, settable
 from dgemma.constraints import compile_constraint
 from dgemma.constraints.stored import load, save
 from dgemma.core.options import GenerateOptions
@@ -58,6 +62,29 @@ def test_a_language_that_says_nothing_is_not_taken_for_none(
 
 def test_an_end_token_of_numpy(model: DiffusionGemma) -> None:
     assert model.generate("a", 16, eos=np.int64(20)).token_ids == model.generate("a", 16, eos=20).token_ids
+
+
+def test_a_schema_of_a_file_is_one(model: DiffusionGemma, tmp_path: Path) -> None:
+    """Null would be none, and what cannot be read is not said to be no JSON."""
+    path = tmp_path / "schema.json"
+    path.write_text("null")
+    for name, words in ((path, "JSON's null, expected an object"), (tmp_path / "none.json", "none.json: no such file")):
+        given = ["generate", "a", "--model", model.path, "--json-schema", name]
+        result = CliRunner().invoke(main, list(map(str, given)), prog_name="dgemma")
+        assert result.exit_code and words in result.stderr and "is not JSON" not in result.stderr, result.stderr
+
+
+def test_chat_takes_the_command_lines_names(tmp_path: Path) -> None:
+    path = tmp_path / "schema.json"
+    path.write_text('{"type": "null"}')
+    names = ("schema", "thinking_budget")
+    options = settable(chat.params, names)
+    talk = Conversation(system=None, sampling=dict.fromkeys(names), options=options)
+    for name in ("json-schema", "schema"):
+        talk.change(name, str(path))
+        assert talk.sampling == {"schema": {"type": "null"}, "thinking_budget": None}
+        talk.change(name, "default")
+        assert talk.sampling["schema"] is None
 
 
 # ---- Held -----------------------------------------------------------------------------------------------------------
@@ -138,3 +165,12 @@ def test_a_pipe_in_the_place_of_a_stored_automaton(tmp_path: Path) -> None:
     reader.start()
     reader.join(10)
     assert found == [None]
+
+
+def test_ids_that_are_none_say_what_was_expected(model: DiffusionGemma) -> None:
+    for given, words in (
+        ({"held": "xyz"}, "held: expected a flat"),
+        ({"init": [0.5]}, "init: expected text or a flat"),
+    ):
+        with says(words):
+            model.generate("a", 16, **given)

@@ -99,6 +99,8 @@ def _item(number: int, line: str, where: str, options: Collection[str], system: 
         raise DgemmaError(f"{where}: lists and objects within each other more than {DEEPEST} deep")
     if "raw" in data and "raw" not in options:
         raise DgemmaError(f"{where}: raw holds for all lines or for none: leave the key out, and give --raw")
+    if "dfa" in data:
+        raise DgemmaError(f"{where}: dfa is an automaton in Python, which no line holds; give a regex")
     if clash := [name for name in OWN if name in data]:
         raise DgemmaError(f"{where}: the key {quoted(clash[0])} is one of the result's own; give it another name")
     if ("prompt" in data) == ("messages" in data):
@@ -106,9 +108,16 @@ def _item(number: int, line: str, where: str, options: Collection[str], system: 
     return Item(
         line=number,
         asked=_asked(data, where, system),
-        options={name: value for name, value in data.items() if name in options},
+        options={name: _placed(value) if name == "held" else value for name, value in data.items() if name in options},
         carried={name: value for name, value in data.items() if name not in options and name not in ASKED},
     )
+
+
+def _placed(held: Any) -> Any:
+    """Held tokens by position, where JSON has keys of text."""
+    if isinstance(held, dict) and all(at.isascii() and at.isdecimal() and len(at) < 20 for at in held):
+        return {int(at): token for at, token in held.items()}
+    return held
 
 
 def _asked(data: dict[str, Any], where: str, system: str | None) -> str | list[dict[str, Any]]:
