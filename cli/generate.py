@@ -13,24 +13,15 @@ from .options import (
     live_option,
     model_options,
     option,
-    raw_option,
+    prompt_options,
     read_prompt,
     sampling_options,
     shown_options,
-    specials_option,
-    system_option,
 )  # fmt: skip
 
 
 @click.command(cls=Command, short_help="Answer one prompt.")
-@click.argument("prompt", required=False)
-@option(
-    "--file", "-f", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path), metavar="PATH",
-    group="Prompt", help="Read the prompt from a UTF-8 file; - is stdin.",
-)  # fmt: skip
-@system_option
-@raw_option
-@specials_option
+@prompt_options
 @model_options
 @sampling_options
 @live_option

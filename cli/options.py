@@ -174,6 +174,15 @@ system_option = option(
     "--system", metavar="TEXT", group="Prompt", help="System prompt: what the model is told before everything else.",
 )  # fmt: skip
 
+prompt_options = together(
+    click.argument("prompt", required=False),
+    option(
+        "--file", "-f", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path), metavar="PATH",
+        group="Prompt", help="Read the prompt from a UTF-8 file; - is stdin.",
+    ),
+    system_option, raw_option, specials_option,
+)  # fmt: skip
+
 shown_options = together(
     option("--quiet", "-q", is_flag=True, group="Output", help="Say nothing on stderr but errors."),
     option("--stats", is_flag=True, group="Output", help="Say every figure on stderr, one a line."),

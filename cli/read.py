@@ -15,11 +15,9 @@ from .options import (
     generate_option,
     model_options,
     option,
-    raw_option,
+    prompt_options,
     read_file,
     read_prompt,
-    specials_option,
-    system_option,
 )
 
 if TYPE_CHECKING:
@@ -34,14 +32,7 @@ LITTLE = 0.5
 
 
 @click.command(cls=Command, short_help="Say how likely answers are, in one pass.")
-@click.argument("prompt", required=False)
-@option(
-    "--file", "-f", type=click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path), metavar="PATH",
-    group="Prompt", help="Read the prompt from a UTF-8 file; - is stdin.",
-)  # fmt: skip
-@system_option
-@raw_option
-@specials_option
+@prompt_options
 @option(
     "--choice", "-c", "choices", multiple=True, metavar="TEXT", group="What is read",
     help="An answer to be weighed; given twice or more.",

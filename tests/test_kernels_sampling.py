@@ -50,6 +50,20 @@ def on_device(on: Any, one: Any) -> Any:
     return type(one)(**{name: on.put(np.asarray(value), KINDS.get(name, "float32")) for name, value in fields})
 
 
+def check(
+    device: str, given: Draws, before: StepState, token: np.ndarray, argmax: np.ndarray, entropy: np.ndarray
+) -> None:
+    """Hold the kernel to the definition."""
+    want = core.advance(NumpyOps("float64"), given, before, token, argmax, entropy.astype(float), before.soft)
+    with bench(device) as on:
+        got = on.run(
+            sampling.advance, on_device(on, given), on_device(on, before), on.put(token, "int32"),
+            on.put(argmax, "int32"), on.put(entropy, "float32"), on.put(before.soft, "float32"),
+        )  # fmt: skip
+    for name in ("canvas", "argmax", "stable", "accepted", "stop", "entropy"):
+        np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(want, name), f"{name}, {given}")
+
+
 def entropies(batch: int, length: int, kind: str) -> np.ndarray:
     draw = np.random.default_rng(length)
     match kind:
@@ -76,18 +90,9 @@ def test_advance(batch: int, length: int, kind: str, device: str) -> None:
     last[0, -1] += 1  # the first canvas changed in its last place, the others not at all
     before = state(batch, length, last, np.arange(batch, dtype=np.int32))
     entropy = entropies(batch, length, kind)
-    soft = np.zeros((batch, length, 2), np.float32)
     mixed = [SETTINGS[(3 * row + 1) % len(SETTINGS)] for row in range(batch)]
     for settings in (*([one] * batch for one in SETTINGS), mixed):
-        given = draws(settings, noise)
-        want = core.advance(NumpyOps("float64"), given, before, token, argmax, entropy.astype(float), soft)
-        with bench(device) as on:
-            got = on.run(
-                sampling.advance, on_device(on, given), on_device(on, before), on.put(token, "int32"),
-                on.put(argmax, "int32"), on.put(entropy, "float32"), on.put(soft, "float32"),
-            )  # fmt: skip
-        for name in ("canvas", "argmax", "stable", "accepted", "stop"):
-            np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(want, name), f"{name}, {settings}")
+        check(device, draws(settings, noise), before, token, argmax, entropy)
 
 
 @pytest.mark.parametrize("kind", ["flat", "ties", "nan"])
@@ -105,17 +110,8 @@ def test_held_positions(batch: int, length: int, kind: str, device: str) -> None
     if kind == "nan":
         entropy[held >= 0] = np.nan
     before = state(batch, length, last, np.arange(batch, dtype=np.int32))
-    soft = np.zeros((batch, length, 2), np.float32)
     for one in SETTINGS:
-        given = draws([one] * batch, noise)._replace(held=held)
-        want = core.advance(NumpyOps("float64"), given, before, token, argmax, entropy.astype(float), soft)
-        with bench(device) as on:
-            got = on.run(
-                sampling.advance, on_device(on, given), on_device(on, before), on.put(token, "int32"),
-                on.put(argmax, "int32"), on.put(entropy, "float32"), on.put(soft, "float32"),
-            )  # fmt: skip
-        for name in ("canvas", "argmax", "stable", "accepted", "stop", "entropy"):
-            np.testing.assert_array_equal(to_numpy(getattr(got, name)), getattr(want, name), f"{name}, {one}")
+        check(device, draws([one] * batch, noise)._replace(held=held), before, token, argmax, entropy)
 
 
 def test_the_mean_that_stops_is_that_of_free_positions(device: str) -> None:
