@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from ..core.errors import DgemmaError, quoted
+from ..text.spelling import alphabet
 from ..text.tokens import Tokenizer
 
 _BEFORE = ("\n", ".", "a")
@@ -73,7 +74,7 @@ class Speller:
         """Return a character's bytes as tokens: as byte fallback names them, or a byte-level alphabet."""
         anchor, said = self._anchor
         data = character.encode("utf-8", "surrogatepass")
-        for names in ([f"<0x{byte:02X}>" for byte in data], [_alphabet()[byte] for byte in data]):
+        for names in ([f"<0x{byte:02X}>" for byte in data], [alphabet()[byte] for byte in data]):
             ids = [self.tokenizer.id_of(name) for name in names]
             known = [i for i in ids if i is not None]
             if len(known) == len(ids) and self.tokenizer.decode([*anchor, *known], special=True) == said + character:
@@ -94,10 +95,3 @@ class Speller:
             if ids and said and self.tokenizer.decode([*ids, *ids], special=True).startswith(said):
                 return ids, said
         return [], ""
-
-
-def _alphabet() -> list[str]:
-    """How byte-level tokenizers write each byte: printable Latin-1 as it stands, the others from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return [chr(byte) if byte in plain else chr(0x100 + others.index(byte)) for byte in range(256)]

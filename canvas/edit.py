@@ -17,7 +17,7 @@ from typing import Any
 from ..core.canvas import FREE
 from ..core.errors import DgemmaError, quoted
 from ..core.events import Event, Stats
-from ..core.given import integer
+from ..core.given import integer, number
 from ..core.options import GenerateOptions
 from ..core.reader import show
 from ..core.row import Request
@@ -188,8 +188,7 @@ def job_of(
     Raises:
         DgemmaError: as `DiffusionGemma.edit`.
     """
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength <= 1:
-        raise DgemmaError(f"strength is {show(strength)}, expected a number from 0 (keeps the text) to 1 (forgets it)")
+    number("strength", strength, 0, 1)
     if instruction is not None and not isinstance(instruction, str):
         raise DgemmaError(f"instruction is {quoted(instruction, 40)}, expected text")
     if options.stops:

@@ -95,8 +95,8 @@ def _place(
     after = _filled(parts[index + 1 :], firsts[index + 1 :])
     head, tail = encode(before) if before else [], encode(after) if after else []
     full = [encode(before + one + after) for one in choices]
-    start = min(_common(head, ids) for ids in full)
-    end = min(_common(tail[::-1], ids[::-1]) for ids in full)
+    start = min(in_common(head, ids) for ids in full)
+    end = min(in_common(tail[::-1], ids[::-1]) for ids in full)
     end = min(end, min(map(len, full)) - start)
     strings = tuple(tuple(ids[start : len(ids) - end]) for ids in full)
     empty = next((one for one, ids in zip(choices, strings, strict=True) if not ids), None)
@@ -114,6 +114,6 @@ def _filled(parts: Sequence[str], fillings: Sequence[str]) -> str:
     return "".join(a + b for a, b in zip(parts, [*fillings, ""], strict=True))
 
 
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
+def in_common(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many tokens two sequences begin with in common."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -19,7 +19,7 @@ from string import ascii_uppercase
 from typing import Any, Literal
 
 from ..core.errors import DgemmaError, quoted
-from .places import MARKER, Encode
+from .places import MARKER, Encode, in_common
 from .read import Reading
 
 Kind = Literal["predicate", "choice", "score"]
@@ -267,5 +267,4 @@ def behind(state: Any, text: str) -> Any:
 def common(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """Return what all prompts begin with."""
     first, last = min(prompts), max(prompts)  # all others stand between them
-    size = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last)))
-    return first[:size]
+    return first[: in_common(first, last)]

@@ -66,11 +66,21 @@ def ids_of(values: Any, what: str) -> list[int]:
 
 
 def integer(name: str, value: Any, low: int, high: int) -> None:
+    """Refuse what is no integer from `low` to `high`.
+
+    Raises:
+        DgemmaError: so it is.
+    """
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise DgemmaError(f"{name} is {show(value)}, expected an integer from {low} to {high}")
 
 
 def number(name: str, value: Any, low: float, high: float) -> None:
+    """Refuse what is no number from `low` to `high`.
+
+    Raises:
+        DgemmaError: so it is.
+    """
     known = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     if not known or not low <= value <= high:
         raise DgemmaError(f"{name} is {show(value)}, expected a number from {low} to {high}")

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -114,11 +114,17 @@ def _reader(decoder: dict[str, Any] | None, where: str) -> tuple[Says, AsFirst]:
     return _sequence(steps, where)
 
 
-def _byte_level() -> Says:
-    """GPT-2's alphabet: a printable character for each byte; a token with other characters is its own text."""
+@cache
+def alphabet() -> tuple[str, ...]:
+    """GPT-2's characters for the 256 bytes: printable Latin-1 stands for itself, others are from U+0100 on."""
     plain = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in plain]
-    bytes_of = {byte: byte for byte in plain} | {256 + i: byte for i, byte in enumerate(others)}
+    return tuple(chr(byte) if byte in plain else chr(0x100 + others.index(byte)) for byte in range(256))
+
+
+def _byte_level() -> Says:
+    """A character of the alphabet is its byte; a token with other characters is its own text."""
+    bytes_of = {ord(character): byte for byte, character in enumerate(alphabet())}
     outside = re.compile(f"[^{re.escape(''.join(map(chr, bytes_of)))}]")
 
     def says(piece: str) -> bytes:
