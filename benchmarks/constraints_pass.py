@@ -2,7 +2,7 @@
 
     python benchmarks/constraints_pass.py --tokenizer FOLDER     # a folder with a tokenizer.json, such as Gemma 3's
 
-Automata over the first 32,768 tokens of that folder, as many as the model has: a date, a JSON object of four fields, a
+Automata over the first 32,768 tokens of that folder, as many as the model has, or with `--whole` all of them: a date, a JSON object of four fields, a
 text of at most 200 characters, and objects of six strings of at most 30 and seven of at most 70. The model is random
 and its distributions are flat. `choice` is the part that runs on the host, on the masses of the pass before; `added` is
 what a whole pass takes longer, class sums in the vocabulary head included. Ratios are medians of ratios of neighbours.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +23,7 @@ import click
 import numpy as np
 import rows
 import tokenizers
-from quant_step import write
+from class_head import passes_of
 
 from dgemma.constraints.automaton import TokenAutomaton
 from dgemma.constraints.compiled import compile_constraint
@@ -119,32 +118,32 @@ def measure(
 @click.command(help=__doc__)
 @click.option("--tokenizer", "folder", required=True, type=click.Path(exists=True, path_type=Path))
 @click.option("--only", multiple=True, type=click.Choice(list(PATTERNS)), help="[default: all]")
+@click.option("--whole", is_flag=True, help="The tokenizer's whole vocabulary, and a model of it.")
 @click.option("--repeats", default=11, show_default=True)
 @click.option("--threads", default=2, show_default=True, help="Of the pass; a choice takes one.")
 @click.option("--cpu", is_flag=True, help="Count CPU time, which with one thread a busy machine changes least.")
 @click.option("--dry", is_flag=True, help="Write no rows.")
-def main(folder: Path, only: tuple[str, ...], repeats: int, threads: int, cpu: bool, dry: bool) -> None:
+def main(
+    folder: Path, only: tuple[str, ...], whole: bool, repeats: int, threads: int, cpu: bool, dry: bool
+) -> None:  # fmt: skip
     import torch
-
-    import dgemma
 
     torch.set_num_threads(threads)
     found: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="dgemma-constraints-") as work:
-        model = Path(work) / "model"
-        write(model, dtype="float32")
-        passes = dgemma.load(model, backend="torch", device="cpu", dtype="float32").engine.passes
-        size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
-        tokenizer = Tokenizer(folder, vocab_size=size)
+    size = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size(with_added_tokens=True)
+    tokenizer = Tokenizer(folder, vocab_size=size)
+    passes = passes_of("torch", 262_144 if whole else 32_768, "float32")
+    with passes.home():
         for name in only or PATTERNS:
             began = time.perf_counter()
-            whole = compile_constraint(PATTERNS[name], tokenizer, ends=[1])
+            compiled = compile_constraint(PATTERNS[name], tokenizer, ends=[1])
             built = time.perf_counter() - began
-            automaton = cut(whole, passes.config.vocab_size)
+            automaton = cut(compiled, passes.config.vocab_size)
             constraint = Constraint(automaton=automaton)
             lattice = constraint.lattice
             row = {
-                "pattern": name, "states": automaton.states, "classes": automaton.count,
+                "pattern": name, "vocab": passes.config.vocab_size, "states": automaton.states,
+                "classes": automaton.count,
                 "edges": len(automaton.sources), "pairs": len(lattice.set_order), "sets": len(lattice.set_starts),
                 "built_s": round(built, 2),
             } | measure(passes, constraint, repeats, time.process_time if cpu else time.perf_counter)  # fmt: skip

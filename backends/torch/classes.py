@@ -1,8 +1,7 @@
 """Classes of tokens, reduced while the head works through its scores (`head.py`): one number a class leaves it.
 
-The blocks of `backends/classes.py` are folded in the head's own loop, where scores lie in the cache: long blocks as far
-as a class fills them, short ones of what is left, so that little has to be scattered into classes afterwards. Scores
-are gathered once and their masses taken again from there: a gather costs as much as an exponential.
+The blocks of `backends/classes.py` are folded in the head's own loop, where scores and masses lie in the cache: long
+blocks as far as a class fills them, short ones of what is left, so that little is to be scattered into classes later.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Part(NamedTuple):
 class Layout(NamedTuple):
     """Blocks on a device."""
 
-    columns: list[Tensor]  # of each tile: int32, the scores that are gathered
+    columns: list[Tensor]  # of each tile: int64, the scores that are gathered
     empty: list[Tensor]  # of each tile: which of these repeat another
     parts: list[list[Part]]  # of each tile
     owner: Tensor  # int64 [N]
@@ -59,7 +58,7 @@ class Layout(NamedTuple):
             mine = found[len(kinds) * i : len(kinds) * (i + 1)]
             parts.append(_parts(mine, at))
             at += sum(len(piece.owner) for piece in mine)
-            columns.append(np.concatenate([piece.columns for piece in mine]).astype(np.int32))
+            columns.append(np.concatenate([piece.columns for piece in mine]).astype(np.int64))
             empty.append(np.concatenate([piece.repeats for piece in mine]).nonzero()[0])
         owner = np.concatenate([piece.owner for piece in found]).astype(np.int64)
         tokens = np.concatenate([piece.tokens for piece in found])
@@ -128,8 +127,11 @@ class Fold:
         # The first lane's is the highest: whose largest score is kept of equal ones.
         self._ranks = torch.arange(LONG, 0, -1, dtype=like.dtype, device=like.device)
 
-    def add(self, tile: int, start: int, scores: Tensor, top: Tensor, sharpness: Tensor) -> None:
-        """Take some rows of a tile, from row `start` on: scores [r, tile], the rows' largest and sharpness [r, 1]."""
+    def add(
+        self, tile: int, start: int, scores: Tensor, masses: Tensor, top: Tensor, sharpness: Tensor
+    ) -> None:  # fmt: skip
+        """Take some rows of a tile, from row `start` on: scores and masses [r, tile], the rows' largest score and
+        sharpness [r, 1]."""
         layout, rows = self._layout, slice(start, start + len(scores))
         columns = layout.columns[tile]
         if not len(columns):
@@ -147,9 +149,9 @@ class Fold:
             torch.eq(lanes, best.unsqueeze(part.axis), out=same)  # as numbers: a quarter of the time that bools take
             ranks = self._ranks if part.axis == 2 else self._ranks[-LANES:, None]
             self._rank[rows, part.mine] = same.mul_(ranks).amax(part.axis)
-        torch.exp(picked.sub_(top).mul_(sharpness), out=mass)
+        torch.index_select(masses, 1, columns, out=mass)
         mass.index_fill_(1, layout.empty[tile], 0.0)
-        picked.mul_(mass)  # mass · log mass
+        picked.sub_(top).mul_(sharpness).mul_(mass)  # mass · log mass
         for part in layout.parts[tile]:
             self._mass[rows, part.mine] = _lanes(mass, part).sum(part.axis)
             self._moment[rows, part.mine] = _lanes(picked, part).sum(part.axis)

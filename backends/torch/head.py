@@ -194,7 +194,7 @@ def _weigh(
                 stored.copy_(mass)
             moments.append(shifted.mul_(mass).sum(-1, keepdim=True))
             if fold is not None:
-                fold.add(i, at * block, scores, peak, sharp)
+                fold.add(i, at * block, scores, mass, peak, sharp)
         mass = buffers.mass[:, : part.shape[0]]
         blocks.mix(mass, part, workspace, into=soft)
     tiles = len(buffers.scores)
