@@ -47,11 +47,10 @@ def _chosen(rows: list[Row], draws: Draws, masses: Masses) -> Chosen:
     """Let each row's walk choose in its part of a pass."""
     choices = []
     for i, row in enumerate(rows):
-        assert row.walk is not None
         chosen = _nothing(draws.held.shape[1])
         if np.isfinite(masses.mass[i]).all():
             try:
-                chosen = row.walk.choose(
+                chosen = row.choose(
                     Masses(*(one[i] for one in masses)), uniforms=draws.uniforms[i], held=draws.held[i],
                     bound=float(draws.entropy_bound[i, 0]), greedy=bool(draws.greedy[i, 0]),
                 )  # fmt: skip

@@ -156,6 +156,16 @@ class Plan:
         """Whether pass `step` held the channel's end where its own draft asks for it."""
         return not self.watches(len(draft)) or self._closing[step] == self.wants_end(draft)
 
+    def closed(self, step: int, held: np.ndarray, draft: np.ndarray) -> np.ndarray:
+        """Return what pass `step` should have held, int32 [L], where its own draft opens the channel: `held`, or that
+        with the end mark too. Of a canvas's last pass, behind which none can hold it."""
+        if self._closing[step] or not self.watches(len(draft)) or not self.wants_end(draft):
+            return held
+        self._closing[step] = True
+        found = self._held(len(draft), True)
+        self._marked[step] = found != FREE
+        return found
+
     def watches(self, length: int) -> bool:
         """Whether what a pass holds depends on the draft before: in the one canvas in which the channel is closed."""
         return self.end is not None and 0 < self._end < length

@@ -310,7 +310,7 @@ class Engine:
                 if row.drafted(step, result, i, self.passes.dtype):
                     if step == 0:  # no second pass has shown what an infinite row of the table does, capped in logits
                         check_results(self.passes.soft(row.slot), self.passes.dtype)
-                    finished[row] = result.argmax[i]
+                    finished[row] = row.newest
             except DgemmaError as error:
                 row.fail(error)
         if finished:

@@ -11,12 +11,12 @@ from typing import Literal
 
 import numpy as np
 
-from .canvas import FREE, Channel, Constraint, Plan, Walk, part
+from .canvas import FREE, Channel, Chosen, Constraint, Plan, Walk, part
 from .config import ModelConfig, SamplerConfig
 from .errors import DgemmaError
 from .events import Commit, Done, Draft, Event, FinishReason, Prefill, Stats
 from .finite import check_results
-from .parts import Draws
+from .parts import Draws, Masses
 from .passes import Snapshot, StepResult
 from .primitives import DType
 from .random import step_noise
@@ -199,7 +199,11 @@ class Row:
         """
         check_results(result.entropy[row], dtype)
         clock, steps = self.clock, self.request.sampler.steps
-        self._draft = draft = result.argmax[row]
+        last, draft = step + 1 == steps, result.argmax[row]
+        if last:
+            held = self.plan.closed(step, np.full(self.length, FREE, np.int32), draft)
+            draft = np.where(held == FREE, draft, held)
+        self._draft = draft
         log_accept = self.walk.log_accept if self.walk else None
         clock.steps += 1
         clock.first_draft = clock.first_draft or clock.now()
@@ -209,7 +213,7 @@ class Row:
                     canvas=self.index,
                     step=step,
                     steps=steps,
-                    tokens=result.argmax[row],
+                    tokens=draft,
                     accepted=result.accepted[row],
                     entropy=result.entropy[row].astype(np.float32),
                     following=result.canvas[row],
@@ -218,9 +222,26 @@ class Row:
                 )
             )
         stop = bool(result.stop[row]) and self.plan.settles(step, draft)
-        if log_accept is not None and (stop or step + 1 == steps):
+        if log_accept is not None and (stop or last):
             self._log_accept = (self._log_accept or 0.0) + log_accept
-        return stop or step + 1 == steps
+        return stop or last
+
+    def choose(self, masses: Masses, *, uniforms: np.ndarray, held: np.ndarray, bound: float, greedy: bool) -> Chosen:
+        """Let its walk choose in the pass that was begun last, masses [L, C] and held int32 [L]; once more, with the
+        channel closed, where the last pass of a canvas opens it."""
+        assert self.walk is not None
+        choose = partial(self.walk.choose, masses, uniforms=uniforms, bound=bound, greedy=greedy)
+        chosen = choose(held=held)
+        if self.begun < self.request.sampler.steps:
+            return chosen
+        closed = self.plan.closed(self.begun - 1, held, chosen.argmax)
+        return chosen if closed is held else choose(held=closed)
+
+    @property
+    def newest(self) -> np.ndarray:
+        """The newest draft that was seen, int32 [L]: what is committed if its canvas is finished."""
+        assert self._draft is not None
+        return self._draft
 
     # ---- Canvases ---------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,21 @@ def test_ids_that_are_none_say_what_was_expected(model: DiffusionGemma) -> None:
     ):
         with says(words):
             model.generate("a", 16, **given)
+
+
+@pytest.mark.parametrize("given", [{}, {"regex": "[ab]{3}"}, {"regex": "[ab]{3}", "feedback": 1.0, "greedy": True}])
+def test_a_channel_that_the_last_pass_opens_is_closed_too(model: DiffusionGemma, given: dict[str, Any]) -> None:
+    """No pass is left that could hold its end: what is committed has it, and events say so."""
+    opened = 0
+    given = {"thinking": True, "thinking_budget": 5, "eos": (1,), "held": {0: OPEN}} | given
+    for seed in range(20):
+        events = list(model.stream("a", 24, seed, 1, **given))
+        tokens = [token for one in events if isinstance(one, dgemma.Commit) for token in one.tokens]
+        draft = next(one for one in events if isinstance(one, dgemma.Draft))
+        marks = [token for token in tokens[:5] if token in (OPEN, CLOSE)]
+        if marks and marks[-1] == OPEN and len(tokens) > 5:
+            opened += 1
+            assert tokens[5] == CLOSE == draft.tokens[5] and draft.held is not None and draft.held[5]
+        text = "".join(one.text for one in events if isinstance(one, dgemma.Commit))
+        assert "regex" not in given or re.fullmatch("[ab]{3}", text)
+    assert opened > 10
