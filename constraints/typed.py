@@ -171,9 +171,8 @@ def _composed(given: Any, inside: tuple[Any, ...]) -> tuple[dict[str, Any], Back
         schema, back = _part(_name(given), parts[1], inside)
         return {"type": "object", "additionalProperties": schema}, lambda value: {k: back(v) for k, v in value.items()}
     raise DgemmaError(
-        f"the schema has the type {_name(given)}, which has none in JSON; expected a pydantic model, a dataclass, or a "
-        "mapping, with fields of str, int, float, bool, None, date, datetime, time, UUID, Enum, Literal, list, tuple, "
-        "dict of str, unions of these, and such classes"
+        f"the schema has the type {_name(given)}, which has none in JSON; expected a mapping, a pydantic model, or a "
+        "dataclass of str, int, float, bool, None, dates, times, UUID, Enum, Literal, lists, tuples, dict of str, unions"
     )
 
 

@@ -65,6 +65,11 @@ def test_an_end_token_of_numpy(model: DiffusionGemma) -> None:
     assert model.generate("a", 16, eos=np.int64(20)).token_ids == model.generate("a", 16, eos=20).token_ids
 
 
+def test_a_type_of_a_long_name_is_refused_in_a_short_line(model: DiffusionGemma) -> None:
+    with says("prompt 2: ", "dataclass"):
+        model.generate(["a", "b"], 16, schema=[None, type("Long" * 40, (), {})])
+
+
 def test_a_schema_of_a_file_is_one(model: DiffusionGemma, tmp_path: Path) -> None:
     """Null would be none, and what cannot be read is not said to be no JSON."""
     path = tmp_path / "schema.json"
