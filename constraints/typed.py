@@ -172,7 +172,7 @@ def _composed(given: Any, inside: tuple[Any, ...]) -> tuple[dict[str, Any], Back
         return {"type": "object", "additionalProperties": schema}, lambda value: {k: back(v) for k, v in value.items()}
     raise DgemmaError(
         f"the schema has the type {_name(given)}, which has none in JSON; expected a mapping, a pydantic model, or a "
-        "dataclass of str, int, float, bool, None, dates, times, UUID, Enum, Literal, lists, tuples, dict of str, unions"
+        "dataclass of str, int, float, bool, None, dates, times, UUID, Enum, Literal, list, tuple, dict of str, unions"
     )
 
 
