@@ -4,6 +4,7 @@
 
     prompt      the board in the prompt, as nano was trained
     held        and the givens held in the answer, where they belong
+    fill        by `model.fill`: the board with a hole of one token for each blank, behind the prompt
     rows        and every row a permutation of 1 to 6, by a regular expression
     held rows   both
     shape       digits in rows and nothing else is asked for, by a regular expression
@@ -49,19 +50,28 @@ def main(count: int, mixes: tuple[float, ...], steps: int | None) -> None:
         rf"(?:{row}\n){{{SIDE - 1}}}{row}" for row in (f"{every}[1-{SIDE}]{{{SIDE}}}", f"[1-{SIDE}]{{{SIDE}}}")
     )
     ways: dict[str, dict[str, Any]] = {
-        "prompt": {}, "held": {"held": held}, "shape": {"regex": shape}, "rows": {"regex": rows},
+        "prompt": {}, "held": {"held": held}, "fill": {}, "shape": {"regex": shape}, "rows": {"regex": rows},
         "held rows": {"held": held, "regex": rows},
     }  # fmt: skip
     for mix in mixes:
         ways |= {f"{name}, feedback {mix}": ways[name] | {"feedback": mix} for name in ("rows", "held rows")}
     for name, given in ways.items():
-        made = model.generate(prompts, seed=list(range(count)), steps=steps, **given)
+        if name == "fill":
+            made: list[Any] = [
+                model.fill(text.replace(".", "<fill:1>"), prompt=text, seed=seed, steps=steps)
+                for seed, text in enumerate(prompts)
+            ]
+        else:
+            made = model.generate(prompts, seed=list(range(count)), steps=steps, **given)
         right = [one.text == answer for one, answer in zip(made, answers, strict=True)]
-        kept = all(one.text[at] == text[at] for one, text in zip(made, prompts, strict=True) for at in range(len(text))
-                   if text[at] in digit and len(one.text) > at) if "held" in given else None  # fmt: skip
+        kept = [
+            all(made_ == given_ for made_, given_ in zip(one.text, text, strict=True) if given_ in digit)
+            for one, text in zip(made, prompts, strict=True)
+            if len(one.text) == len(text)
+        ]
         row = {
             "what": "canvas_sudoku", "way": name, "boards": count, "cap": steps, "solved": sum(right),
-            "passes": sum(one.stats.steps for one in made) / count, "givens_kept": kept,
+            "passes": sum(one.stats.steps for one in made) / count, "givens_kept": sum(kept) / count,
         }  # fmt: skip
         print(json.dumps(results.append("canvas_sudoku", row, "torch")), flush=True)
 
