@@ -2,8 +2,8 @@
 
     python benchmarks/constraints_pass.py --tokenizer FOLDER     # a folder with a tokenizer.json, such as Gemma 3's
 
-Automata over the first 32,768 tokens of that folder, as many as the model has, or with `--whole` all of them: a date, a
-JSON object of four fields, a text of at most 200 characters, and objects of six strings of at most 30 and seven of at
+Automata over the first 32,768 tokens of that folder, as many as the model has, or with `--whole` over 262,144: a date,
+a JSON object of four fields, a text of at most 200 characters, and objects of six strings of at most 30 and seven of at
 most 70. The model is random and its distributions are flat. `choice` is the part that runs on the host, on the masses
 of the pass before; `added` is what a whole pass takes longer, class sums in the vocabulary head included. Ratios are
 medians of ratios of neighbours.
