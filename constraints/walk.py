@@ -111,6 +111,8 @@ class Walk:
         self._classes = classes
         self._state, self._position = constraint.lattice.start, 0
         self._fixed: np.ndarray | None = None
+        self._behind: np.ndarray | None = None
+        """Of this canvas: what its first pass made of the positions beyond the budget."""
 
     def choose(self, masses: Masses, *, uniforms: np.ndarray, held: np.ndarray, bound: float, greedy: bool) -> Chosen:
         """Condition one pass's distributions on the automaton.
@@ -137,6 +139,9 @@ class Walk:
         everywhere = score.argmax(1)  # of all classes: what stands beyond the budget
         everywhere[:inside] = labels
         argmax = self._tokens(best, everywhere, row.held, held)
+        if self._behind is None:
+            self._behind = argmax[inside:].copy()
+        argmax[inside:] = self._behind  # nobody sees it: it must not keep the canvas from being finished
         label, rest = everywhere.astype(np.int32), np.zeros(length, np.float32)
         token = argmax
         if not greedy:
@@ -167,7 +172,7 @@ class Walk:
                 )
         self._state = state
         self._position += inside
-        self._fixed = None
+        self._fixed = self._behind = None
 
     def _held_classes(self, inside: int) -> np.ndarray:
         """Return the classes held on this canvas, int [inside], −1 where free."""

@@ -246,6 +246,18 @@ def test_a_greedy_row_draws_the_best_string() -> None:
     np.testing.assert_array_equal(greedy.entropy, drawn.entropy)
 
 
+def test_what_is_beyond_the_budget_holds_no_canvas_up() -> None:
+    """What would be committed there stays what the first pass made of it; what the next pass reads goes on changing."""
+    rng, automaton = larger(4)
+    way = Constraint(automaton=automaton).begin(budget=12, canvas_length=20, held=np.zeros(0, int))
+    one, other = (
+        chosen(way, masses_of(random_logs(rng, 20, 3, 60), automaton), rng.random(20), np.full(20, -1))
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(one.argmax[12:], other.argmax[12:])
+    assert (one.argmax[:12] != other.argmax[:12]).any() and (one.token[12:] != other.token[12:]).any()
+
+
 def test_positions_beyond_the_budget_are_free() -> None:
     """They are outside the language: their likeliest token, no entropy, fed back as they are."""
     rng, automaton = larger(4)
