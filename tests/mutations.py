@@ -101,7 +101,11 @@ def no_post_norm(patch: pytest.MonkeyPatch, ops: Ops, model: Model) -> tuple[Ops
 @_mutation
 def self_conditioning_ignored(patch: pytest.MonkeyPatch, ops: Ops, model: Model) -> tuple[Ops, Model]:
     right = graph._conditioned
-    patch.setattr(graph, "_conditioned", lambda ops, model, canvas, soft: right(ops, model, canvas, soft * 0.0))
+
+    def wrong(ops: Ops, model: Model, canvas: Array, soft: Array, held: Array | None) -> Array:
+        return right(ops, model, canvas, soft * 0.0, held)
+
+    patch.setattr(graph, "_conditioned", wrong)
     return ops, model
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from dgemma.backends.numpy import NumpyOps, NumpyPasses
 from dgemma.checkpoints.checkpoint import Checkpoint
+from dgemma.core import model as graph
 from dgemma.core.canvas import FREE, part
 from dgemma.core.config import SamplerConfig
 from dgemma.core.engine import Engine
@@ -24,7 +25,7 @@ from dgemma.core.row import Request
 from dgemma.core.sampler import accept
 from held_cases import EOS, check, engine_on, small_checkpoint, sweep
 from tiny import IDS, SPECIAL
-from under_test import build
+from under_test import build, make_ops
 
 CASES = int(os.environ.get("DGEMMA_HELD_CASES", 96))
 """Random requests on each backend."""
@@ -276,3 +277,24 @@ def test_a_pin_of_the_input_alone_is_lost_at_commit(checkpoint: Checkpoint) -> N
     commit = next(event for event in events if isinstance(event, Commit))
     assert commit.tokens[2:4] == (99, 98) and commit.tokens[:2] == (40, 41)
     assert np.flatnonzero(draft.accepted).tolist() == [0, 2, 3], "the surest free one is accepted"
+
+
+@pytest.mark.parametrize("backend", ["numpy", "torch", "mlx"])
+def test_self_conditioning_is_told_what_is_held(checkpoint: Checkpoint, backend: str) -> None:
+    """A pass with held tokens is one whose last distribution was certain of them, the first one included."""
+    ops = make_ops(backend, "float32")
+    model = build(ops, checkpoint.config, checkpoint.tensor)
+    draw = np.random.default_rng(0)
+    cache = graph.new_cache(ops, checkpoint.config, slots=1, capacity=8, scratch=8)
+    canvas = ops.asarray(draw.integers(6, 200, (1, 8)).astype(np.int32))
+    soft = draw.standard_normal((1, 8, checkpoint.config.hidden_size)).astype(np.float32)
+    held = np.array([[-1, 9, -1, -1, 70, 71, -1, -1]], np.int32)
+    own = ops.to_numpy(ops.embed(model.embed_tokens, ops.asarray(np.maximum(held, 0)), 1.0))
+    for before in (soft, 0 * soft):
+        told = np.where(held[..., None] < 0, before, own).astype(np.float32)
+        got = graph.denoise(ops, model, cache, canvas, ops.asarray(before, ops.dtype), ops.asarray(held))
+        want = graph.denoise(ops, model, cache, canvas, ops.asarray(told, ops.dtype))
+        np.testing.assert_array_equal(ops.to_numpy(got), ops.to_numpy(want))
+        free = graph.denoise(ops, model, cache, canvas, ops.asarray(before, ops.dtype), ops.asarray(0 * held - 1))
+        bare = graph.denoise(ops, model, cache, canvas, ops.asarray(before, ops.dtype))
+        np.testing.assert_array_equal(ops.to_numpy(free), ops.to_numpy(bare))

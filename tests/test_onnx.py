@@ -115,7 +115,7 @@ def check(folder: Path, batch: int, prompt: int, canvases: int, graphs: Exported
             entropy_bound=np.float32([3.0]), held=held,
         )  # fmt: skip
         state = sampler.start(ops, ops.asarray(canvas, "int32"), config.hidden_size)._replace(soft=ops.asarray(soft))
-        x = definition.denoise(ops, weights, theirs, state.canvas, state.soft)
+        x = definition.denoise(ops, weights, theirs, state.canvas, state.soft, ops.asarray(held, "int32"))
         logits = ops.to_numpy(ops.logits(x, weights.embed_tokens, config.softcap))
         state = definition.step(ops, weights, theirs, state, draws_of(ops, heat, uniform, noise, 3.0, held))
         assert_close_f32(got["logits"], logits, "logits")
