@@ -295,9 +295,7 @@ def test_a_beginning_in_common_is_read_once(config: ModelConfig) -> None:
 def test_a_long_prompt_holds_others_up_by_a_chunk(config: ModelConfig) -> None:
     passes = Talkative(config, chunk=CHUNK)
     engine = Engine(passes, None)
-    handle = engine.add(request(5, 16 * 30))
-    events = handle.events()
-    next(events)
+    handle = engine.add(request(5, 16 * 30))  # which begins with the read: alone it might be over before
     Reader(engine).scores([look(range(20, 20 + 200))], [5])
     assert answer(handle)[2] == "length"
     sizes = [(what, max(value.values()) if what == "read" else 0) for what, value in passes.log]
